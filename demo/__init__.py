@@ -1,0 +1,1 @@
+"""What `make serve` demonstrates: two small trained models, and the script that serves them."""

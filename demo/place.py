@@ -1,0 +1,135 @@
+"""Where the server runs: on this machine's NPUs, or on a local cluster of software NPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from demo.options import DemoError
+from vllm_ray_ascend.softnpu.cluster import manager
+from vllm_ray_ascend.softnpu.cluster.plan import Cluster, Shape
+
+CLUSTER = "default"
+_RAY_START_LIMIT_S = 120
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A Ray cluster with NPUs.
+
+    ``address`` is the server's as seen from here, ``bind`` the one it listens on; ``command`` turns a command line into
+    one that runs there, with the variables of ``environment``.
+    """
+
+    description: str
+    address: str
+    bind: str
+    command: Callable[[list[str]], list[str]]
+    environment: Mapping[str, str]
+
+
+def has_real_npus() -> bool:
+    """Whether this machine has Ascend NPUs: device files, or the driver's own tool."""
+    return any(Path("/dev").glob("davinci[0-9]*")) or shutil.which("npu-smi") is not None
+
+
+@contextlib.contextmanager
+def software_npus(needed: int, environ: Mapping[str, str]) -> Iterator[Place]:
+    """The cluster ``CLUSTER``; removed afterwards if it was made here."""
+    cluster = _healthy_cluster()
+    created = cluster is None
+    shape = cluster.shape if cluster else _default_shape(environ)
+    available = shape.nodes * shape.npus_per_node
+    if needed > available:
+        raise DemoError(
+            f"TP x PP x DP needs {needed} NPUs, but the cluster has {shape.nodes} nodes x {shape.npus_per_node} = "
+            f"{available}: ask for less in SERVE_ARGS, or first make a larger one "
+            "(vllm-ray-ascend softnpu cluster down, then up --npus-per-node 16)."
+        )
+    if cluster is None:
+        cluster, _ = manager.up(CLUSTER, shape, report=lambda line: print(f"  {line}", flush=True))
+    try:
+        yield _place_in(cluster, environ)
+    finally:
+        if created:
+            manager.down(CLUSTER)
+
+
+@contextlib.contextmanager
+def real_npus(needed: int, environ: Mapping[str, str]) -> Iterator[Place]:
+    """The Ray cluster that RAY_ADDRESS names or that runs here; else one of this machine, ended afterwards."""
+    with contextlib.ExitStack() as stack:
+        available = _npus_of_ray(environ)
+        if available is None:
+            stack.enter_context(_own_ray(environ))
+            available = _npus_of_ray(environ) or 0
+        if needed > available:
+            raise DemoError(
+                f"TP x PP x DP needs {needed} NPUs, but Ray's cluster has {available}: add nodes (ray start "
+                "--address=HEAD:6379 on each), or ask for less, as in SERVE_ARGS='-tp 1 -pp 1' make serve."
+            )
+        yield Place(f"Ray cluster with {available} NPUs", "127.0.0.1", "127.0.0.1", lambda command: command, environ)
+
+
+def _healthy_cluster() -> Cluster | None:
+    with contextlib.suppress(manager.ClusterError):
+        cluster, nodes = manager.status(CLUSTER)
+        if all(node.alive for node in nodes):
+            return cluster
+    return None
+
+
+def _default_shape(environ: Mapping[str, str]) -> Shape:
+    kind, reason = manager.best_kind()
+    if reason:
+        print(f"  both nodes share this machine's address: {reason}")
+    return Shape(memory=environ.get("SOFTNPU_MEMORY", "4G"), kind=kind)
+
+
+def _place_in(cluster: Cluster, environ: Mapping[str, str]) -> Place:
+    shape, head = cluster.shape, cluster.nodes[0]
+    own_address = shape.kind == "namespaces"
+    return Place(
+        description=f"{shape.nodes} nodes x {shape.npus_per_node} software NPUs, Ray at {cluster.ray_address}",
+        address=head.address,
+        bind="0.0.0.0" if own_address else "127.0.0.1",  # noqa: S104 - only this machine reaches a node's address
+        command=lambda command: manager.node_command(cluster, 1, command),
+        environment=manager.command_environment(cluster, 1, environ),
+    )
+
+
+def _npus_of_ray(environ: Mapping[str, str]) -> int | None:
+    """NPUs of the Ray cluster in reach; None when there is no such cluster."""
+    code = "import ray; ray.init('auto', log_to_driver=False); print(int(ray.cluster_resources().get('NPU', 0)))"
+    result = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
+    if result.returncode == 0:
+        return int(result.stdout.split()[-1])
+    if environ.get("RAY_ADDRESS"):
+        raise DemoError(f"no Ray cluster answers at RAY_ADDRESS={environ['RAY_ADDRESS']}:\n{result.stderr[-1000:]}")
+    return None
+
+
+@contextlib.contextmanager
+def _own_ray(environ: Mapping[str, str]) -> Iterator[None]:
+    print("  no Ray cluster runs here: starting one for this machine", flush=True)
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    ray = subprocess.Popen(
+        [*command, "--include-dashboard=false"], env=environ, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + _RAY_START_LIMIT_S
+        while _npus_of_ray(environ) is None:
+            if ray.poll() is not None or time.monotonic() > deadline:
+                raise DemoError(f"`{' '.join(command)}` did not start (exit code {ray.poll()}): run it by hand to see.")
+            time.sleep(1)
+        yield
+    finally:
+        ray.terminate()  # with --block it ends what it started
+        ray.wait()

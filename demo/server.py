@@ -1,0 +1,135 @@
+"""`vllm serve` as a child process: started, watched until it is healthy, stopped."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+
+from demo.options import DemoError, Options
+from demo.place import Place
+
+_START_LIMIT_S = 600.0
+_STOP_LIMIT_S = 30.0
+_REPORT_EVERY_S = 5.0
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_ERROR = re.compile(r"\b(?:[A-Z]\w*(?:Error|Exception)\b|error:|ERROR )")
+# The plugin's line of a healthy start: "..., rank 0 -> 10.77.0.1 NPU 0 (physical 0), ..."
+_RANK = re.compile(r"rank (\d+) -> (\S+) (NPU \d+(?: \(physical \d+\))?)")
+
+QUIET = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+"""Variables for all processes: nothing is sent or fetched, and processes do not fight over the CPUs."""
+
+
+def serve_command(options: Options, bind: str) -> list[str]:
+    """The `vllm serve` command line. Later options win, so that SERVE_ARGS can replace any of these.
+
+    Graphs are captured without torch.compile (mode 0): vllm-ascend's compiled mode does not work with torch 2.13.
+    """
+    compilation = '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}'
+    return [
+        *("vllm", "serve", options.model, "--served-model-name", Path(options.model).name),
+        *("--host", bind, "--port", str(options.port)),
+        *("--distributed-executor-backend", "ray"),
+        *("--tensor-parallel-size", "2", "--pipeline-parallel-size", "2"),
+        *("--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "16"),
+        *("--kv-cache-memory-bytes", str(64 << 20)),
+        *("--compilation-config", compilation),
+        *options.arguments,
+    ]
+
+
+class Server:
+    """A running `vllm serve`; leaving the context stops it."""
+
+    def __init__(self, options: Options, place: Place, log: Path) -> None:
+        self.url = f"http://{place.address}:{options.port}"
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("wb") as stream:
+            # A session of its own: Ctrl-C is ours to pass on, once, at the right moment.
+            self._process = subprocess.Popen(
+                place.command(serve_command(options, place.bind)),
+                env=place.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+            if self._process.poll() is not None:
+                break
+            self._process.send_signal(number)
+            try:
+                self._process.wait(_STOP_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                print(f"  the server did not end within {_STOP_LIMIT_S:g} s of {number.name}", flush=True)
+
+    def wait_until_healthy(self) -> None:
+        """Return when /health answers 200, showing the log's last line meanwhile; DemoError when it never will."""
+        started = reported = time.monotonic()
+        while not self._healthy():
+            self.check()
+            now = time.monotonic()
+            if now - started > _START_LIMIT_S:
+                raise DemoError(f"the server was not healthy after {_START_LIMIT_S:g} s:\n{self._errors()}")
+            if now - reported >= _REPORT_EVERY_S:
+                print(f"  {now - started:3.0f} s  {self._last_line()}", flush=True)
+                reported = now
+            time.sleep(0.25)
+        print(f"  healthy after {time.monotonic() - started:.0f} s", flush=True)
+
+    def check(self) -> None:
+        """DemoError if the server has ended."""
+        code = self._process.poll()
+        if code is not None:
+            raise DemoError(f"the server ended with exit code {code}:\n{self._errors()}")
+
+    def wait(self) -> None:
+        """Return never: DemoError when the server ends, KeyboardInterrupt on Ctrl-C."""
+        self._process.wait()
+        self.check()
+
+    def placement(self) -> list[str]:
+        """One line a rank, from the plugin's log line of a healthy start; empty when it is not there."""
+        found = {int(rank): f"rank {rank}: node {node}, {npu}" for rank, node, npu in _RANK.findall(self._text())}
+        return [found[rank] for rank in sorted(found)]
+
+    def _healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=2) as answer:  # noqa: S310 - http by construction
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def _text(self) -> str:
+        return _COLOUR.sub("", self.log.read_text(errors="replace"))
+
+    def _last_line(self) -> str:
+        lines = [line for line in self._text().splitlines() if line.strip()]
+        return lines[-1][:110] if lines else "(no output yet)"
+
+    def _errors(self, most: int = 12) -> str:
+        """The log's last distinct lines that name an error, else its last lines."""
+        lines = self._text().splitlines()
+        errors = list(dict.fromkeys(line for line in lines if _ERROR.search(line)))
+        return "\n".join([*(errors or lines)[-most:], f"(the whole log: {self.log})"])

@@ -1,0 +1,1 @@
+"""Training of the demonstration models, and the tokens that they must give."""

@@ -1,0 +1,70 @@
+"""Run a function right after a module was imported, without importing it."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+Callback = Callable[[ModuleType], None]
+
+
+def when_imported(name: str, callback: Callback) -> None:
+    """Call ``callback(module)`` once module ``name`` was imported; at once where it already was.
+
+    The callback runs inside the import, so what it raises, the importer sees. One callback per module and function: a
+    second request for the same is ignored.
+    """
+    module = sys.modules.get(name)
+    if module is not None and not _is_half_imported(module):
+        callback(module)
+    elif not any(isinstance(finder, _Finder) and finder.waits_for(name, callback) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder(name, callback))
+
+
+def _is_half_imported(module: ModuleType) -> bool:
+    return bool(getattr(module.__spec__, "_initializing", False))
+
+
+class _Finder(MetaPathFinder):
+    """Finds ``name`` by the other finders and wraps its loader; leaves sys.meta_path then."""
+
+    def __init__(self, name: str, callback: Callback) -> None:
+        self._name = name
+        self._callback = callback
+
+    def waits_for(self, name: str, callback: Callback) -> bool:
+        return (self._name, self._callback) == (name, callback)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self._name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, self._callback)
+        return spec
+
+
+class _Loader(Loader):
+    """Loads as the wrapped loader does, then calls back. Anything else asked of it, the wrapped loader answers."""
+
+    def __init__(self, wrapped: Loader, callback: Callback) -> None:
+        self._wrapped = wrapped
+        self._callback = callback
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._wrapped.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._wrapped.exec_module(module)
+        self._callback(module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wrapped, name)

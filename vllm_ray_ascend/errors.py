@@ -1,0 +1,35 @@
+"""Errors of this package. Every message says what failed, with which values, and the setting or command that mends it."""
+
+from __future__ import annotations
+
+
+class VllmRayAscendError(Exception):
+    """Anything that this package raises on purpose."""
+
+
+class SettingError(VllmRayAscendError, ValueError):
+    """A VLLM_RAY_ASCEND_* variable holds a value that it cannot have."""
+
+
+class NotActiveError(VllmRayAscendError, RuntimeError):
+    """The plugin was asked for where it cannot work: no vllm-ascend, or another platform was chosen."""
+
+
+class UpstreamChangedError(VllmRayAscendError, RuntimeError):
+    """A name of vLLM, vllm-ascend or Ray that this package replaces or calls is gone in the installed version."""
+
+
+class RayVersionError(VllmRayAscendError, RuntimeError):
+    """Ray is missing or too old."""
+
+
+class ClusterResourceError(VllmRayAscendError, RuntimeError):
+    """The Ray cluster does not have the NPUs that the engine needs."""
+
+
+class VisibleDevicesError(VllmRayAscendError, RuntimeError):
+    """ASCEND_RT_VISIBLE_DEVICES names an NPU that its node does not have."""
+
+
+class SoftNpuError(VllmRayAscendError, RuntimeError):
+    """The software NPU cannot be built, started or used here."""

@@ -1,0 +1,14 @@
+"""The NPU platform where VLLM_PLUGINS selects `ray_ascend` and not vllm-ascend's own. Loaded late: it needs vllm-ascend."""
+
+from __future__ import annotations
+
+from vllm_ascend.platform import NPUPlatform
+
+from vllm_ray_ascend.augment import augment
+
+
+class RayAscendPlatform(NPUPlatform):
+    """vllm-ascend's platform with our members; NPUPlatform itself stays as it is."""
+
+
+augment(RayAscendPlatform)

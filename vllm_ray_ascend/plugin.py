@@ -1,0 +1,110 @@
+"""Entry points of vLLM's plugin groups. vLLM calls them in every process, so they import nothing heavy.
+
+Beside vllm-ascend, `platform` answers None (vLLM allows one out-of-tree platform) and sees to it that vllm-ascend's
+NPUPlatform gets our members when its module is loaded. Where VLLM_PLUGINS names `ray_ascend` and not `ascend`, our subclass
+of NPUPlatform is the platform, and `general` loads vllm-ascend's own general plugins, which VLLM_PLUGINS keeps out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from types import ModuleType
+
+from vllm_ray_ascend.compat.import_hook import when_imported
+from vllm_ray_ascend.errors import NotActiveError
+from vllm_ray_ascend.log import get_logger
+from vllm_ray_ascend.settings import PREFIX, VARIABLES, is_off, load, unknown
+
+NAME = "ray_ascend"
+ASCEND = "ascend"
+_PLATFORM = "vllm_ray_ascend.platform.RayAscendPlatform"
+_EXECUTOR_MODULE = "vllm_ray_ascend.executor.executor"
+_UPSTREAM_EXECUTOR_MODULE = "vllm.v1.executor.ray_executor_v2"
+
+logger = get_logger(__name__)
+
+
+def platform() -> str | None:
+    """vllm.platform_plugins: the name of our platform class where it is to be the platform, else None."""
+    if is_off() or not _has_vllm_ascend():
+        return None
+    if selected_alone():
+        return _PLATFORM
+    when_imported("vllm_ascend.platform", _augment)
+    return None
+
+
+def general() -> None:
+    """vllm.general_plugins: check the switches, and make `--distributed-executor-backend ray` mean our executor.
+
+    Raises SettingError for a bad switch, NotActiveError where VLLM_RAY_ASCEND=1 cannot be fulfilled.
+    """
+    if is_off():
+        return
+    settings = load()
+    if not _has_vllm_ascend():
+        if settings.active == "1":
+            raise NotActiveError(
+                f"{PREFIX}=1 asks for this plugin, but vllm-ascend is not installed. Install it "
+                f"(`pip install vllm-ascend`), or unset {PREFIX}."
+            )
+        return
+    for name in unknown(os.environ):
+        logger.warning("%s is no switch of vllm-ray-ascend; `vllm-ray-ascend env` lists those there are", name)
+    _tell_vllm_our_switches()
+    if selected_alone():
+        for plugin in left_out(entry_points(group="vllm.general_plugins"), os.environ):
+            plugin.load()()
+    if settings.executor == "ours":
+        when_imported(_UPSTREAM_EXECUTOR_MODULE, _load_executor)
+        when_imported(_EXECUTOR_MODULE, _select_executor)
+
+
+def selected_alone(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether VLLM_PLUGINS names `ray_ascend` and not `ascend`."""
+    names = (os.environ if environ is None else environ).get("VLLM_PLUGINS", "").split(",")
+    return NAME in names and ASCEND not in names
+
+
+def left_out(plugins: tuple[EntryPoint, ...] | list[EntryPoint], environ: Mapping[str, str]) -> list[EntryPoint]:
+    """vllm-ascend's own among ``plugins`` where VLLM_PLUGINS names none of them; a choice among them is respected."""
+    own = [plugin for plugin in plugins if plugin.module.partition(".")[0] == "vllm_ascend"]
+    chosen = set(environ.get("VLLM_PLUGINS", "").split(","))
+    return [] if any(plugin.name in chosen for plugin in own) else own
+
+
+def _has_vllm_ascend() -> bool:
+    return find_spec("vllm_ascend") is not None
+
+
+def _augment(module: ModuleType) -> None:
+    from vllm_ray_ascend.augment import augment
+
+    augment(module.NPUPlatform)
+
+
+def _load_executor(_: ModuleType) -> None:
+    """Import our executor, whose own hook then selects it. Half imported, it is what imports upstream's just now."""
+    from vllm_ray_ascend.compat.executor import platform_is_ours
+
+    if platform_is_ours():
+        __import__(_EXECUTOR_MODULE)
+
+
+def _select_executor(module: ModuleType) -> None:
+    from vllm_ray_ascend.compat.executor import platform_is_ours, select
+
+    if platform_is_ours():
+        select(module.RayAscendExecutor)
+
+
+def _tell_vllm_our_switches() -> None:
+    """vLLM warns about VLLM_* variables that it does not know, or refuses them."""
+    from vllm import envs
+
+    for name in VARIABLES:
+        if name in os.environ:
+            envs.environment_variables.setdefault(name, lambda name=name: os.environ.get(name))

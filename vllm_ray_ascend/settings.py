@@ -1,0 +1,104 @@
+"""Every VLLM_RAY_ASCEND* switch: its type, default and meaning. Nothing else in the package reads these variables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, NamedTuple, get_args
+
+import msgspec
+from msgspec import Meta
+
+from vllm_ray_ascend.errors import SettingError
+
+PREFIX = "VLLM_RAY_ASCEND"
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The switches of one process. Field ``x`` is the variable ``VLLM_RAY_ASCEND_X``; ``active`` is VLLM_RAY_ASCEND."""
+
+    active: Annotated[
+        Literal["auto", "0", "1"],
+        Meta(description="auto: on where vllm-ascend is the platform; 0: off; 1: on, and an error where it cannot be"),
+    ] = "auto"
+    executor: Annotated[
+        Literal["ours", "upstream"],
+        Meta(description="which executor --distributed-executor-backend ray means: ours, or vLLM's RayExecutorV2"),
+    ] = "ours"
+    npu_wait_s: Annotated[
+        float,
+        Meta(ge=0, description="seconds to wait for a growing cluster to have the NPUs needed; 0 refuses at once"),
+    ] = 0.0
+
+
+class Switch(NamedTuple):
+    """One switch as `vllm-ray-ascend env` lists it."""
+
+    variable: str
+    value: str
+    default: str
+    accepted: str
+    meaning: str
+
+
+def variable_of(field: str) -> str:
+    """Name of the variable that holds ``field``."""
+    return PREFIX if field == "active" else f"{PREFIX}_{field.upper()}"
+
+
+VARIABLES: Mapping[str, str] = {variable_of(field): field for field in Settings.__struct_fields__}
+
+
+def load(environ: Mapping[str, str] | None = None) -> Settings:
+    """Settings from ``environ`` (default: this process's). An empty value counts as unset.
+
+    Raises SettingError, naming the variable, its value and the accepted ones.
+    """
+    environ = os.environ if environ is None else environ
+    return Settings(**{field: _parse(name, text) for name, field in VARIABLES.items() if (text := environ.get(name))})
+
+
+def is_off(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether VLLM_RAY_ASCEND=0. Never raises: vLLM swallows what a platform plugin raises, so others report bad values."""
+    return (os.environ if environ is None else environ).get(PREFIX) == "0"
+
+
+def switches(environ: Mapping[str, str] | None = None) -> list[Switch]:
+    """All switches with their values in ``environ``. Raises SettingError as `load` does."""
+    values, defaults = load(environ), Settings()
+    return [
+        Switch(name, _text(values, field), _text(defaults, field), _accepted(field), _meta(field).description or "")
+        for name, field in VARIABLES.items()
+    ]
+
+
+def unknown(names: Iterable[str]) -> list[str]:
+    """Variables with our prefix that are no switch: spelling mistakes."""
+    return sorted(name for name in names if name.startswith(PREFIX) and name not in VARIABLES)
+
+
+def _parse(variable: str, text: str) -> Any:
+    field = VARIABLES[variable]
+    try:
+        return msgspec.convert(text, _annotation(field), strict=False)
+    except msgspec.ValidationError as error:
+        remedy = f"Accepted: {_accepted(field)}. Unset {variable} for the default, {_text(Settings(), field)!r}."
+        raise SettingError(f"{variable}={text!r} is not a value of this switch. {remedy}") from error
+
+
+def _annotation(field: str) -> Any:
+    return next(f.type for f in msgspec.structs.fields(Settings) if f.name == field)
+
+
+def _meta(field: str) -> Meta:
+    meta: Meta = get_args(_annotation(field))[1]
+    return meta
+
+
+def _accepted(field: str) -> str:
+    kind = get_args(_annotation(field))[0]
+    return ", ".join(get_args(kind)) or f"a number, {_meta(field).ge} or more"
+
+
+def _text(settings: Settings, field: str) -> str:
+    return format(getattr(settings, field), "")

@@ -1,0 +1,44 @@
+"""The environment with which a process, and all that it starts, runs on software NPUs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from vllm_ray_ascend.errors import SoftNpuError
+from vllm_ray_ascend.softnpu.build import build
+
+SITE = Path(__file__).parent / "site"
+REAL_DRIVER = (Path("/dev/davinci_manager"), Path("/usr/local/Ascend/driver"))
+
+
+def refuse_real_driver() -> None:
+    """SoftNpuError where a real Ascend driver is present: software and real NPUs are never mixed."""
+    for path in REAL_DRIVER:
+        if path.exists():
+            raise SoftNpuError(
+                f"This machine has a real Ascend driver ({path} exists), so the software NPU refuses to load. "
+                "Run the command without `vllm-ray-ascend softnpu exec`."
+            )
+
+
+def prepended(entry: str, paths: str | None) -> str:
+    """`paths` (colon separated) with `entry` once, at the front."""
+    return os.pathsep.join([entry, *(path for path in (paths or "").split(os.pathsep) if path and path != entry)])
+
+
+def environment(base: Mapping[str, str]) -> dict[str, str]:
+    """`base` with what the software NPU needs; builds it first. What the user set is kept.
+
+    Raises SoftNpuError without a compiler or torch_npu, and where a real driver is present.
+    """
+    refuse_real_driver()
+    libraries = str(build())
+    result = dict(base)
+    result["SOFTNPU_LIB"] = libraries
+    result["LD_LIBRARY_PATH"] = prepended(libraries, base.get("LD_LIBRARY_PATH"))
+    result["PYTHONPATH"] = prepended(str(SITE), base.get("PYTHONPATH"))
+    # Every stream is a thread, and every rank a process: more threads in each operator would only fight for cores.
+    result.setdefault("OMP_NUM_THREADS", "1")
+    return result

@@ -1,0 +1,236 @@
+"""What a cluster is made of, decided without touching the system: names, addresses, commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import ipaddress
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from vllm_ray_ascend.errors import VllmRayAscendError
+
+Kind = Literal["namespaces", "plain"]
+
+MARKER = "SOFTNPU_CLUSTER"
+"""Environment variable that every process of a cluster carries; its value is the cluster's token."""
+
+_SUPERNET = ipaddress.IPv4Network("10.77.0.0/16")
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,19}")
+# A Unix socket path holds 107 bytes; Ray appends "/session_<date>_<pid>/sockets/plasma_store.<n>", up to 68 of them.
+_LONGEST_TEMP_DIR = 107 - 68
+
+
+class ClusterError(VllmRayAscendError):
+    """A local cluster of software NPUs cannot be made, found or used as asked."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a user asks for. ``memory`` is that of one software NPU, in bytes with an optional suffix K, M or G."""
+
+    nodes: int = 2
+    npus_per_node: int = 8
+    cpus_per_node: int = 2
+    memory: str = "1G"
+    kind: Kind = "namespaces"
+
+    def __post_init__(self) -> None:
+        for option, value, most in (
+            ("--nodes", self.nodes, 200),
+            ("--npus-per-node", self.npus_per_node, 64),
+            ("--cpus-per-node", self.cpus_per_node, 1024),
+        ):
+            if not 1 <= value <= most:
+                raise ClusterError(f"{option} {value} is out of range: give a number from 1 to {most}.")
+        if not re.fullmatch(r"[1-9][0-9]*[KMG]?", self.memory):
+            raise ClusterError(f"--memory {self.memory!r} is not a size: write bytes, or a number with K, M or G (1G).")
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """One node. ``index`` counts from 1 (the head); ``link`` is the host's end of its network cable."""
+
+    index: int
+    hostname: str
+    address: str
+    link: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """A cluster as planned; together with the processes found by its marker this is all that is known about it."""
+
+    name: str
+    token: str
+    shape: Shape
+    subnet: str
+    gateway: str
+    bridge: str
+    gcs_port: int
+    directory: str
+    nodes: tuple[Node, ...]
+
+    @property
+    def ray_address(self) -> str:
+        """HOST:PORT of the cluster's control store, as RAY_ADDRESS wants it."""
+        return f"{self.nodes[0].address}:{self.gcs_port}"
+
+    def temp_dir(self, node: Node) -> Path:
+        """Folder of Ray's session files, logs and sockets on ``node``."""
+        return Path(self.directory) / f"n{node.index}"
+
+    def node(self, index: int) -> Node:
+        """The node numbered ``index``, from 1."""
+        if not 1 <= index <= len(self.nodes):
+            raise ClusterError(f"cluster {self.name!r} has no node {index}: give --node 1 to {len(self.nodes)}.")
+        return self.nodes[index - 1]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for the state file."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Cluster:
+        """Inverse of ``to_json``; raises KeyError or TypeError for anything else."""
+        rest = {key: value for key, value in data.items() if key not in ("shape", "nodes")}
+        nodes = tuple(Node(**node) for node in data["nodes"])
+        return cls(shape=Shape(**data["shape"]), nodes=nodes, **rest)
+
+
+def check_name(name: str) -> str:
+    """``name`` itself if it can name a cluster, its hosts and its files."""
+    if not _NAME.fullmatch(name):
+        raise ClusterError(
+            f"--name {name!r} cannot name a cluster: use 1 to 20 lower-case letters, digits and hyphens (--name test-1)."
+        )
+    return name
+
+
+def token_of(name: str, uid: int) -> str:
+    """Value of MARKER for user ``uid``'s cluster ``name``: two users' clusters of one name stay apart."""
+    return f"{uid}-{name}"
+
+
+def choose_subnet(name: str, taken: Iterable[str], wanted: str | None = None) -> ipaddress.IPv4Network:
+    """A /24 network for the cluster that overlaps none of ``taken`` (networks that this machine already routes).
+
+    The search starts at a place derived from the name, so that a cluster gets the same addresses each time.
+    """
+    used = [ipaddress.IPv4Network(network, strict=False) for network in taken]
+    if wanted is not None:
+        return _wanted_subnet(wanted, used)
+    candidates = list(_SUPERNET.subnets(new_prefix=24))
+    start = 0 if name == "default" else _digest(name)[0]
+    for candidate in candidates[start:] + candidates[:start]:
+        if not any(candidate.overlaps(network) for network in used):
+            return candidate
+    raise ClusterError(f"no free /24 network in {_SUPERNET}: this machine routes all of it; choose one with --subnet.")
+
+
+def _wanted_subnet(wanted: str, used: list[ipaddress.IPv4Network]) -> ipaddress.IPv4Network:
+    try:
+        network = ipaddress.IPv4Network(wanted)
+    except ValueError as error:
+        raise ClusterError(f"--subnet {wanted!r} is not an IPv4 network ({error}): write it as 10.77.5.0/24.") from None
+    if network.prefixlen > 24:
+        raise ClusterError(f"--subnet {wanted} is too small: give a /24 network or larger, such as 10.77.5.0/24.")
+    for other in used:
+        if network.overlaps(other):
+            raise ClusterError(f"--subnet {wanted} overlaps {other}, which this machine already uses: choose another.")
+    return network
+
+
+def make_cluster(
+    name: str, uid: int, shape: Shape, directory: Path, subnet: ipaddress.IPv4Network | None, gcs_port: int
+) -> Cluster:
+    """The cluster's plan. ``subnet`` is None for nodes without namespaces, which all have the address 127.0.0.1."""
+    check_name(name)
+    token = token_of(name, uid)
+    short = "snpu" + _digest(token).hex()[:6]  # interface names hold at most 15 characters
+    nodes = tuple(
+        Node(i, f"{name}-{i}", str(subnet[i]) if subnet else "127.0.0.1", f"{short}-{i}" if subnet else "")
+        for i in range(1, shape.nodes + 1)
+    )
+    cluster = Cluster(
+        name=name,
+        token=token,
+        shape=shape,
+        subnet=str(subnet) if subnet else "",
+        gateway=str(subnet[-2]) if subnet else "",
+        bridge=short if subnet else "",
+        gcs_port=gcs_port,
+        directory=str(directory),
+        nodes=nodes,
+    )
+    if (length := len(str(cluster.temp_dir(nodes[-1])))) > _LONGEST_TEMP_DIR:
+        longest = _LONGEST_TEMP_DIR - length + len(name)
+        raise ClusterError(f"--name {name} makes Ray's socket paths too long: use at most {longest} characters.")
+    return cluster
+
+
+def ray_start_command(ray: list[str], cluster: Cluster, node: Node) -> list[str]:
+    """The ``ray start`` command line of ``node``; ``ray`` is how Ray's command line is called."""
+    shape = cluster.shape
+    command = [
+        *ray,
+        "start",
+        "--disable-usage-stats",
+        f"--node-ip-address={node.address}",
+        f"--node-name={node.hostname}",
+        f"--num-cpus={shape.cpus_per_node}",
+        "--object-store-memory=134217728",  # tensors do not go through it; Ray's least is 75 MiB
+        f"--temp-dir={cluster.temp_dir(node)}",
+    ]
+    if node.index == 1:
+        command += ["--head", f"--port={cluster.gcs_port}", "--include-dashboard=false"]
+    else:
+        command += [f"--address={cluster.ray_address}"]
+    if shape.kind == "plain":  # raylets that share an address must not fight over Ray's default ports
+        command += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
+    return command
+
+
+def hosts_file(cluster: Cluster) -> str:
+    """Contents of /etc/hosts on every node: without it nodes do not know their own host names, which gloo looks up."""
+    lines = ["127.0.0.1 localhost", "::1 localhost", *(f"{node.address} {node.hostname}" for node in cluster.nodes)]
+    return "\n".join(lines) + "\n"
+
+
+def node_environment(cluster: Cluster, node: Node, base: Mapping[str, str]) -> dict[str, str]:
+    """Environment of a process on ``node``: ``base`` with the node's identity and the cluster's address."""
+    environment = dict(base)
+    environment.update(
+        {
+            MARKER: cluster.token,
+            "RAY_ADDRESS": cluster.ray_address,
+            "SOFTNPU_DEVICES": str(cluster.shape.npus_per_node),
+            "SOFTNPU_MEMORY": cluster.shape.memory,
+            "SOFTNPU_NODE": node.hostname,
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+    )
+    if cluster.shape.kind == "plain":
+        environment["SOFTNPU_STATE_DIR"] = str(plain_state_dir(cluster))
+    return environment
+
+
+def plain_state_dir(cluster: Cluster) -> Path:
+    """Where software NPUs of a cluster without namespaces keep what must vanish with the cluster."""
+    return Path("/dev/shm") / f"softnpu-{cluster.token}"
+
+
+def describe_difference(existing: Shape, wanted: Shape) -> str:
+    """The options in which two shapes differ, for a message; empty when they are equal."""
+    differing = []
+    for field in dataclasses.fields(Shape):
+        have, want = getattr(existing, field.name), getattr(wanted, field.name)
+        if have != want:
+            differing.append(f"{field.name.replace('_', ' ')} {have}, not {want}")
+    return "; ".join(differing)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()

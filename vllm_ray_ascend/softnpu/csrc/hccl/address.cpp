@@ -1,0 +1,107 @@
+// Which address of this node HCCL uses, as CANN documents HCCL_IF_IP, HCCL_SOCKET_IFNAME and HCCL_IF_BASE_PORT.
+#include <arpa/inet.h>
+#include <ifaddrs.h>
+#include <net/if.h>
+#include <netinet/in.h>
+
+#include <cerrno>
+#include <cstdlib>
+#include <sstream>
+#include <vector>
+
+#include "hccl/net.h"
+
+namespace softnpu::hccl {
+namespace {
+
+constexpr int kPortRange = 32;
+
+struct Interface {
+  std::string name, ip;
+  bool loopback;
+};
+
+std::vector<Interface> interfaces() {
+  std::vector<Interface> found;
+  ifaddrs* list = nullptr;
+  if (getifaddrs(&list) != 0) return found;
+  for (ifaddrs* entry = list; entry; entry = entry->ifa_next) {
+    if (!entry->ifa_addr || entry->ifa_addr->sa_family != AF_INET || !(entry->ifa_flags & IFF_UP)) continue;
+    char ip[INET_ADDRSTRLEN];
+    inet_ntop(AF_INET, &reinterpret_cast<sockaddr_in*>(entry->ifa_addr)->sin_addr, ip, sizeof ip);
+    found.push_back({entry->ifa_name, ip, (entry->ifa_flags & IFF_LOOPBACK) != 0});
+  }
+  freeifaddrs(list);
+  return found;
+}
+
+std::string listing() {
+  std::string text;
+  for (const auto& each : interfaces()) text += (text.empty() ? "" : ", ") + each.name + " " + each.ip;
+  return text;
+}
+
+// "eth,enp" names prefixes, "=eth0,eth1" whole names; a leading "^" means every interface but these.
+bool selects(std::string setting, const std::string& name) {
+  bool inverted = setting[0] == '^';
+  if (inverted) setting.erase(0, 1);
+  bool whole = setting[0] == '=';
+  if (whole) setting.erase(0, 1);
+  bool named = false;
+  std::stringstream entries(setting);
+  for (std::string entry; getline(entries, entry, ',');)
+    named = named || (!entry.empty() && (whole ? name == entry : name.rfind(entry, 0) == 0));
+  return named != inverted;
+}
+
+std::string own_ip() {
+  const char* ip = getenv("HCCL_IF_IP");
+  if (ip && *ip) return ip;
+  const char* setting = getenv("HCCL_SOCKET_IFNAME");
+  bool chosen = setting && *setting;
+  for (const auto& each : interfaces())
+    if (chosen ? selects(setting, each.name) : !each.loopback) return each.ip;
+  if (!chosen) return "127.0.0.1";
+  throw Failure(HCCL_E_PARA, std::string("HCCL: HCCL_SOCKET_IFNAME=") + setting +
+                                 " matches no interface of this node that is up and has an IPv4 address (" + listing() +
+                                 "): set it to one of these, or unset it");
+}
+
+// A listening socket, or none and errno.
+Fd try_listen(const Address& address) {
+  SocketAddress target = parse(address);
+  Fd fd(socket(target.storage.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  int on = 1;
+  if (fd) setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+  if (!fd || bind(fd.get(), target.get(), target.size) != 0 || listen(fd.get(), SOMAXCONN) != 0) return Fd();
+  return fd;
+}
+
+uint16_t bound_port(int fd) {
+  SocketAddress own;
+  own.size = sizeof own.storage;
+  getsockname(fd, own.get(), &own.size);
+  bool v6 = own.storage.ss_family == AF_INET6;
+  return ntohs(v6 ? reinterpret_cast<sockaddr_in6*>(&own.storage)->sin6_port
+                  : reinterpret_cast<sockaddr_in*>(&own.storage)->sin_port);
+}
+
+}  // namespace
+
+Fd listen_here(Address& bound) {
+  bound.ip = own_ip();
+  const char* setting = getenv("HCCL_IF_BASE_PORT");
+  int base = setting ? atoi(setting) : 0;
+  Fd fd;
+  for (int port = base; base > 0 && !fd && port < base + kPortRange && port < 65536; port++)
+    fd = try_listen({bound.ip, static_cast<uint16_t>(port)});
+  if (!fd) fd = try_listen({bound.ip, 0});
+  if (!fd && errno == EADDRNOTAVAIL)
+    throw Failure(HCCL_E_PARA, "HCCL: HCCL_IF_IP=" + bound.ip + " is no address of this node (" + listing() +
+                                   "): every node needs its own value; set it to one of these, or unset it");
+  if (!fd) throw Failure(HCCL_E_UNAVAIL, "HCCL: cannot listen on " + bound.ip + ": " + strerror(errno));
+  bound.port = bound_port(fd.get());
+  return fd;
+}
+
+}  // namespace softnpu::hccl

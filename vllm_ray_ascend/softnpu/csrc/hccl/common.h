@@ -1,0 +1,85 @@
+// What every part of libhccl needs: failures, time limits, and values on the wire.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "hccl/hccl.h"
+#include "softnpu.h"
+
+namespace softnpu::hccl {
+
+using Clock = std::chrono::steady_clock;
+
+// Thrown inside the library; the C functions turn it into its code, and its text into aclGetRecentErrMsg.
+struct Failure : std::runtime_error {
+  Failure(HcclResult code, const std::string& text) : std::runtime_error(text), code(code) {}
+  HcclResult code;
+};
+
+class Deadline {
+ public:
+  explicit Deadline(double seconds)
+      : end_(Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds))) {}
+  bool passed() const { return Clock::now() >= end_; }
+  // Rounded up, so that a wait of this length ends past the deadline.
+  int64_t milliseconds_left() const {
+    auto left = std::chrono::duration_cast<std::chrono::milliseconds>(end_ - Clock::now()).count();
+    return left < 0 ? 0 : left + 1;
+  }
+
+ private:
+  Clock::time_point end_;
+};
+
+// Values one after the other, in the byte order of the machine: all ranks run the same build.
+class Writer {
+ public:
+  template <class T, class = std::enable_if_t<std::is_trivially_copyable_v<T>>>
+  Writer& put(const T& value) {
+    bytes_.append(reinterpret_cast<const char*>(&value), sizeof value);
+    return *this;
+  }
+  Writer& put(const std::string& text) {
+    put(static_cast<uint32_t>(text.size()));
+    bytes_ += text;
+    return *this;
+  }
+  const std::string& bytes() const { return bytes_; }
+
+ private:
+  std::string bytes_;
+};
+
+class Reader {
+ public:
+  explicit Reader(std::string bytes) : bytes_(std::move(bytes)) {}
+  template <class T>
+  T get() {
+    static_assert(std::is_trivially_copyable_v<T>);
+    T value;
+    memcpy(&value, take(sizeof value), sizeof value);
+    return value;
+  }
+  std::string text() {
+    size_t size = get<uint32_t>();
+    return std::string(take(size), size);
+  }
+
+ private:
+  const char* take(size_t size) {
+    if (size > bytes_.size() - at_) throw Failure(HCCL_E_INTERNAL, "HCCL: a message is shorter than it says");
+    const char* here = bytes_.data() + at_;
+    at_ += size;
+    return here;
+  }
+
+  std::string bytes_;
+  size_t at_ = 0;
+};
+
+}  // namespace softnpu::hccl

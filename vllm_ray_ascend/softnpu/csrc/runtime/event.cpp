@@ -1,0 +1,181 @@
+// Events: points in streams that other streams and the host wait for; every wait has a limit.
+#include "runtime/core.h"
+
+namespace softnpu {
+
+void Recording::fire() {
+  std::lock_guard<std::mutex> lock(mutex);
+  time = Clock::now();
+  done = true;
+  changed.notify_all();
+}
+
+bool Recording::wait(std::chrono::milliseconds limit) {
+  std::unique_lock<std::mutex> lock(mutex);
+  return changed.wait_for(lock, limit, [this] { return done; });
+}
+
+namespace {
+
+struct Event {
+  uint32_t flag = 0;
+  std::mutex mutex;
+  std::shared_ptr<Recording> current;
+
+  bool external() const { return flag & ACL_EVENT_EXTERNAL; }
+
+  std::shared_ptr<Recording> renew() {
+    auto recording = std::make_shared<Recording>();
+    std::lock_guard<std::mutex> lock(mutex);
+    return current = recording;
+  }
+
+  // An event that was never recorded counts as past, but an external one is waited for until it is recorded.
+  std::shared_ptr<Recording> get() {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (!current) {
+      current = std::make_shared<Recording>();
+      current->done = !external();
+    }
+    return current;
+  }
+};
+
+Registry<Event>& events() {
+  static auto* registry = new Registry<Event>;
+  return *registry;
+}
+
+aclError create(aclrtEvent* out, uint32_t flag) {
+  if (!out) return fail(ACL_ERROR_RT_PARAM_INVALID, "the event's address is null");
+  auto event = std::make_shared<Event>();
+  event->flag = flag;
+  *out = events().add(event);
+  return ACL_SUCCESS;
+}
+
+aclError wait_task(const std::shared_ptr<Recording>& recording) {
+  if (recording->wait(wait_limit())) return ACL_SUCCESS;
+  return fail(ACL_ERROR_RT_EVENT_SYNC_TIMEOUT, "an event was not recorded within " + std::to_string(wait_limit().count()) +
+                                                   " ms (aclrtSetOpWaitTimeout, SOFTNPU_WAIT_LIMIT)");
+}
+
+aclError record_event(const std::shared_ptr<Stream>& stream, const std::shared_ptr<Event>& event) {
+  if (event->external()) return enqueue(stream, {"record external event", [event] { event->get()->fire(); return ACL_SUCCESS; }, true});
+  auto recording = event->renew();
+  {
+    std::lock_guard<std::mutex> lock(capture_mutex());
+    if (stream->graph && !stream->updating) {
+      recording->graph = stream->graph;
+      recording->frontier = stream->graph->frontiers[stream.get()];
+      return ACL_SUCCESS;
+    }
+  }
+  return enqueue(stream, {"record event", [recording] { recording->fire(); return ACL_SUCCESS; }, true});
+}
+
+aclError wait_event(const std::shared_ptr<Stream>& stream, const std::shared_ptr<Event>& event) {
+  if (event->external()) return enqueue(stream, {"wait for external event", [event] { return wait_task(event->get()); }});
+  auto recording = event->get();
+  if (recording->graph) {
+    std::lock_guard<std::mutex> lock(capture_mutex());
+    auto& graph = *recording->graph;
+    if (graph.state == Graph::State::kReady) return fail(ACL_ERROR_RT_EVENT_CAPTURED, "the event was recorded in a capture that has ended");
+    if (stream->graph && stream->graph != recording->graph)
+      return fail(ACL_ERROR_RT_CAPTURE_DEPENDENCY, "a captured stream waits for an event of another capture");
+    if (auto code = join_capture(recording->graph, stream)) return code;
+    auto& mine = graph.frontiers[stream.get()];
+    for (auto& [other, position] : recording->frontier) mine[other] = std::max(mine[other], position);
+    return ACL_SUCCESS;
+  }
+  {
+    std::lock_guard<std::mutex> lock(capture_mutex());
+    if (stream->graph && !stream->updating) return ACL_SUCCESS;  // recorded before the capture began: the replay follows it anyway
+  }
+  return enqueue(stream, {"wait for event", [recording] { return wait_task(recording); }});
+}
+
+}  // namespace
+}  // namespace softnpu
+
+using namespace softnpu;
+
+// Defines `name` from `handle`, or returns the error of an unknown event.
+#define EVENT_OR_RETURN(name, handle) \
+  auto name = events().find(handle);  \
+  if (!name) return fail(ACL_ERROR_RT_PARAM_INVALID, std::string(__func__) + " of an unknown event")
+
+extern "C" {
+
+aclError aclrtCreateEventWithFlag(aclrtEvent* event, uint32_t flag) { return create(event, flag); }
+aclError aclrtCreateEventExWithFlag(aclrtEvent* event, uint32_t flag) { return create(event, flag); }
+
+aclError aclrtDestroyEvent(aclrtEvent handle) {
+  return events().remove(handle) ? ACL_SUCCESS : fail(ACL_ERROR_RT_PARAM_INVALID, "aclrtDestroyEvent of an unknown event");
+}
+
+aclError aclrtRecordEvent(aclrtEvent handle, aclrtStream stream_handle) {
+  EVENT_OR_RETURN(event, handle);
+  auto stream = resolve(stream_handle);
+  if (!stream) return fail(ACL_ERROR_RT_STREAM_CONTEXT, "aclrtRecordEvent on an unknown stream");
+  return record_event(stream, event);
+}
+
+aclError aclrtStreamWaitEvent(aclrtStream stream_handle, aclrtEvent handle) {
+  EVENT_OR_RETURN(event, handle);
+  auto stream = resolve(stream_handle);
+  if (!stream) return fail(ACL_ERROR_RT_STREAM_CONTEXT, "aclrtStreamWaitEvent on an unknown stream");
+  return wait_event(stream, event);
+}
+
+aclError aclrtResetEvent(aclrtEvent handle, aclrtStream stream) {
+  EVENT_OR_RETURN(event, handle);
+  if (!event->external()) return ACL_SUCCESS;  // recording such an event anew resets it
+  return enqueue(stream, "reset event", [event] { event->renew(); return ACL_SUCCESS; });
+}
+
+aclError aclrtSynchronizeEvent(aclrtEvent handle) {
+  EVENT_OR_RETURN(event, handle);
+  auto recording = event->get();
+  if (!recording->graph) return wait_task(recording);
+  invalidate(*recording->graph);
+  return fail(ACL_ERROR_RT_EVENT_CAPTURED, "an event of a capture cannot be synchronised");
+}
+
+aclError aclrtQueryEventStatus(aclrtEvent handle, aclrtEventRecordedStatus* status) {
+  EVENT_OR_RETURN(event, handle);
+  auto recording = event->get();
+  if (recording->graph) return fail(ACL_ERROR_RT_EVENT_CAPTURED, "an event of a capture cannot be queried");
+  std::lock_guard<std::mutex> lock(recording->mutex);
+  *status = recording->done ? ACL_EVENT_RECORDED_STATUS_COMPLETE : ACL_EVENT_RECORDED_STATUS_NOT_READY;
+  return ACL_SUCCESS;
+}
+
+aclError aclrtQueryEventWaitStatus(aclrtEvent handle, aclrtEventWaitStatus* status) {
+  EVENT_OR_RETURN(event, handle);
+  auto recording = event->get();
+  std::lock_guard<std::mutex> lock(recording->mutex);
+  *status = recording->done ? ACL_EVENT_WAIT_STATUS_COMPLETE : ACL_EVENT_WAIT_STATUS_NOT_READY;
+  return ACL_SUCCESS;
+}
+
+aclError aclrtEventElapsedTime(float* ms, aclrtEvent start_handle, aclrtEvent end_handle) {
+  EVENT_OR_RETURN(start, start_handle);
+  EVENT_OR_RETURN(end, end_handle);
+  auto from = start->get(), to = end->get();
+  if (from->graph || to->graph) return fail(ACL_ERROR_RT_EVENT_CAPTURED, "events of a capture have no time");
+  if (auto code = wait_task(from)) return code;
+  if (auto code = wait_task(to)) return code;
+  *ms = std::chrono::duration<float, std::milli>(to->time - from->time).count();
+  return ACL_SUCCESS;
+}
+
+aclError aclrtEventGetTimestamp(aclrtEvent handle, uint64_t* microseconds) {
+  EVENT_OR_RETURN(event, handle);
+  auto recording = event->get();
+  if (auto code = wait_task(recording)) return code;
+  *microseconds = std::chrono::duration_cast<std::chrono::microseconds>(recording->time.time_since_epoch()).count();
+  return ACL_SUCCESS;
+}
+
+}  // extern "C"

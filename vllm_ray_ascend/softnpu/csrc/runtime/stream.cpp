@@ -1,0 +1,240 @@
+// Streams: in-order queues, each with a thread of its own, so that work is asynchronous for real.
+#include <algorithm>
+
+#include "runtime/core.h"
+
+namespace softnpu {
+namespace {
+
+thread_local const Stream* t_running = nullptr;
+// Never destroyed: stream threads outlive main().
+auto& g_list_mutex = *new std::mutex;
+auto& g_list = *new std::vector<std::weak_ptr<Stream>>;
+auto& g_defaults = *new std::map<int, std::shared_ptr<Stream>>;
+
+std::shared_ptr<Stream> make_stream(int visible) {
+  static std::atomic<int> ids{0};
+  auto stream = std::make_shared<Stream>(ids++, visible);
+  std::lock_guard<std::mutex> lock(g_list_mutex);
+  g_list.erase(std::remove_if(g_list.begin(), g_list.end(), [](auto& weak) { return weak.expired(); }), g_list.end());
+  g_list.push_back(stream);
+  return stream;
+}
+
+aclError create(aclrtStream* out) {
+  int visible = visible_device();
+  if (!out) return fail(ACL_ERROR_RT_PARAM_INVALID, "the stream's address is null");
+  if (visible < 0) return fail(ACL_ERROR_RT_CONTEXT_NULL, "a stream needs a device: call aclrtSetDevice first");
+  if (!table::take_streams(physical_device(), 1))
+    return fail(ACL_ERROR_RT_NO_STREAM_RESOURCE, "no stream left: all " + std::to_string(stream_budget()) +
+                                                     " of NPU " + std::to_string(physical_device()) + " are in use (SOFTNPU_STREAMS)");
+  *out = streams().add(make_stream(visible));
+  return ACL_SUCCESS;
+}
+
+aclError destroy(aclrtStream handle, bool drop_queue) {
+  auto stream = streams().remove(handle);
+  if (!stream) return fail(ACL_ERROR_RT_STREAM_CONTEXT, "aclrtDestroyStream of an unknown stream");
+  stream->close(drop_queue);
+  table::return_streams(visible_list()[stream->visible], 1);
+  return ACL_SUCCESS;
+}
+
+aclError synchronize(aclrtStream handle, int limit_ms) {
+  auto stream = resolve(handle);
+  if (!stream) return fail(ACL_ERROR_RT_STREAM_CONTEXT, "synchronisation of an unknown stream");
+  std::shared_ptr<Graph> graph;
+  {
+    std::lock_guard<std::mutex> lock(capture_mutex());
+    graph = stream->graph;
+  }
+  if (!graph) return stream->synchronize(limit_ms);
+  invalidate(*graph);
+  return fail(ACL_ERROR_RT_STREAM_CAPTURED, "a stream under capture cannot be synchronised");
+}
+
+aclError synchronize_device(int limit_ms) {
+  int visible = visible_device();
+  if (visible < 0) return fail(ACL_ERROR_RT_CONTEXT_NULL, "no device set on this thread");
+  if (auto code = forbid_in_capture("aclrtSynchronizeDevice")) return code;
+  aclError first = ACL_SUCCESS;
+  for (auto& stream : streams_of(visible))
+    if (aclError code = stream->synchronize(limit_ms); code && !first) first = code;
+  return first;
+}
+
+}  // namespace
+
+Registry<Stream>& streams() {
+  static auto* registry = new Registry<Stream>;
+  return *registry;
+}
+
+std::shared_ptr<Stream> resolve(aclrtStream handle) {
+  if (handle) return streams().find(handle);
+  int visible = std::max(visible_device(), 0);
+  {
+    std::lock_guard<std::mutex> lock(g_list_mutex);
+    if (auto found = g_defaults.find(visible); found != g_defaults.end()) return found->second;
+  }
+  auto stream = make_stream(visible);
+  std::lock_guard<std::mutex> lock(g_list_mutex);
+  return g_defaults.emplace(visible, stream).first->second;
+}
+
+std::vector<std::shared_ptr<Stream>> streams_of(int visible) {
+  std::vector<std::shared_ptr<Stream>> found;
+  std::lock_guard<std::mutex> lock(g_list_mutex);
+  for (auto& weak : g_list)
+    if (auto stream = weak.lock(); stream && stream->visible == visible) found.push_back(stream);
+  return found;
+}
+
+void Stream::push(Work work) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  queue_.push_back(std::move(work));
+  if (!started_) {
+    started_ = true;
+    std::thread([self = shared_from_this()] { self->loop(); }).detach();
+  } else if (!busy_) {
+    arrived_.notify_one();
+  }
+}
+
+void Stream::loop() {
+  t_running = this;
+  use_device(visible);
+  std::unique_lock<std::mutex> lock(mutex_);
+  for (;;) {
+    while (queue_.empty() && !closing_) {
+      busy_ = false;
+      drained_.notify_all();
+      arrived_.wait(lock);
+    }
+    if (queue_.empty()) break;
+    Work work = std::move(queue_.front());
+    queue_.pop_front();
+    busy_ = true;
+    lock.unlock();
+    run(work);
+    work = {};  // what the task owns is released before the stream can look idle
+    lock.lock();
+  }
+  busy_ = false;
+  drained_.notify_all();
+}
+
+void Stream::run(Work& work) {
+  if (error_ && !work.always) return;
+  log(3, "stream %d: %s", id, work.name.c_str());
+  aclError code = ACL_SUCCESS;
+  std::string text;
+  try {
+    code = work.body();
+    if (code) text = last_error();
+  } catch (const std::exception& error) {
+    code = ACL_ERROR_RT_AICORE_EXCEPTION;
+    text = error.what();
+  }
+  if (!code || error_) return;
+  std::lock_guard<std::mutex> lock(mutex_);
+  error_text_ = work.name + ": " + text;
+  error_ = code;
+  log(1, "stream %d stops: %s (%d)", id, error_text_.c_str(), static_cast<int>(code));
+}
+
+bool Stream::idle() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return queue_.empty() && !busy_;
+}
+
+aclError Stream::synchronize(int limit_ms) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  auto empty = [this] { return queue_.empty() && !busy_; };
+  if (limit_ms < 0)
+    drained_.wait(lock, empty);
+  else if (!drained_.wait_for(lock, std::chrono::milliseconds(limit_ms), empty))
+    return fail(ACL_ERROR_RT_STREAM_SYNC_TIMEOUT, "stream " + std::to_string(id) + " did not finish in " + std::to_string(limit_ms) + " ms");
+  return error_ ? fail(error_, error_text_) : ACL_SUCCESS;
+}
+
+void Stream::close(bool drop_queue) {
+  if (!drop_queue) synchronize(-1);
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (drop_queue) queue_.clear();
+  closing_ = true;
+  arrived_.notify_all();
+}
+
+bool Stream::runs_here() const { return t_running == this; }
+
+aclError enqueue(aclrtStream handle, std::string name, Task task) {
+  auto stream = resolve(handle);
+  if (!stream) return fail(ACL_ERROR_RT_STREAM_CONTEXT, name + " on an unknown stream");
+  return enqueue(stream, {std::move(name), std::move(task)});
+}
+
+}  // namespace softnpu
+
+using namespace softnpu;
+
+extern "C" {
+
+aclError aclrtCreateStream(aclrtStream* stream) { return create(stream); }
+aclError aclrtCreateStreamWithConfig(aclrtStream* stream, uint32_t, uint32_t) { return create(stream); }
+aclError aclrtDestroyStream(aclrtStream stream) { return destroy(stream, false); }
+aclError aclrtDestroyStreamForce(aclrtStream stream) { return destroy(stream, true); }
+aclError aclrtSynchronizeStream(aclrtStream stream) { return synchronize(stream, -1); }
+aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_t ms) { return synchronize(stream, ms); }
+aclError aclrtSynchronizeDevice() { return synchronize_device(-1); }
+aclError aclrtSynchronizeDeviceWithTimeout(int32_t ms) { return synchronize_device(ms); }
+
+aclError aclrtStreamQuery(aclrtStream handle, aclrtStreamStatus* status) {
+  auto stream = resolve(handle);
+  if (!stream || !status) return fail(ACL_ERROR_RT_PARAM_INVALID, "aclrtStreamQuery of an unknown stream");
+  *status = stream->idle() ? ACL_STREAM_STATUS_COMPLETE : ACL_STREAM_STATUS_NOT_READY;
+  return ACL_SUCCESS;
+}
+
+aclError aclrtStreamGetId(aclrtStream handle, int32_t* id) {
+  auto stream = resolve(handle);
+  if (!stream || !id) return fail(ACL_ERROR_RT_PARAM_INVALID, "aclrtStreamGetId of an unknown stream");
+  *id = stream->id;
+  return ACL_SUCCESS;
+}
+
+// A failed stream always stops, whatever was asked for: going on would turn one error into wrong numbers.
+aclError aclrtSetStreamFailureMode(aclrtStream, uint64_t) { return ACL_SUCCESS; }
+aclError aclrtSetStreamAttribute(aclrtStream, aclrtStreamAttr, aclrtStreamAttrValue*) { return ACL_SUCCESS; }
+
+aclError aclrtSetStreamOverflowSwitch(aclrtStream handle, uint32_t flag) {
+  auto stream = resolve(handle);
+  if (!stream) return fail(ACL_ERROR_RT_PARAM_INVALID, "aclrtSetStreamOverflowSwitch of an unknown stream");
+  stream->overflow_switch = flag;
+  return ACL_SUCCESS;
+}
+
+aclError aclrtGetStreamOverflowSwitch(aclrtStream handle, uint32_t* flag) {
+  auto stream = resolve(handle);
+  if (!stream || !flag) return fail(ACL_ERROR_RT_PARAM_INVALID, "aclrtGetStreamOverflowSwitch of an unknown stream");
+  *flag = stream->overflow_switch;
+  return ACL_SUCCESS;
+}
+
+aclError aclrtLaunchCallback(aclrtCallback function, void* data, aclrtCallbackBlockType, aclrtStream stream) {
+  return enqueue(stream, "callback", [=] { function(data); return ACL_SUCCESS; });
+}
+
+aclError aclrtLaunchHostFunc(aclrtStream stream, aclrtHostFunc function, void* data) {
+  return enqueue(stream, "host function", [=] { function(data); return ACL_SUCCESS; });
+}
+
+// Callbacks run on the stream's thread here, so the thread that would report them only has to wait.
+aclError aclrtSubscribeReport(uint64_t, aclrtStream) { return ACL_SUCCESS; }
+aclError aclrtUnSubscribeReport(uint64_t, aclrtStream) { return ACL_SUCCESS; }
+aclError aclrtProcessReport(int32_t ms) {
+  std::this_thread::sleep_for(std::chrono::milliseconds(ms > 0 ? std::min(ms, 1000) : 100));
+  return ACL_ERROR_RT_THREAD_SUBSCRIBE;
+}
+
+}  // extern "C"

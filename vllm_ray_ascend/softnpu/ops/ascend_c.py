@@ -1,0 +1,64 @@
+"""vllm_ascend.vllm_ascend_C: of vllm-ascend's own compiled operators those that Qwen3 and Qwen3-MoE use."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vllm_ray_ascend.softnpu.ops.dense import rms
+from vllm_ray_ascend.softnpu.ops.moe import gating_top_k
+
+_library: torch.library.Library | None = None
+
+
+def _add_rms_norm_bias(
+    x1: Tensor, x2: Tensor, gamma: Tensor, beta: Tensor | None = None, epsilon: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = x1 + x2
+    normed, inverse = rms(total, gamma, epsilon)
+    return (normed if beta is None else normed + beta), inverse, total
+
+
+def _add_rms_norm_bias_shapes(
+    x1: Tensor, x2: Tensor, gamma: Tensor, beta: Tensor | None = None, epsilon: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x1), x1.new_empty((*x1.shape[:-1], 1), dtype=torch.float32), torch.empty_like(x1)
+
+
+def _gating_top_k(
+    x: Tensor,
+    k: int,
+    k_group: int,
+    group_count: int,
+    group_select_mode: int,
+    renorm: int,
+    norm_type: int,
+    out_flag: bool,
+    routed_scaling_factor: float,
+    eps: float,
+    bias_opt: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return gating_top_k(
+        x, k, bias=bias_opt, k_group=k_group, group_count=group_count, renorm=renorm, norm_type=norm_type,
+        routed_scaling_factor=routed_scaling_factor, eps=eps,
+    )  # fmt: skip
+
+
+def install() -> None:
+    """Defines the operators; one that is not here stays undefined, and vllm-ascend's call of it raises with its name."""
+    global _library
+    if _library is not None:
+        return
+    _library = torch.library.Library("_C_ascend", "FRAGMENT")
+    _library.define(
+        "npu_add_rms_norm_bias(Tensor x1, Tensor x2, Tensor gamma, Tensor? beta=None, float epsilon=1e-6)"
+        " -> (Tensor, Tensor, Tensor)"
+    )
+    _library.impl("npu_add_rms_norm_bias", _add_rms_norm_bias, "PrivateUse1")
+    _library.impl("npu_add_rms_norm_bias", _add_rms_norm_bias_shapes, "Meta")
+    _library.define(
+        "moe_gating_top_k(Tensor x, int k, int k_group, int group_count, int group_select_mode, int renorm,"
+        " int norm_type, bool out_flag, float routed_scaling_factor, float eps, Tensor? bias_opt=None)"
+        " -> (Tensor, Tensor, Tensor)"
+    )
+    _library.impl("moe_gating_top_k", _gating_top_k, "PrivateUse1")

@@ -1,0 +1,126 @@
+"""What is done when other packages are imported: kernels behind torch_npu, references for what is compiled on a real NPU."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+Action = Callable[[ModuleType], None]
+
+
+class AfterImport(importlib.abc.MetaPathFinder):
+    """Runs an action on a module right after it was executed."""
+
+    def __init__(self, actions: dict[str, Action]) -> None:
+        self.actions = actions
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        action = self.actions.get(name)
+        if action is None:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_act(module: ModuleType) -> None:
+            execute(module)
+            action(module)
+
+        spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
+        return spec
+
+
+class Substitute(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Stands for modules that exist only where CANN compiled them: executing one runs its action."""
+
+    def __init__(self, actions: dict[str, Action]) -> None:
+        self.actions = actions
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        return importlib.machinery.ModuleSpec(name, self) if name in self.actions else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.actions[module.__name__](module)
+
+
+class MissingKernels(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Stands for packages of NPU kernels that vllm-ascend imports whether it uses them or not: what is called raises."""
+
+    def __init__(self, packages: set[str]) -> None:
+        self.packages = packages
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name.partition(".")[0] not in self.packages:
+            return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        def missing_kernel(attribute: str) -> Callable[..., None]:
+            if attribute.startswith("__"):
+                raise AttributeError(attribute)
+
+            def kernel(*args: object, **kwargs: object) -> None:
+                raise NotImplementedError(f"the software NPU has no kernel {module.__name__}.{attribute}")
+
+            return kernel
+
+        module.__getattr__ = missing_kernel  # type: ignore[method-assign]
+
+
+def _kernels(module: ModuleType) -> None:
+    from vllm_ray_ascend.softnpu.ops import kernels
+
+    kernels.install()
+
+
+def _ascend_c(module: ModuleType) -> None:
+    from vllm_ray_ascend.softnpu.ops import ascend_c
+
+    ascend_c.install()
+
+
+def _no_meta(module: ModuleType) -> None:
+    raise ImportError("vllm-ascend's own operators are not compiled for the software NPU")
+
+
+def _triton(module: ModuleType) -> None:
+    from vllm_ray_ascend.softnpu.ops import triton
+
+    triton.replace(module)
+
+
+def _atb(module: ModuleType) -> None:
+    from vllm_ray_ascend.softnpu.ops import atb
+
+    atb.install_after_registration(module)
+
+
+def install() -> None:
+    """Puts the hooks in front of Python's own finders. Costs nothing until one of the modules is imported."""
+    sys.meta_path[:0] = [
+        AfterImport(
+            {
+                "torch_npu": _kernels,
+                "torch_npu.op_plugin.atb._atb_ops": _atb,
+                "vllm_ascend.worker.block_table": _triton,
+            }
+        ),
+        Substitute({"vllm_ascend.vllm_ascend_C": _ascend_c, "vllm_ascend.meta_registration": _no_meta}),
+        MissingKernels({"fla_npu"}),
+    ]

@@ -1,0 +1,91 @@
+"""Puts a kernel behind every operator of the npu device, or a refusal that names the operator."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+# Kernels that make, re-view or move storage, or read one number: torch_npu's own are right here.
+KEPT_ATEN = frozenset(
+    """
+    empty empty_strided empty_like new_empty_strided as_strided view _reshape_alias squeeze unsqueeze unfold
+    view_as_real view_as_complex contiguous set_ resize_ _resize_output_ _copy_from _copy_from_and_resize
+    _local_scalar_dense is_pinned _pin_memory pin_memory record_stream is_set_to empty_quantized _to_copy to
+    _has_compatible_shallow_copy_type isclose allclose _empty_affine_quantized
+    """.split()
+)
+# Operators of torch_npu that only handle storage.
+KEPT_NPU = frozenset(
+    """
+    get_npu_format npu_reshape npu_reshape.out npu_format_cast npu_format_cast_ copy_memory_ get_storage_size npu_change_data_ptr
+    empty_with_format unsafe_empty_with_format npu_view_copy npu_lazy_ _has_compatible_shallow_copy_type
+    """.split()
+)
+
+_installed: ModuleType | None = None
+
+
+def extension() -> ModuleType:
+    """The compiled module of kernels."""
+    if _installed is None:
+        raise RuntimeError("the software NPU's kernels are installed when torch_npu is imported")
+    return _installed
+
+
+def _load() -> ModuleType:
+    path = Path(os.environ["SOFTNPU_LIB"]) / "_softnpu_ops.so"
+    spec = importlib.util.spec_from_file_location("_softnpu_ops", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} cannot be loaded. Build it anew: vllm-ray-ascend softnpu build")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def install() -> None:
+    """Runs once, right after torch_npu was imported."""
+    global _installed
+    if _installed is not None:
+        return
+    _installed = _load()
+    with warnings.catch_warnings():  # torch warns of each kernel that is replaced
+        warnings.simplefilter("ignore")
+        with _quiet_stderr():
+            _installed.install_aten(KEPT_ATEN)
+            from vllm_ray_ascend.softnpu.ops import dense, moe
+
+            _installed.refuse("npu", KEPT_NPU | dense.NAMES | moe.NAMES)
+    _define_torchvision_operators()
+
+
+class _quiet_stderr:
+    """Drops what C++ writes to standard error: torch warns of each replaced kernel there, a thousand lines."""
+
+    def __enter__(self) -> None:
+        self._saved = os.dup(2)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 2)
+        os.close(null)
+
+    def __exit__(self, *exception: object) -> None:
+        os.dup2(self._saved, 2)
+        os.close(self._saved)
+
+
+_torchvision: torch.library.Library | None = None
+
+
+def _define_torchvision_operators() -> None:
+    """torchvision's wheel for this torch is a CUDA build whose operators cannot load; to be imported it needs two schemas."""
+    global _torchvision
+    _torchvision = torch.library.Library("torchvision", "FRAGMENT")
+    for schema in (
+        "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+        "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    ):
+        _torchvision.define(schema)
