@@ -31,6 +31,7 @@ from vllm_ray_ascend.softnpu.cluster.plan import (
     node_environment,
     plain_state_dir,
     ray_start_command,
+    with_ray_defaults,
 )
 
 Report = Callable[[str], None]
@@ -258,7 +259,9 @@ def _ask_ray(cluster: Cluster) -> dict[str, dict[str, Any]]:
     probe = Path(__file__).with_name("probe.py")
     command = [sys.executable, "-I", str(probe), cluster.ray_address]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        result = subprocess.run(
+            command, env=with_ray_defaults(os.environ), capture_output=True, text=True, timeout=20
+        )
         return {node["name"]: node for node in json.loads(result.stdout)}
     except (subprocess.TimeoutExpired, ValueError):
         return {}

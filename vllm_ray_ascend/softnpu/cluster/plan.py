@@ -201,7 +201,7 @@ def hosts_file(cluster: Cluster) -> str:
 
 def node_environment(cluster: Cluster, node: Node, base: Mapping[str, str]) -> dict[str, str]:
     """Environment of a process on ``node``: ``base`` with the node's identity and the cluster's address."""
-    environment = dict(base)
+    environment = with_ray_defaults(base)
     environment.update(
         {
             MARKER: cluster.token,
@@ -209,12 +209,19 @@ def node_environment(cluster: Cluster, node: Node, base: Mapping[str, str]) -> d
             "SOFTNPU_DEVICES": str(cluster.shape.npus_per_node),
             "SOFTNPU_MEMORY": cluster.shape.memory,
             "SOFTNPU_NODE": node.hostname,
-            "RAY_USAGE_STATS_ENABLED": "0",
         }
     )
     if cluster.shape.kind == "plain":
         environment["SOFTNPU_STATE_DIR"] = str(plain_state_dir(cluster))
     return environment
+
+
+def with_ray_defaults(base: Mapping[str, str]) -> dict[str, str]:
+    """``base`` with settings of Ray on which all processes of a cluster, and its clients, must agree.
+
+    Without RAY_AUTH_MODE Ray (from 2.59) chooses by whether some other program left a token in the home directory.
+    """
+    return {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", **base}
 
 
 def plain_state_dir(cluster: Cluster) -> Path:

@@ -1,5 +1,7 @@
 #include "hccl/collectives.h"
 
+#include <numeric>
+
 namespace softnpu::hccl {
 namespace {
 
@@ -50,21 +52,24 @@ void for_peers(const Communicator& comm, Each each) {
   for (uint32_t step = 1; step < comm.size(); step++) each((comm.rank() + step) % comm.size());
 }
 
-// Element range of a rank's share when `count` elements are dealt out.
-struct Share {
+struct Range {
   uint64_t begin, count;
-  Share(uint64_t count_all, uint32_t ranks, uint32_t rank)
-      : begin(count_all * rank / ranks), count(count_all * (rank + 1) / ranks - begin) {}
 };
 
+// Of `count` elements dealt out to `ranks`.
+Range share(uint64_t count, uint32_t ranks, uint32_t rank) {
+  uint64_t begin = count * rank / ranks;
+  return {begin, count * (rank + 1) / ranks - begin};
+}
+
 // Every rank gets its own range of the sum: range(rank) says which one of `send` that is.
-template <class Range>
-void exchange_and_reduce(Communicator& comm, const Operation& operation, const char* send, char* out, Scratch& scratch, Range range) {
+void exchange_and_reduce(Communicator& comm, const Operation& operation, const char* send, char* out, Scratch& scratch,
+                         const std::function<Range(uint32_t)>& range) {
   size_t element = size_of(operation.type);
-  auto own = range(comm.rank());
+  Range own = range(comm.rank());
   std::vector<Transfer> transfers;
   for_peers(comm, [&](uint32_t peer) {
-    auto theirs = range(peer);
+    Range theirs = range(peer);
     transfers.push_back(sending(peer, send + theirs.begin * element, theirs.count * element));
     transfers.push_back(receiving(peer, scratch.of(peer), own.count * element));
   });
@@ -72,19 +77,15 @@ void exchange_and_reduce(Communicator& comm, const Operation& operation, const c
   reduce(out, scratch.with(send + own.begin * element, comm.size()), own.count, operation.type, operation.reduce);
 }
 
-struct Range {
-  uint64_t begin, count;
-};
-
 void all_reduce_piece(Communicator& comm, const Operation& operation, const char* send, char* receive, uint64_t count, Scratch& scratch) {
   size_t element = size_of(operation.type);
-  auto share = [&](uint32_t rank) { return Share(count, comm.size(), rank); };
-  auto own = share(comm.rank());
+  auto of = [&](uint32_t rank) { return share(count, comm.size(), rank); };
+  Range own = of(comm.rank());
   char* result = receive + own.begin * element;
-  exchange_and_reduce(comm, operation, send, result, scratch, share);
+  exchange_and_reduce(comm, operation, send, result, scratch, of);
   std::vector<Transfer> transfers;
   for_peers(comm, [&](uint32_t peer) {
-    auto theirs = share(peer);
+    Range theirs = of(peer);
     transfers.push_back(sending(peer, result, own.count * element));
     transfers.push_back(receiving(peer, receive + theirs.begin * element, theirs.count * element));
   });
@@ -168,13 +169,15 @@ void reduce_scatter(Communicator& comm, const char* send, const Layout& layout, 
   uint64_t largest = *std::max_element(layout.counts.begin(), layout.counts.end());
   uint64_t own_bytes = layout.counts[comm.rank()] * element;
   uint64_t piece = kPieceBytes / element;
+  uint64_t all = std::accumulate(layout.counts.begin(), layout.counts.end(), uint64_t{0});
+  Operation operation{Kind::kReduceScatter, type, op, UINT32_MAX, all * element};
   Scratch scratch(comm, std::min(piece, largest) * element);
   // A result that lies where later pieces are still to be sent from has to wait.
   std::unique_ptr<char[]> late;
   if (overlap(send, extent(layout) * element, receive, own_bytes)) late.reset(new char[own_bytes]);
   char* out = late ? late.get() : receive;
   for (uint64_t at = 0; at < largest; at += piece) {
-    exchange_and_reduce(comm, {Kind::kReduceScatter, type, op}, send, out + at * element, scratch, [&](uint32_t rank) {
+    exchange_and_reduce(comm, operation, send, out + at * element, scratch, [&](uint32_t rank) {
       uint64_t count = layout.counts[rank], begin = std::min(at, count);
       return Range{layout.displacements[rank] + begin, std::min(piece, count - begin)};
     });
@@ -204,13 +207,13 @@ void all_to_all(Communicator& comm, const char* send, const Layout& out, HcclDat
     send = before.get();
   }
   std::vector<Transfer> transfers;
-  auto add = [&](uint32_t peer) {
+  for_peers(comm, [&](uint32_t peer) {
     transfers.push_back(sending(peer, send + out.displacements[peer] * sent, out.counts[peer] * sent));
     transfers.push_back(receiving(peer, receive + in.displacements[peer] * received, in.counts[peer] * received));
-  };
-  for_peers(comm, add);
-  add(comm.rank());
+  });
   comm.move({Kind::kAllToAll, send_type}, std::move(transfers));
+  uint32_t self = comm.rank();
+  copy(receive + in.displacements[self] * received, send + out.displacements[self] * sent, out.counts[self] * sent);
 }
 
 void send_receive(Communicator& comm, const std::vector<HcclSendRecvItem>& items) {

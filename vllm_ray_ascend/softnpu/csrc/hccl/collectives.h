@@ -16,11 +16,6 @@ struct Layout {
   static Layout copy(const void* counts, const void* displacements, uint32_t ranks);
 };
 
-struct Part {
-  const char* data;
-  uint64_t count;
-};
-
 void all_reduce(Communicator& comm, const char* send, char* receive, uint64_t count, HcclDataType type, HcclReduceOp op);
 void reduce_to(Communicator& comm, const char* send, char* receive, uint64_t count, HcclDataType type, HcclReduceOp op, uint32_t root);
 void broadcast(Communicator& comm, char* data, uint64_t count, HcclDataType type, uint32_t root);

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "hccl/hccl.h"
 #include "softnpu.h"
@@ -62,20 +63,19 @@ class Reader {
   T get() {
     static_assert(std::is_trivially_copyable_v<T>);
     T value;
-    memcpy(&value, take(sizeof value), sizeof value);
+    bytes_.copy(reinterpret_cast<char*>(&value), sizeof value, take(sizeof value));
     return value;
   }
   std::string text() {
     size_t size = get<uint32_t>();
-    return std::string(take(size), size);
+    return bytes_.substr(take(size), size);
   }
 
  private:
-  const char* take(size_t size) {
+  // Where the next `size` bytes start.
+  size_t take(size_t size) {
     if (size > bytes_.size() - at_) throw Failure(HCCL_E_INTERNAL, "HCCL: a message is shorter than it says");
-    const char* here = bytes_.data() + at_;
-    at_ += size;
-    return here;
+    return std::exchange(at_, at_ + size);
   }
 
   std::string bytes_;

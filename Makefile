@@ -1,0 +1,41 @@
+# The project's commands. Each sets up what it needs: a virtual environment in .venv, made by PYTHON.
+#   make serve   the main job: `vllm serve` over Ray on NPUs (MODEL=, SERVE_ARGS=, PORT=, SERVE_ONCE=1)
+#   make test    all tests; make test-matrix: also the slow combinations
+#   make lint    ruff and mypy
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.10 python3,$(if $(shell command -v $(name)),$(name))))
+RUN := .venv/bin
+ON_SOFTWARE_NPUS := $(RUN)/vllm-ray-ascend softnpu exec --
+PYTEST_ARGS ?=
+
+.PHONY: serve test test-matrix lint format clean
+
+serve:
+	@$(PYTHON) demo/install.py
+	@$(RUN)/python -m demo.serve
+
+test:
+	@$(PYTHON) demo/install.py test
+	@echo '== unit tests'
+	$(RUN)/python -m pytest tests/unit $(PYTEST_ARGS)
+	@echo '== on software NPUs: the device layer, HCCL, the plugin, clusters'
+	$(ON_SOFTWARE_NPUS) $(RUN)/python -m pytest tests/softnpu $(PYTEST_ARGS)
+	@echo '== whole engines and servers'
+	$(RUN)/python -m pytest tests/e2e $(PYTEST_ARGS)
+
+test-matrix:
+	@$(PYTHON) demo/install.py test
+	$(RUN)/python -m pytest tests/e2e -m 'slow or not slow' $(PYTEST_ARGS)
+
+lint:
+	@$(PYTHON) demo/install.py test lint
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+format:
+	@$(PYTHON) demo/install.py lint
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+
+clean:
+	rm -rf .venv .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

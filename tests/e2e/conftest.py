@@ -1,0 +1,72 @@
+"""Clusters for whole engines: as few as possible, each made once and removed at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from demo.server import QUIET
+from tests.e2e.generate import MARKER
+from vllm_ray_ascend.softnpu.cluster import manager
+from vllm_ray_ascend.softnpu.cluster.plan import Cluster, Shape
+
+ROOT = Path(__file__).resolve().parents[2]
+ENGINE_LIMIT_S = 400
+
+
+def _cluster(name: str, nodes: int, npus_per_node: int) -> Iterator[Cluster]:
+    kind, _ = manager.best_kind()
+    cluster, _ = manager.up(name, Shape(nodes=nodes, npus_per_node=npus_per_node, kind=kind))
+    yield cluster
+    manager.down(name)
+
+
+@pytest.fixture(scope="module")
+def one_node() -> Iterator[Cluster]:
+    """One node with 4 NPUs."""
+    yield from _cluster("e2e-one", 1, 4)
+
+
+@pytest.fixture(scope="module")
+def two_nodes_of_one() -> Iterator[Cluster]:
+    """Two nodes with an NPU each: two ranks have to be on both."""
+    yield from _cluster("e2e-two-one", 2, 1)
+
+
+@pytest.fixture(scope="module")
+def two_nodes_of_two() -> Iterator[Cluster]:
+    """Two nodes with 2 NPUs each: four ranks have to be on both."""
+    yield from _cluster("e2e-two-two", 2, 2)
+
+
+Runner = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def on_head(cluster: Cluster, *command: str, limit_s: float = ENGINE_LIMIT_S, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a command on the cluster's head node, as a user would there."""
+    base = {**os.environ, **QUIET, "PYTHONPATH": str(ROOT), **variables}
+    return subprocess.run(
+        manager.node_command(cluster, 1, [sys.executable, *command]),
+        env=manager.command_environment(cluster, 1, base),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=limit_s,
+    )
+
+
+def generated(cluster: Cluster, options: dict[str, Any], **variables: str) -> tuple[dict[str, Any], str]:
+    """What tests.e2e.generate printed, and its whole log."""
+    done = on_head(cluster, "-m", "tests.e2e.generate", json.dumps(options), **variables)
+    log = done.stdout + done.stderr
+    found = [line for line in done.stdout.splitlines() if line.startswith(MARKER)]
+    assert done.returncode == 0 and found, f"exit code {done.returncode}\n{log[-6000:]}"
+    result: dict[str, Any] = json.loads(found[-1][len(MARKER) :])
+    return result, log
