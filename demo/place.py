@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import shutil
 import subprocess
 import sys
@@ -14,9 +13,11 @@ from pathlib import Path
 
 from demo.options import DemoError
 from vllm_ray_ascend.softnpu.cluster import manager
-from vllm_ray_ascend.softnpu.cluster.plan import Cluster, Shape
+from vllm_ray_ascend.softnpu.cluster.plan import Cluster, ClusterError, Shape
 
-CLUSTER = "default"
+CLUSTER = "serve"
+_NODES = 2
+_MOST_NPUS_PER_NODE = 8
 _RAY_START_LIMIT_S = 120
 
 
@@ -45,15 +46,11 @@ def software_npus(needed: int, environ: Mapping[str, str]) -> Iterator[Place]:
     """The cluster ``CLUSTER``; removed afterwards if it was made here."""
     cluster = _healthy_cluster()
     created = cluster is None
-    shape = cluster.shape if cluster else _default_shape(environ)
-    available = shape.nodes * shape.npus_per_node
-    if needed > available:
-        raise DemoError(
-            f"TP x PP x DP needs {needed} NPUs, but the cluster has {shape.nodes} nodes x {shape.npus_per_node} = "
-            f"{available}: ask for less in SERVE_ARGS, or first make a larger one "
-            "(vllm-ray-ascend softnpu cluster down, then up --npus-per-node 16)."
-        )
-    if cluster is None:
+    if cluster is not None:
+        _check_enough(needed, cluster.shape.nodes, cluster.shape.npus_per_node)
+    else:
+        _check_enough(needed, _NODES, _MOST_NPUS_PER_NODE)
+        shape = _shape(needed, environ)
         cluster, _ = manager.up(CLUSTER, shape, report=lambda line: print(f"  {line}", flush=True))
     try:
         yield _place_in(cluster, environ)
@@ -79,18 +76,29 @@ def real_npus(needed: int, environ: Mapping[str, str]) -> Iterator[Place]:
 
 
 def _healthy_cluster() -> Cluster | None:
-    with contextlib.suppress(manager.ClusterError):
+    with contextlib.suppress(ClusterError):
         cluster, nodes = manager.status(CLUSTER)
         if all(node.alive for node in nodes):
             return cluster
     return None
 
 
-def _default_shape(environ: Mapping[str, str]) -> Shape:
+def _check_enough(needed: int, nodes: int, npus: int) -> None:
+    if needed > nodes * npus:
+        raise DemoError(
+            f"TP x PP x DP needs {needed} NPUs, but the cluster has {nodes} nodes x {npus} = {nodes * npus}: ask for "
+            f"less in SERVE_ARGS, or make a larger cluster first (vllm-ray-ascend softnpu cluster down --name "
+            f"{CLUSTER}, then up --name {CLUSTER} --nodes {nodes} --npus-per-node {-(-needed // nodes)})."
+        )
+
+
+def _shape(needed: int, environ: Mapping[str, str]) -> Shape:
     kind, reason = manager.best_kind()
     if reason:
         print(f"  both nodes share this machine's address: {reason}")
-    return Shape(memory=environ.get("SOFTNPU_MEMORY", "4G"), kind=kind)
+    # No more NPUs than it takes: Ray fills a node before it goes on to the next, and both nodes shall take part.
+    npus = -(-needed // _NODES)
+    return Shape(nodes=_NODES, npus_per_node=npus, memory=environ.get("SOFTNPU_MEMORY", "4G"), kind=kind)
 
 
 def _place_in(cluster: Cluster, environ: Mapping[str, str]) -> Place:
@@ -99,7 +107,7 @@ def _place_in(cluster: Cluster, environ: Mapping[str, str]) -> Place:
     return Place(
         description=f"{shape.nodes} nodes x {shape.npus_per_node} software NPUs, Ray at {cluster.ray_address}",
         address=head.address,
-        bind="0.0.0.0" if own_address else "127.0.0.1",  # noqa: S104 - only this machine reaches a node's address
+        bind="0.0.0.0" if own_address else "127.0.0.1",  # only this machine reaches a node's address
         command=lambda command: manager.node_command(cluster, 1, command),
         environment=manager.command_environment(cluster, 1, environ),
     )
@@ -108,7 +116,7 @@ def _place_in(cluster: Cluster, environ: Mapping[str, str]) -> Place:
 def _npus_of_ray(environ: Mapping[str, str]) -> int | None:
     """NPUs of the Ray cluster in reach; None when there is no such cluster."""
     code = "import ray; ray.init('auto', log_to_driver=False); print(int(ray.cluster_resources().get('NPU', 0)))"
-    result = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
     if result.returncode == 0:
         return int(result.stdout.split()[-1])
     if environ.get("RAY_ADDRESS"):

@@ -46,7 +46,9 @@ def main() -> int:
 def _run(options: Options, listener: socket.socket) -> int:
     os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
     real = has_real_npus()
-    print(f"cluster: {'the NPUs of this machine' if real else 'software NPUs (no Ascend NPU is found here)'}", flush=True)
+    print(
+        f"cluster: {'the NPUs of this machine' if real else 'software NPUs (no Ascend NPU is found here)'}", flush=True
+    )
     with (real_npus if real else software_npus)(options.npus, os.environ) as place, contextlib.ExitStack() as stack:
         print(f"  {place.description}\nserver: {options.model} (log: {LOG})", flush=True)
         if place.address == "127.0.0.1":

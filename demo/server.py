@@ -18,7 +18,9 @@ _START_LIMIT_S = 600.0
 _STOP_LIMIT_S = 30.0
 _REPORT_EVERY_S = 5.0
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-_ERROR = re.compile(r"\b(?:[A-Z]\w*(?:Error|Exception)\b|error:|ERROR )")
+# Who wrote a log line, and when: "(EngineCore pid=7) (Worker pid=8, ip=10.77.0.2) ERROR 11-21 06:29:14 [core.py:12] "
+_PREFIX = re.compile(r"^(?:\([^()]* ?pid=[^()]*\) )*(?:[A-Z]+ [\d-]+ [\d:]+ \[[^\]]*\] )?")
+_ERROR = re.compile(r"^(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception|Exit)\b.*:|\berror: ")
 # The plugin's line of a healthy start: "..., rank 0 -> 10.77.0.1 NPU 0 (physical 0), ..."
 _RANK = re.compile(r"rank (\d+) -> (\S+) (NPU \d+(?: \(physical \d+\))?)")
 
@@ -116,7 +118,7 @@ class Server:
 
     def _healthy(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=2) as answer:  # noqa: S310 - http by construction
+            with urllib.request.urlopen(f"{self.url}/health", timeout=2) as answer:
                 return bool(answer.status == 200)
         except (urllib.error.URLError, OSError):
             return False
@@ -124,12 +126,16 @@ class Server:
     def _text(self) -> str:
         return _COLOUR.sub("", self.log.read_text(errors="replace"))
 
-    def _last_line(self) -> str:
-        lines = [line for line in self._text().splitlines() if line.strip()]
-        return lines[-1][:110] if lines else "(no output yet)"
+    def _messages(self) -> list[str]:
+        """The log's lines without who wrote them; empty ones left out."""
+        return [text for line in self._text().splitlines() if (text := _PREFIX.sub("", line).rstrip())]
 
-    def _errors(self, most: int = 12) -> str:
-        """The log's last distinct lines that name an error, else its last lines."""
-        lines = self._text().splitlines()
-        errors = list(dict.fromkeys(line for line in lines if _ERROR.search(line)))
-        return "\n".join([*(errors or lines)[-most:], f"(the whole log: {self.log})"])
+    def _last_line(self) -> str:
+        messages = self._messages()
+        return messages[-1][:110] if messages else "(no output yet)"
+
+    def _errors(self, most: int = 8) -> str:
+        """The log's first distinct messages that name an error: the cause comes first; without any, the last lines."""
+        messages = self._messages()
+        errors = list(dict.fromkeys(message[:500] for message in messages if _ERROR.search(message)))
+        return "\n".join([*(f"  {line}" for line in errors[:most] or messages[-most:]), f"(the whole log: {self.log})"])

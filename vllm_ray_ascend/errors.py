@@ -1,4 +1,4 @@
-"""Errors of this package. Every message says what failed, with which values, and the setting or command that mends it."""
+"""Our errors. Every message says what failed, with which values, and the setting or command that mends it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The NPU platform where VLLM_PLUGINS selects `ray_ascend` and not vllm-ascend's own. Loaded late: it needs vllm-ascend."""
+"""The NPU platform where VLLM_PLUGINS selects `ray_ascend` and not `ascend`. Loaded late: it needs vllm-ascend."""
 
 from __future__ import annotations
 

@@ -1,14 +1,16 @@
 """Entry points of vLLM's plugin groups. vLLM calls them in every process, so they import nothing heavy.
 
 Beside vllm-ascend, `platform` answers None (vLLM allows one out-of-tree platform) and sees to it that vllm-ascend's
-NPUPlatform gets our members when its module is loaded. Where VLLM_PLUGINS names `ray_ascend` and not `ascend`, our subclass
-of NPUPlatform is the platform, and `general` loads vllm-ascend's own general plugins, which VLLM_PLUGINS keeps out.
+NPUPlatform gets our members when its module is loaded. Where VLLM_PLUGINS names `ray_ascend` and not `ascend`, our
+subclass of NPUPlatform is the platform, and `general` loads vllm-ascend's own general plugins, which VLLM_PLUGINS keeps
+out.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from types import ModuleType
@@ -42,13 +44,14 @@ def general() -> None:
 
     Raises SettingError for a bad switch, NotActiveError where VLLM_RAY_ASCEND=1 cannot be fulfilled.
     """
+    _tell_vllm_our_switches()
     if is_off():
         return
     settings = load()
     if not _has_vllm_ascend():
         if settings.active == "1":
             raise NotActiveError(
-                f"{PREFIX}=1 asks for this plugin, but vllm-ascend is not installed. Install it "
+                f"{PREFIX}=1 asks for vllm-ray-ascend, but vllm-ascend is not installed. Install it "
                 f"(`pip install vllm-ascend`), or unset {PREFIX}."
             )
         return
@@ -91,20 +94,26 @@ def _load_executor(_: ModuleType) -> None:
     from vllm_ray_ascend.compat.executor import platform_is_ours
 
     if platform_is_ours():
-        __import__(_EXECUTOR_MODULE)
+        import_module(_EXECUTOR_MODULE)
+    elif load().active == "1":
+        raise NotActiveError(
+            f"{PREFIX}=1 asks for vllm-ray-ascend, but vLLM chose another platform than vllm-ascend's. Unset "
+            f"VLLM_TARGET_DEVICE, see that VLLM_PLUGINS names `ascend` or is unset, or unset {PREFIX}."
+        )
 
 
 def _select_executor(module: ModuleType) -> None:
-    from vllm_ray_ascend.compat.executor import platform_is_ours, select
+    from vllm_ray_ascend.compat.executor import select
 
-    if platform_is_ours():
-        select(module.RayAscendExecutor)
+    select(module.RayAscendExecutor)
 
 
 def _tell_vllm_our_switches() -> None:
     """vLLM warns about VLLM_* variables that it does not know, or refuses them."""
+    ours = [name for name in VARIABLES if name in os.environ]
+    if not ours:
+        return
     from vllm import envs
 
-    for name in VARIABLES:
-        if name in os.environ:
-            envs.environment_variables.setdefault(name, lambda name=name: os.environ.get(name))
+    for name in ours:
+        envs.environment_variables.setdefault(name, lambda name=name: os.environ.get(name))

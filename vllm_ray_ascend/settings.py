@@ -59,7 +59,7 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
 
 
 def is_off(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether VLLM_RAY_ASCEND=0. Never raises: vLLM swallows what a platform plugin raises, so others report bad values."""
+    """Whether VLLM_RAY_ASCEND=0. Never raises: vLLM swallows what a platform plugin raises; `load` tells bad values."""
     return (os.environ if environ is None else environ).get(PREFIX) == "0"
 
 

@@ -28,4 +28,5 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _lines(switch: Switch) -> str:
-    return f"{switch.variable}={switch.value}   (default {switch.default}; accepted: {switch.accepted})\n    {switch.meaning}"
+    setting = f"{switch.variable}={switch.value}"
+    return f"{setting}   (default {switch.default}; accepted: {switch.accepted})\n    {switch.meaning}"

@@ -1,4 +1,4 @@
-"""``vllm-ray-ascend``: one command a module of this folder, each with add_parser(subparsers) and run(args) -> exit code."""
+"""``vllm-ray-ascend``: one command a module of this folder, each with add_parser(subparsers)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser with every command. Their modules import nothing heavy, so that all of it works without torch or Ray."""
+    """The parser with every command. Their modules import nothing heavy: it all works without torch or Ray."""
     parser = argparse.ArgumentParser(prog="vllm-ray-ascend", description="vLLM over Ray on Ascend NPUs")
     parser.add_argument("--version", action="version", version=f"vllm-ray-ascend {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")

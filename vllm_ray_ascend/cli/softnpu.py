@@ -10,13 +10,11 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NoReturn
 
-from vllm_ray_ascend.errors import VllmRayAscendError
 from vllm_ray_ascend.softnpu.cluster.plan import Cluster, ClusterError, Shape
 
 if TYPE_CHECKING:
     from vllm_ray_ascend.softnpu.cluster.manager import NodeStatus
 
-_USAGE_ERROR = 2
 _UNHEALTHY = 1
 
 
@@ -33,20 +31,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code of the subcommand; 2, with a message on standard error, for what the user can mend."""
+    """Exit code of the subcommand. Raises VllmRayAscendError for what the user can mend."""
     action: Callable[[argparse.Namespace], int] = args.action
-    try:
-        return action(args)
-    except VllmRayAscendError as error:
-        print(f"vllm-ray-ascend softnpu: {error}", file=sys.stderr)
-        return _USAGE_ERROR
+    return action(args)
 
 
 def _add_cluster_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     # Options are accepted before the verb and after it. Those after it have no default, lest it undo one before.
-    cluster = commands.add_parser(
-        "cluster", help="a local Ray cluster of software-NPU nodes", allow_abbrev=False
-    )
+    cluster = commands.add_parser("cluster", help="a local Ray cluster of software-NPU nodes", allow_abbrev=False)
     _add_shape_options(cluster, keep_default=True)
     verbs = cluster.add_subparsers(dest="verb", required=True, metavar="up|status|down|exec")
     for verb, action, text in (

@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm_ray_ascend.cluster.resources import check_npus, live_nodes, total_npus
 from vllm_ray_ascend.compat.versions import installed, require_ray
+from vllm_ray_ascend.devices.visible import VARIABLE
 from vllm_ray_ascend.log import get_logger
 
 _POLL_S = 1.0
@@ -43,13 +44,11 @@ def require_npus(parallel_config: Any, wait_s: float) -> None:
     needed: int = parallel_config.world_size
     deadline = time.monotonic() + wait_s
     nodes = live_nodes(ray.nodes())
-    while total_npus(nodes) < needed and time.monotonic() < deadline:
-        logger.info(
-            "waiting for NPUs: %d needed, %g there, %.0f s left", needed, total_npus(nodes), deadline - time.monotonic()
-        )
+    while total_npus(nodes) < needed and (left := deadline - time.monotonic()) > 0:
+        logger.info("waiting for NPUs: %d needed, %g there, %.0f s left", needed, total_npus(nodes), left)
         time.sleep(_POLL_S)
         nodes = live_nodes(ray.nodes())
-    check_npus(nodes, needed, _sizes(parallel_config))
+    check_npus(nodes, needed, _sizes(parallel_config), os.environ.get(VARIABLE))
 
 
 def _sizes(parallel_config: Any) -> Mapping[str, int]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_ray_ascend.devices.visible import VARIABLE
 from vllm_ray_ascend.errors import ClusterResourceError
 from vllm_ray_ascend.settings import variable_of
 
@@ -38,22 +39,22 @@ def total_npus(nodes: Sequence[Node]) -> float:
     return sum(node.npus for node in nodes)
 
 
-def check_npus(nodes: Sequence[Node], needed: int, sizes: Mapping[str, int]) -> None:
+def check_npus(nodes: Sequence[Node], needed: int, sizes: Mapping[str, int], visible: str | None = None) -> None:
     """Raise ClusterResourceError where ``nodes`` declare fewer than ``needed`` NPUs.
 
-    ``sizes`` are the options whose product is ``needed``; the message quotes them.
+    ``sizes`` are the options whose product is ``needed``; the message quotes them,
+    and the ASCEND_RT_VISIBLE_DEVICES with which this process runs, ``visible``.
     """
     total = total_npus(nodes)
     if total >= needed:
         return
     asked = " x ".join(f"{option} {size}" for option, size in sizes.items())
     have = ", ".join(f"{node.address}: {node.npus:g}" for node in nodes) or "no live node"
-    raise ClusterResourceError(
-        f"The engine needs {needed} NPUs ({asked}), the Ray cluster has {total:g} ({have}). {_remedy(nodes, total)}"
-    )
+    shortage = f"The engine needs {needed} NPUs ({asked}), the Ray cluster has {total:g} ({have})."
+    raise ClusterResourceError(f"{shortage} {_remedy(nodes, total, visible)}")
 
 
-def _remedy(nodes: Sequence[Node], total: float) -> str:
+def _remedy(nodes: Sequence[Node], total: float, visible: str | None) -> str:
     with_gpus = [node for node in nodes if node.gpus and not node.npus]
     if with_gpus:
         counted = ", ".join(f"{node.address} declares {node.gpus:g} GPU" for node in with_gpus)
@@ -63,6 +64,14 @@ def _remedy(nodes: Sequence[Node], total: float) -> str:
         return (
             "No node declares an NPU: Ray finds them through CANN's Python module `acl` or /dev/davinci*. Load CANN's "
             """set_env.sh before `ray start`, or declare them: `ray start ... --resources='{"NPU": 8}'`."""
+            f"{_hint(visible)}"
         )
     wait = variable_of("npu_wait_s")
-    return f"Lower these sizes, or add nodes (`ray start --address=HEAD:PORT`). {wait}=SECONDS waits for a cluster that grows."
+    more = "Lower these sizes, or add nodes (`ray start --address=HEAD:PORT`)."
+    return f"{more} {wait}=SECONDS waits for a cluster that grows.{_hint(visible)}"
+
+
+def _hint(visible: str | None) -> str:
+    if not visible:
+        return ""
+    return f" {VARIABLE}={visible} is set here: of its own node Ray counts only NPUs that it names and that are there."

@@ -11,7 +11,7 @@ _UPSTREAM = "_vllm_ray_ascend_upstream"
 
 
 def platform_is_ours() -> bool:
-    """Whether vLLM's platform in this process has our members. Resolves the platform: not for use while plugins load."""
+    """Whether vLLM's platform has our members. It resolves the platform, so it is not for use while plugins load."""
     from vllm.platforms import current_platform
 
     return is_augmented(type(current_platform))
@@ -20,9 +20,9 @@ def platform_is_ours() -> bool:
 def select(executor: type) -> None:
     """Let the name RayExecutorV2 mean ``executor``; upstream's stays under another name. May be called again.
 
-    Symptom: users say "ray", vLLM's config and vllm-ascend's NPUWorker compare that very string, so a class or a qualified
-    name in its place misses their code for Ray. Mechanism: Executor.get_class looks the name up in its module at each
-    call, in vLLM 0.23 to 0.33. Removable when vLLM has a registry of executors.
+    Symptom: users say "ray", and vLLM's config and vllm-ascend's NPUWorker compare that very string, so a class or a
+    qualified name in its place misses their code for Ray. Mechanism: Executor.get_class looks the name up in its module
+    at each call, in vLLM 0.23 to 0.33. Removable when vLLM has a registry of executors.
     """
     module = _module()
     if getattr(module, _UPSTREAM, None) is None:

@@ -13,7 +13,7 @@ def entries(visible: str | None) -> list[str] | None:
 
 
 def physical(visible: str | None, index: int) -> int:
-    """Physical number of the NPU with visible index ``index``. Raises IndexError or ValueError where the list has none."""
+    """Physical number of the NPU with visible index ``index``. Raises IndexError or ValueError where there is none."""
     listed = entries(visible)
     return index if listed is None else int(listed[index])
 
@@ -21,8 +21,8 @@ def physical(visible: str | None, index: int) -> int:
 def complaint(visible: str | None, seen: int) -> str | None:
     """What is wrong with the list of a process that sees ``seen`` NPUs, or None.
 
-    CANN drops the first entry that it does not know, and all after it, without a word: such a process sees fewer NPUs than
-    its list names.
+    CANN drops the first entry that it does not know, and all after it, without a word: such a process sees fewer NPUs
+    than its list names.
     """
     listed = entries(visible)
     if listed is None or seen >= len(listed):

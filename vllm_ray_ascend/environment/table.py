@@ -37,8 +37,8 @@ def of_the_node(names: Iterable[str]) -> set[str]:
 def early_variables(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """Variables that a worker needs before it imports vLLM, as Ray's runtime_env takes them.
 
-    A worker resolves its platform while Ray unpickles its class, before the executor hands it the driver's variables: the
-    choice of plugins and our switches would come too late.
+    A worker resolves its platform while Ray unpickles its class, before the executor hands it the driver's variables:
+    the choice of plugins and our switches would come too late.
     """
     environ = os.environ if environ is None else environ
     return {name: environ[name] for name in ("VLLM_PLUGINS", *VARIABLES) if name in environ}

@@ -20,6 +20,8 @@ from vllm_ray_ascend.settings import load
 
 logger = get_logger(__name__)
 
+_REPORT_LIMIT_S = 60.0
+
 
 class RayAscendExecutor(RayExecutorV2):
     """vLLM's RayExecutorV2 on NPUs. Its start is upstream's, with our worker, our checks and our rule for variables."""
@@ -36,7 +38,7 @@ class RayAscendExecutor(RayExecutorV2):
         )
         try:
             start(self)
-            self.ranks = self.collective_rpc(report)
+            self.ranks = self.collective_rpc(report, timeout=_REPORT_LIMIT_S)
         except BaseException:
             self._undo_start(own_placement)
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ def report(worker: Any) -> Rank:
 
     visible = _opened_npu()
     return Rank(
-        rank=worker.rpc_rank if worker.worker is None else worker.worker.rank,
+        rank=worker.rank,
         address=ray.util.get_node_ip_address(),
         visible=visible,
         physical=_physical(visible),
@@ -56,20 +56,20 @@ def _count(things: set[Any], name: str) -> str:
 
 def _opened_npu() -> int:
     """Visible index of the NPU that this thread has open, as CANN says."""
-    return _ask(ctypes.CDLL(_ACL).aclrtGetDevice, "aclrtGetDevice")
+    found = ctypes.c_int32(-1)
+    code = ctypes.CDLL(_ACL).aclrtGetDevice(ctypes.byref(found))
+    if code:
+        raise RuntimeError(
+            f"aclrtGetDevice failed with CANN error {code}: worker process {os.getpid()} has no NPU open. Its log says "
+            "why, just before this; `npu-smi info` shows whether the NPU is healthy."
+        )
+    return found.value
 
 
 def _physical(visible: int) -> int:
-    """Physical number: CANN's where it can say (8.3 and later), else by the visible list."""
-    ask = getattr(ctypes.CDLL(_ACL), "aclrtGetPhyDevIdByLogicDevId", None)
-    if ask is None:
-        return physical(os.environ.get(VARIABLE), visible)
-    return _ask(ask, "aclrtGetPhyDevIdByLogicDevId", ctypes.c_int32(visible))
-
-
-def _ask(function: Callable[..., int], name: str, *arguments: Any) -> int:
-    answer = ctypes.c_int32(-1)
-    code = function(*arguments, ctypes.byref(answer))
-    if code:
-        raise RuntimeError(f"{name} failed with CANN error {code} in worker process {os.getpid()}")
-    return answer.value
+    """Physical number as CANN says, or by the visible list where CANN is too old to say."""
+    ask = getattr(ctypes.CDLL(_ACL), "aclrtGetLogicDevIdByUserDevId", None)
+    found = ctypes.c_int32(-1)
+    if ask is not None and ask(ctypes.c_int32(visible), ctypes.byref(found)) == 0:
+        return found.value
+    return physical(os.environ.get(VARIABLE), visible)

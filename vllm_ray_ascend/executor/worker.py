@@ -38,8 +38,8 @@ class RayAscendWorkerProc(RayWorkerProc):
 
 
 _REMEDY = (
-    f"Stop Ray on that node (`ray stop`), set {VARIABLE} to NPUs that `npu-smi info` lists, or unset it, and start Ray there "
-    "again: workers have the variable of their node's `ray start`."
+    f"Stop Ray on that node (`ray stop`), set {VARIABLE} to NPUs that `npu-smi info` lists, or unset it, and start Ray "
+    "there again: workers have the variable of their node's `ray start`."
 )
 
 
@@ -55,6 +55,6 @@ def _not_active() -> str:
     return (
         f"{_address()}: vLLM's platform is {type(current_platform).__qualname__}, not the NPU platform with "
         f"vllm-ray-ascend (VLLM_PLUGINS={os.environ.get('VLLM_PLUGINS', 'unset')}). Install the same vllm-ascend and "
-        "vllm-ray-ascend on that node, and start Ray there with neither VLLM_RAY_ASCEND=0 nor a VLLM_PLUGINS that lacks "
-        "`ray_ascend`."
+        "vllm-ray-ascend on that node, and start Ray there without VLLM_RAY_ASCEND=0, and without a VLLM_PLUGINS that "
+        "lacks `ray_ascend`."
     )

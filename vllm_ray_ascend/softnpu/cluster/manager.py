@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_ray_ascend.devices.visible import VARIABLE, entries
 from vllm_ray_ascend.softnpu.activate import environment
 from vllm_ray_ascend.softnpu.cluster import namespaces, processes, state
 from vllm_ray_ascend.softnpu.cluster.plan import (
@@ -25,6 +26,7 @@ from vllm_ray_ascend.softnpu.cluster.plan import (
     Node,
     Shape,
     check_name,
+    check_visible,
     choose_subnet,
     describe_difference,
     make_cluster,
@@ -89,6 +91,8 @@ def up(
         _check_ray()
         base = environment(os.environ)
         cluster = _plan(name, shape, subnet)
+        for node in cluster.nodes:
+            check_visible(_visible_on(node, settings or {}), shape.npus_per_node, node.hostname)
         try:
             _create(cluster, base, settings or {}, report)
         except BaseException:
@@ -216,16 +220,19 @@ def _wait_until_alive(cluster: Cluster, settings: NodeSettings) -> None:
             reasons = "; ".join(f"{node.hostname}: {node.reason}" for node in dead)
             raise ClusterError(f"nodes did not become alive within {_START_LIMIT_S:g} s: {reasons}")
         time.sleep(0.2)
-    for node in _status_of(cluster):
-        variables = {**os.environ, **settings.get(node.index, {})}
-        visible = variables.get("ASCEND_RT_VISIBLE_DEVICES")
-        expected = cluster.shape.npus_per_node if visible is None else len(visible.split(","))
-        if node.npus != expected:
+    for node, found in zip(cluster.nodes, _status_of(cluster), strict=True):
+        visible = _visible_on(node, settings)
+        expected = len(entries(visible) or range(cluster.shape.npus_per_node))
+        if found.npus != expected:
             raise ClusterError(
-                f"Ray counts {node.npus} NPUs on {node.hostname}, not {expected}: the node has devices 0 to "
-                f"{cluster.shape.npus_per_node - 1} and ASCEND_RT_VISIBLE_DEVICES is "
-                f"{'not set' if visible is None else repr(visible)}. Correct that variable, or --npus-per-node."
+                f"Ray counts {found.npus} NPUs on {node.hostname}, not {expected} ({VARIABLE}="
+                f"{visible or ''}): see what pyACL finds there: vllm-ray-ascend softnpu exec -- "
+                "python -c 'import acl; print(acl.rt.get_device_count())'"
             )
+
+
+def _visible_on(node: Node, settings: NodeSettings) -> str | None:
+    return {**os.environ, **settings.get(node.index, {})}.get(VARIABLE)
 
 
 def _status_of(cluster: Cluster) -> list[NodeStatus]:
@@ -260,7 +267,7 @@ def _ask_ray(cluster: Cluster) -> dict[str, dict[str, Any]]:
     command = [sys.executable, "-I", str(probe), cluster.ray_address]
     try:
         result = subprocess.run(
-            command, env=with_ray_defaults(os.environ), capture_output=True, text=True, timeout=20
+            command, env=with_ray_defaults(os.environ), capture_output=True, text=True, timeout=20, check=False
         )
         return {node["name"]: node for node in json.loads(result.stdout)}
     except (subprocess.TimeoutExpired, ValueError):

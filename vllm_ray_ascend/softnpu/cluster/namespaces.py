@@ -39,10 +39,14 @@ def missing() -> str | None:
     """Why this machine cannot make such nodes; None when it can."""
     if os.geteuid() != 0:
         return "not running as root"
-    absent = [tool for tool in ("ip", "unshare", "nsenter", "setsid", "mount", "hostname") if shutil.which(tool) is None]
+    absent = [
+        tool for tool in ("ip", "unshare", "nsenter", "setsid", "mount", "hostname") if shutil.which(tool) is None
+    ]
     if absent:
         return f"commands not found: {', '.join(absent)}"
-    trial = subprocess.run([*_UNSHARE, "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], capture_output=True, text=True)
+    trial = subprocess.run(
+        [*_UNSHARE, "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], capture_output=True, text=True, check=False
+    )
     if trial.returncode != 0:
         return f"this machine forbids namespaces: {trial.stderr.strip()}"
     return None
@@ -106,7 +110,7 @@ def destroy(cluster: Cluster) -> None:
     links = {link["ifname"] for link in json.loads(_ip("-json", "link", "show"))}
     for link in [*(node.link for node in cluster.nodes), cluster.bridge]:
         if link in links:
-            subprocess.run(["ip", "link", "delete", link], capture_output=True)
+            subprocess.run(["ip", "link", "delete", link], capture_output=True, check=False)
     left = {link["ifname"] for link in json.loads(_ip("-json", "link", "show"))} & {cluster.bridge}
     if left:
         raise ClusterError(f"network bridge {cluster.bridge} could not be removed: ip link delete {cluster.bridge}")
@@ -142,7 +146,7 @@ def _ip(*arguments: str) -> str:
 
 
 def _run(command: list[str]) -> str:
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise ClusterError(f"`{' '.join(command)}` failed: {result.stderr.strip()}")
     return result.stdout

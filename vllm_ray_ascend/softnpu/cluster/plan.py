@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from vllm_ray_ascend.devices.visible import VARIABLE, entries
 from vllm_ray_ascend.errors import VllmRayAscendError
 
 Kind = Literal["namespaces", "plain"]
@@ -104,7 +105,7 @@ def check_name(name: str) -> str:
     """``name`` itself if it can name a cluster, its hosts and its files."""
     if not _NAME.fullmatch(name):
         raise ClusterError(
-            f"--name {name!r} cannot name a cluster: use 1 to 20 lower-case letters, digits and hyphens (--name test-1)."
+            f"--name {name!r} cannot name a cluster: use 1 to 20 lower-case letters, digits and hyphens, as in test-1."
         )
     return name
 
@@ -209,10 +210,9 @@ def node_environment(cluster: Cluster, node: Node, base: Mapping[str, str]) -> d
             "SOFTNPU_DEVICES": str(cluster.shape.npus_per_node),
             "SOFTNPU_MEMORY": cluster.shape.memory,
             "SOFTNPU_NODE": node.hostname,
+            "SOFTNPU_STATE_DIR": str(plain_state_dir(cluster)) if cluster.shape.kind == "plain" else "/dev/shm",
         }
     )
-    if cluster.shape.kind == "plain":
-        environment["SOFTNPU_STATE_DIR"] = str(plain_state_dir(cluster))
     return environment
 
 
@@ -227,6 +227,17 @@ def with_ray_defaults(base: Mapping[str, str]) -> dict[str, str]:
 def plain_state_dir(cluster: Cluster) -> Path:
     """Where software NPUs of a cluster without namespaces keep what must vanish with the cluster."""
     return Path("/dev/shm") / f"softnpu-{cluster.token}"
+
+
+def check_visible(visible: str | None, npus: int, hostname: str) -> None:
+    """Raise ClusterError if ``visible``, a node's ASCEND_RT_VISIBLE_DEVICES, names a device that the node has not."""
+    listed = entries(visible) or []
+    for position, entry in enumerate(listed):
+        if not entry.isdecimal() or int(entry) >= npus or entry in listed[:position]:
+            raise ClusterError(
+                f"{VARIABLE}={visible} names {entry!r}, but node {hostname} has devices 0 to {npus - 1}, "
+                "each of which can be named once: correct or unset that variable, or give more --npus-per-node."
+            )
 
 
 def describe_difference(existing: Shape, wanted: Shape) -> str:

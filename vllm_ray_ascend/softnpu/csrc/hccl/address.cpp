@@ -62,7 +62,7 @@ std::string own_ip() {
   for (const auto& each : interfaces())
     if (chosen ? selects(setting, each.name) : !each.loopback) return each.ip;
   if (!chosen) return "127.0.0.1";
-  throw Failure(HCCL_E_PARA, std::string("HCCL: HCCL_SOCKET_IFNAME=") + setting +
+  throw Failure(HCCL_E_PARA, std::string("HCCL_SOCKET_IFNAME=") + setting +
                                  " matches no interface of this node that is up and has an IPv4 address (" + listing() +
                                  "): set it to one of these, or unset it");
 }
@@ -97,9 +97,9 @@ Fd listen_here(Address& bound) {
     fd = try_listen({bound.ip, static_cast<uint16_t>(port)});
   if (!fd) fd = try_listen({bound.ip, 0});
   if (!fd && errno == EADDRNOTAVAIL)
-    throw Failure(HCCL_E_PARA, "HCCL: HCCL_IF_IP=" + bound.ip + " is no address of this node (" + listing() +
+    throw Failure(HCCL_E_PARA, "HCCL_IF_IP=" + bound.ip + " is no address of this node (" + listing() +
                                    "): every node needs its own value; set it to one of these, or unset it");
-  if (!fd) throw Failure(HCCL_E_UNAVAIL, "HCCL: cannot listen on " + bound.ip + ": " + strerror(errno));
+  if (!fd) throw Failure(HCCL_E_UNAVAIL, "cannot listen on " + bound.ip + ": " + strerror(errno));
   bound.port = bound_port(fd.get());
   return fd;
 }

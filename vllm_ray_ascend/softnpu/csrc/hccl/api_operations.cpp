@@ -18,7 +18,7 @@ HcclResult submit(const char* call, HcclComm handle, aclrtStream stream, Prepare
     require(state == HCCL_SUCCESS, state, "communicator " + comm->name() + " failed earlier: " + why);
     Body body = prepare(*comm);
     if (capturing(stream) && reserve_graph_stream(stream, comm.get()) != ACL_SUCCESS) throw Failure(HCCL_E_RUNTIME, last_error());
-    auto task = [comm, body, call] { return comm->run(call, [&] { body(*comm); }); };
+    auto task = [comm, body] { return comm->run([&] { body(*comm); }); };
     if (enqueue(stream, call, task) != ACL_SUCCESS) throw Failure(HCCL_E_RUNTIME, last_error());
   });
 }

@@ -74,7 +74,7 @@ class Reader {
  private:
   // Where the next `size` bytes start.
   size_t take(size_t size) {
-    if (size > bytes_.size() - at_) throw Failure(HCCL_E_INTERNAL, "HCCL: a message is shorter than it says");
+    if (size > bytes_.size() - at_) throw Failure(HCCL_E_INTERNAL, "a message is shorter than it says");
     return std::exchange(at_, at_ + size);
   }
 

@@ -2,6 +2,8 @@
 
 #include <unistd.h>
 
+#include <algorithm>
+
 #include "hccl/poller.h"
 
 namespace softnpu::hccl {
@@ -22,7 +24,9 @@ Communicator::Communicator(const RootInfo& root, uint32_t ranks, uint32_t rank, 
   connect(listener, root.token, deadline);
   segment_->seal();
   count_communicators(1);
-  log(2, "HCCL communicator %s: rank %u of %u is ready", name_.c_str(), rank_, ranks);
+  auto shared = std::count_if(links_.begin(), links_.end(), [](const auto& link) { return link->shared(); }) - 1;  // not with itself
+  log(2, "HCCL communicator %s: rank %u of %u is ready, sharing memory with %d others", name_.c_str(), rank_, ranks,
+      static_cast<int>(shared));
 }
 
 Communicator::~Communicator() { destroy(); }
@@ -76,7 +80,7 @@ HcclResult Communicator::state(std::string* why) const {
     if (!link->broken()) continue;
     Breakage breakage = link->breakage();
     if (breakage.code != HCCL_E_PARA) continue;
-    if (why) *why = "HCCL communicator " + name_ + ": " + breakage.text;
+    if (why) *why = breakage.text;
     return breakage.code;
   }
   return HCCL_SUCCESS;

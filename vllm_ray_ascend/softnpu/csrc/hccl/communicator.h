@@ -69,7 +69,7 @@ class Communicator {
   double exec_limit() const { return exec_limit_; }
 
   // Runs one operation on the calling thread, one at a time: an error of it becomes the communicator's.
-  aclError run(const std::string& what, const std::function<void()>& body);
+  aclError run(const std::function<void()>& body);
 
   // Moves all messages; those of one pair and direction in the order given. For use in run().
   void move(const Operation& operation, std::vector<Transfer> transfers);
@@ -89,7 +89,7 @@ class Communicator {
   void connect(const Fd& listener, Token token, const Deadline& deadline);
   bool advance(Transfer& transfer, const Operation& operation);
   void check_header(const Transfer& transfer, const Operation& operation);
-  [[noreturn]] void time_out(const std::vector<Transfer>& transfers) const;
+  [[noreturn]] void time_out(const std::vector<Transfer>& transfers, const Operation& operation) const;
   void check_open() const;
   void stay_silent();
   void fail(const Failure& failure, bool tell);

@@ -4,8 +4,8 @@
 namespace softnpu::hccl {
 namespace {
 
-// Raised where a peer has already told everyone of the failure.
-struct ToldFailure : Failure {
+// One that the peers shall not hear of from here: another rank has told them, or this one plays dead.
+struct QuietFailure : Failure {
   using Failure::Failure;
 };
 
@@ -40,9 +40,9 @@ std::string Header::text() const {
   return operation.text() + ", " + std::to_string(bytes) + " bytes in message " + std::to_string(sequence);
 }
 
-aclError Communicator::run(const std::string& what, const std::function<void()>& body) {
+aclError Communicator::run(const std::function<void()>& body) {
   std::lock_guard<std::mutex> lock(running_);
-  std::string prefix = "HCCL: " + what + " on communicator " + name_ + ", rank " + std::to_string(rank_) + ": ";
+  std::string prefix = "communicator " + name_ + ", rank " + std::to_string(rank_) + ": ";
   auto failed = [&](const Failure& failure, bool tell) {
     Failure whole(failure.code, prefix + failure.what());
     fail(whole, tell);
@@ -55,7 +55,7 @@ aclError Communicator::run(const std::string& what, const std::function<void()>&
     if (fault("hccl_silent", {{"rank", std::to_string(rank_)}, {"comm", name_}})) stay_silent();
     body();
     return ACL_SUCCESS;
-  } catch (const ToldFailure& failure) {
+  } catch (const QuietFailure& failure) {
     return failed(failure, false);
   } catch (const Failure& failure) {
     return failed(failure, !destroyed_);
@@ -71,7 +71,7 @@ void Communicator::stay_silent() {
   for (;;) {
     uint32_t seen = segment_->bell().count();
     check_open();
-    if (!segment_->bell().wait(seen, deadline)) throw Failure(HCCL_E_TIMEOUT, "was silent, as the fault hccl_silent asks");
+    if (!segment_->bell().wait(seen, deadline)) throw QuietFailure(HCCL_E_TIMEOUT, "kept silent, as the fault hccl_silent asks");
   }
 }
 
@@ -102,10 +102,11 @@ void Communicator::move(const Operation& operation, std::vector<Transfer> transf
     if (moved) continue;
     if (lost) {
       Breakage breakage = lost->breakage();
-      if (breakage.told) throw ToldFailure(breakage.code, breakage.text);
-      throw Failure(breakage.code, breakage.text);
+      std::string text = operation.text() + ": " + breakage.text;
+      if (breakage.told) throw QuietFailure(breakage.code, text);
+      throw Failure(breakage.code, text);
     }
-    if (!bell.wait(seen, deadline)) time_out(transfers);
+    if (!bell.wait(seen, deadline)) time_out(transfers, operation);
   }
 }
 
@@ -114,8 +115,7 @@ bool Communicator::advance(Transfer& transfer, const Operation& operation) {
   Link& link = *links_[transfer.peer];
   auto* head = reinterpret_cast<char*>(&transfer.header);
   uint64_t before = transfer.header_done + transfer.done;
-  if (transfer.sending && transfer.header_done == 0)
-    transfer.header = {operation, link.sent_messages++, transfer.bytes};
+  if (transfer.sending) transfer.header = {operation, link.sent_messages, transfer.bytes};
   auto step = [&](char* data, uint64_t size, uint64_t done) {
     return done + (transfer.sending ? link.send(data + done, size - done) : link.receive(data + done, size - done));
   };
@@ -124,6 +124,7 @@ bool Communicator::advance(Transfer& transfer, const Operation& operation) {
     if (!transfer.sending && transfer.header_done == sizeof(Header)) check_header(transfer, operation);
   }
   if (transfer.header_done == sizeof(Header)) transfer.done = step(transfer.data, transfer.bytes, transfer.done);
+  if (transfer.finished()) (transfer.sending ? link.sent_messages : link.received_messages)++;
   bool moved = transfer.header_done + transfer.done > before;
   if (moved && transfer.sending) link.announce();
   return moved;
@@ -131,14 +132,14 @@ bool Communicator::advance(Transfer& transfer, const Operation& operation) {
 
 void Communicator::check_header(const Transfer& transfer, const Operation& operation) {
   Link& link = *links_[transfer.peer];
-  Header expected{operation, link.received_messages++, transfer.bytes};
+  Header expected{operation, link.received_messages, transfer.bytes};
   const Header& came = transfer.header;
   if (same(came.operation, operation) && came.sequence == expected.sequence && came.bytes == expected.bytes) return;
   throw Failure(HCCL_E_PARA, "the ranks do not run the same operation: rank " + std::to_string(rank_) + " expects " + expected.text() +
                                  "; rank " + std::to_string(transfer.peer) + " sends " + came.text());
 }
 
-void Communicator::time_out(const std::vector<Transfer>& transfers) const {
+void Communicator::time_out(const std::vector<Transfer>& transfers, const Operation& operation) const {
   std::string waited;
   std::vector<bool> named(size());
   for (const auto& transfer : transfers) {
@@ -149,7 +150,7 @@ void Communicator::time_out(const std::vector<Transfer>& transfers) const {
   }
   char seconds[32];
   snprintf(seconds, sizeof seconds, "%g", exec_limit_);
-  throw Failure(HCCL_E_TIMEOUT, std::string("waited ") + seconds + " s (HCCL_EXEC_TIMEOUT) for " + waited);
+  throw Failure(HCCL_E_TIMEOUT, operation.text() + ": waited " + seconds + " s (HCCL_EXEC_TIMEOUT) for " + waited);
 }
 
 }  // namespace softnpu::hccl

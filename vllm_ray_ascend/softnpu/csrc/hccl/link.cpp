@@ -93,9 +93,9 @@ std::string Link::take_letter(const std::string& topic, const Deadline& deadline
       letters_.erase(it);
       return rest;
     }
-    if (breakage_) throw Failure(breakage_->code, "HCCL: " + breakage_->text);
+    if (breakage_) throw Failure(breakage_->code, breakage_->text);
     auto left = std::chrono::milliseconds(deadline.milliseconds_left());
-    if (left.count() == 0) throw Failure(HCCL_E_TIMEOUT, "HCCL: " + peer_ + " did not answer within the time of HCCL_CONNECT_TIMEOUT");
+    if (left.count() == 0) throw Failure(HCCL_E_TIMEOUT, "" + peer_ + " did not answer within the time of HCCL_CONNECT_TIMEOUT");
     changed_.wait_for(lock, left);
   }
 }

@@ -51,6 +51,7 @@ class Link : public std::enable_shared_from_this<Link> {
 
   // ---- for any thread
   const std::string& peer() const { return peer_; }
+  bool shared() const { return theirs_ != nullptr; }
   bool broken() const { return broken_; }
   Breakage breakage() const;
   void post(Frame::Type type, const std::string& payload);
@@ -67,7 +68,6 @@ class Link : public std::enable_shared_from_this<Link> {
   std::atomic<bool> poked{false};
 
  private:
-  bool shared() const { return theirs_ != nullptr; }
   bool read_frame();
   void handle(Frame::Type type, std::string payload);
   void break_with(Breakage breakage);

@@ -49,7 +49,7 @@ bool transfer_all(int fd, char* data, size_t size, bool sending, const Deadline&
     } else if (moved < 0 && errno == EINTR) {
       continue;
     } else if (moved == 0 || errno != EAGAIN) {
-      throw Failure(HCCL_E_REMOTE, std::string("HCCL: the other end closed the connection") +
+      throw Failure(HCCL_E_REMOTE, std::string("the other end closed the connection") +
                                        (moved < 0 ? std::string(" (") + strerror(errno) + ")" : ""));
     } else if (!wait_for(fd, sending ? POLLOUT : POLLIN, deadline)) {
       return false;
@@ -69,7 +69,7 @@ SocketAddress parse(const Address& address) {
   hints.ai_flags = AI_NUMERICHOST | AI_NUMERICSERV;
   hints.ai_socktype = SOCK_STREAM;
   if (getaddrinfo(address.ip.c_str(), std::to_string(address.port).c_str(), &hints, &found) != 0)
-    throw Failure(HCCL_E_PARA, "HCCL: \"" + address.ip + "\" is no IP address");
+    throw Failure(HCCL_E_PARA, "\"" + address.ip + "\" is no IP address");
   SocketAddress result;
   result.size = found->ai_addrlen;
   memcpy(&result.storage, found->ai_addr, found->ai_addrlen);
@@ -84,7 +84,7 @@ uint64_t random_number() {
 
 Fd connect_to(const Address& address, const Deadline& deadline, const std::string& purpose) {
   auto unreachable = [&](int error) {
-    return Failure(HCCL_E_TCP_CONNECT, "HCCL: cannot connect to " + purpose + " at " + address.text() + ": " + strerror(error) +
+    return Failure(HCCL_E_TCP_CONNECT, "cannot connect to " + purpose + " at " + address.text() + ": " + strerror(error) +
                                            ". Either that process has ended or given up, or the address is not reachable from "
                                            "here: then set HCCL_IF_IP or HCCL_SOCKET_IFNAME on its node");
   };
@@ -106,16 +106,16 @@ Fd connect_to(const Address& address, const Deadline& deadline, const std::strin
 void send_frame(int fd, const std::string& payload, const Deadline& deadline) {
   std::string frame = Writer().put(payload).bytes();
   if (!transfer_all(fd, frame.data(), frame.size(), true, deadline))
-    throw Failure(HCCL_E_TIMEOUT, "HCCL: the other end takes no data");
+    throw Failure(HCCL_E_TIMEOUT, "the other end takes no data");
 }
 
 std::string receive_frame(int fd, const Deadline& deadline) {
   uint32_t size = 0;
   bool came = transfer_all(fd, reinterpret_cast<char*>(&size), sizeof size, false, deadline);
-  if (size > kMaxFrame) throw Failure(HCCL_E_INTERNAL, "HCCL: the other end does not speak this protocol");
+  if (size > kMaxFrame) throw Failure(HCCL_E_INTERNAL, "the other end does not speak this protocol");
   std::string payload(size, '\0');
   if (!came || !transfer_all(fd, payload.data(), size, false, deadline))
-    throw Failure(HCCL_E_TIMEOUT, "HCCL: the other end does not answer");
+    throw Failure(HCCL_E_TIMEOUT, "the other end does not answer");
   return payload;
 }
 

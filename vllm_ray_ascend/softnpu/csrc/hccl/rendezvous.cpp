@@ -81,7 +81,7 @@ class Root {
   }
 
   std::string object(uint32_t ranks, const Member& member) const {
-    std::string prefix = "HCCL: the communicator cannot be formed: " + member.text();
+    std::string prefix = "the communicator cannot be formed: " + member.text();
     if (joined_.empty()) return "";
     if (ranks != ranks_)
       return prefix + " says that there are " + std::to_string(ranks) + " ranks, " +
@@ -102,7 +102,7 @@ class Root {
         absent.push_back(rank);
       else
         present += (present.empty() ? "" : ", ") + found->second.member.text();
-    return "HCCL: of the " + std::to_string(ranks_) + " ranks of the communicator, rank " + listed(absent) + " did not join within " +
+    return "of the " + std::to_string(ranks_) + " ranks of the communicator, rank " + listed(absent) + " did not join within " +
            std::to_string(static_cast<int>(connect_limit())) + " s (HCCL_CONNECT_TIMEOUT); joined: " + present;
   }
 
@@ -139,7 +139,7 @@ RootInfo RootInfo::parse(const char* data, size_t size) {
   Reader reader(std::string(data, size));
   RootInfo info;
   if (reader.get<uint32_t>() != kMagic)
-    throw Failure(HCCL_E_PARA, "HCCL: the root info was not made by HcclGetRootInfo of the software NPU");
+    throw Failure(HCCL_E_PARA, "the root info was not made by HcclGetRootInfo of the software NPU");
   info.token = reader.get<Token>();
   info.address.ip = reader.text();
   info.address.port = reader.get<uint16_t>();
@@ -200,7 +200,7 @@ std::vector<Fd> connect_members(const std::vector<Member>& members, uint32_t sel
   std::string absent;
   for (uint32_t rank = self + 1; rank < members.size(); rank++)
     if (!connections[rank]) absent += (absent.empty() ? "" : ", ") + members[rank].text();
-  throw Failure(HCCL_E_TIMEOUT, "HCCL: no connection from " + absent + " within the time of HCCL_CONNECT_TIMEOUT");
+  throw Failure(HCCL_E_TIMEOUT, "no connection from " + absent + " within the time of HCCL_CONNECT_TIMEOUT");
 }
 
 }  // namespace softnpu::hccl

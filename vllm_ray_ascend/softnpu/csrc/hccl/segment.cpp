@@ -33,7 +33,7 @@ std::shared_ptr<Segment> Segment::create(uint32_t ranks) {
   if (fd && ftruncate(fd.get(), static_cast<off_t>(bytes)) == 0)
     memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd.get(), 0);
   if (memory == MAP_FAILED)
-    throw Failure(HCCL_E_MEMORY, "HCCL: no " + std::to_string(bytes) + " bytes of shared memory for a communicator: " + strerror(errno));
+    throw Failure(HCCL_E_MEMORY, "no " + std::to_string(bytes) + " bytes of shared memory for a communicator: " + strerror(errno));
   std::shared_ptr<Segment> segment(new Segment(std::move(fd), memory, bytes));
   segment->head_->nonce = random_number();
   return segment;

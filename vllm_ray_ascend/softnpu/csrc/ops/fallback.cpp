@@ -172,12 +172,12 @@ void run_operator(const c10::OperatorHandle& op, Stack* stack) {
                               ": there is no CPU kernel behind it");
   if (traits.random) return run_now(op, traits, arguments, device, "it draws random numbers", stack);
   if (!traits.returns_tensors) return run_now(op, traits, arguments, device, "it returns a plain value", stack);
-  Shapes known;
-  if (traits.needs_shapes) {
-    known = infer_shapes(op, arguments);
-    if (!known.results) return run_now(op, traits, arguments, device, known.reason, stack);
-  }
-  auto results = make_results(traits, arguments, known.results.get(), device);
+  // In place, the shapes are known; asking for them still finds arguments that do not fit, before the stream fails on them.
+  Shapes known = infer_shapes(op, arguments);
+  bool wrong = !known.results && op.hasComputedKernelForDispatchKey(c10::DispatchKey::Meta);
+  if (traits.needs_shapes ? !known.results : wrong && !capturing(current_stream(device)))
+    return run_now(op, traits, arguments, device, known.reason, stack);
+  auto results = make_results(traits, arguments, traits.needs_shapes ? known.results.get() : nullptr, device);
   launch(op, traits, arguments, results, device);
   for (auto& result : results) stack->push_back(std::move(result));
 }

@@ -24,10 +24,10 @@ void append(std::string& key, const at::Tensor& tensor) {
 
 // Adds what the meta kernel can see of an argument. False: not a kind that is remembered.
 bool append(std::string& key, const IValue& value) {
-
   if (value.isNone()) return key += 'n', true;
   if (value.isTensor()) return append(key, value.toTensor()), true;
-  if (value.isInt() || value.isBool()) return key += 'i', append(key, value.isInt() ? value.toInt() : value.toBool()), true;
+  if (value.isInt()) return key += 'i', append(key, value.toInt()), true;
+  if (value.isBool()) return key += value.toBool() ? 'T' : 'F', true;
   if (value.isDouble()) {
     double number = value.toDouble();
     key += 'd';
@@ -66,6 +66,7 @@ Shapes infer_shapes(const c10::OperatorHandle& op, const std::vector<IValue>& ar
   static auto& remembered = *new std::unordered_map<std::string, Shapes>;
   std::string key;
   append(key, reinterpret_cast<int64_t>(&op.operator_name()));
+  append(key, static_cast<int64_t>(at::get_default_dtype_as_scalartype()));  // a meta kernel may answer with it
   for (const auto& argument : arguments)
     if (!append(key, argument)) return ask_meta_kernel(op, arguments);
   {

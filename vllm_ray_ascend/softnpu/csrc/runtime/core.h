@@ -163,7 +163,8 @@ struct Recording {
   std::condition_variable changed;
   bool done = false;
   Clock::time_point time;
-  std::shared_ptr<Graph> graph;  // set: recorded inside a capture, an edge and not a time
+  bool captured = false;  // recorded inside a capture: an edge, and no time
+  std::weak_ptr<Graph> graph;  // of that capture. Weak, so that a kept event does not keep the streams of a dropped graph
   Frontier frontier;
 
   void fire();

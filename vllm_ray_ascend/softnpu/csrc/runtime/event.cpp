@@ -24,10 +24,9 @@ struct Event {
 
   bool external() const { return flag & ACL_EVENT_EXTERNAL; }
 
-  std::shared_ptr<Recording> renew() {
-    auto recording = std::make_shared<Recording>();
+  void renew(std::shared_ptr<Recording> recording) {
     std::lock_guard<std::mutex> lock(mutex);
-    return current = recording;
+    current = std::move(recording);
   }
 
   // An event that was never recorded counts as past, but an external one is waited for until it is recorded.
@@ -62,29 +61,32 @@ aclError wait_task(const std::shared_ptr<Recording>& recording) {
 
 aclError record_event(const std::shared_ptr<Stream>& stream, const std::shared_ptr<Event>& event) {
   if (event->external()) return enqueue(stream, {"record external event", [event] { event->get()->fire(); return ACL_SUCCESS; }, true});
-  auto recording = event->renew();
+  auto recording = std::make_shared<Recording>();
   {
     std::lock_guard<std::mutex> lock(capture_mutex());
     if (stream->graph && !stream->updating) {
+      recording->captured = true;
       recording->graph = stream->graph;
       recording->frontier = stream->graph->frontiers[stream.get()];
-      return ACL_SUCCESS;
     }
   }
+  event->renew(recording);
+  if (recording->captured) return ACL_SUCCESS;
   return enqueue(stream, {"record event", [recording] { recording->fire(); return ACL_SUCCESS; }, true});
 }
 
 aclError wait_event(const std::shared_ptr<Stream>& stream, const std::shared_ptr<Event>& event) {
   if (event->external()) return enqueue(stream, {"wait for external event", [event] { return wait_task(event->get()); }});
   auto recording = event->get();
-  if (recording->graph) {
+  if (recording->captured) {
+    auto graph = recording->graph.lock();  // before the lock: dropping the last owner of a graph runs much code
     std::lock_guard<std::mutex> lock(capture_mutex());
-    auto& graph = *recording->graph;
-    if (graph.state == Graph::State::kReady) return fail(ACL_ERROR_RT_EVENT_CAPTURED, "the event was recorded in a capture that has ended");
-    if (stream->graph && stream->graph != recording->graph)
+    if (!graph || graph->state == Graph::State::kReady)
+      return fail(ACL_ERROR_RT_EVENT_CAPTURED, "the event was recorded in a capture that has ended");
+    if (stream->graph && stream->graph != graph)
       return fail(ACL_ERROR_RT_CAPTURE_DEPENDENCY, "a captured stream waits for an event of another capture");
-    if (auto code = join_capture(recording->graph, stream)) return code;
-    auto& mine = graph.frontiers[stream.get()];
+    if (auto code = join_capture(graph, stream)) return code;
+    auto& mine = graph->frontiers[stream.get()];
     for (auto& [other, position] : recording->frontier) mine[other] = std::max(mine[other], position);
     return ACL_SUCCESS;
   }
@@ -131,21 +133,21 @@ aclError aclrtStreamWaitEvent(aclrtStream stream_handle, aclrtEvent handle) {
 aclError aclrtResetEvent(aclrtEvent handle, aclrtStream stream) {
   EVENT_OR_RETURN(event, handle);
   if (!event->external()) return ACL_SUCCESS;  // recording such an event anew resets it
-  return enqueue(stream, "reset event", [event] { event->renew(); return ACL_SUCCESS; });
+  return enqueue(stream, "reset event", [event] { event->renew(std::make_shared<Recording>()); return ACL_SUCCESS; });
 }
 
 aclError aclrtSynchronizeEvent(aclrtEvent handle) {
   EVENT_OR_RETURN(event, handle);
   auto recording = event->get();
-  if (!recording->graph) return wait_task(recording);
-  invalidate(*recording->graph);
+  if (!recording->captured) return wait_task(recording);
+  if (auto graph = recording->graph.lock()) invalidate(*graph);
   return fail(ACL_ERROR_RT_EVENT_CAPTURED, "an event of a capture cannot be synchronised");
 }
 
 aclError aclrtQueryEventStatus(aclrtEvent handle, aclrtEventRecordedStatus* status) {
   EVENT_OR_RETURN(event, handle);
   auto recording = event->get();
-  if (recording->graph) return fail(ACL_ERROR_RT_EVENT_CAPTURED, "an event of a capture cannot be queried");
+  if (recording->captured) return fail(ACL_ERROR_RT_EVENT_CAPTURED, "an event of a capture cannot be queried");
   std::lock_guard<std::mutex> lock(recording->mutex);
   *status = recording->done ? ACL_EVENT_RECORDED_STATUS_COMPLETE : ACL_EVENT_RECORDED_STATUS_NOT_READY;
   return ACL_SUCCESS;
@@ -163,7 +165,7 @@ aclError aclrtEventElapsedTime(float* ms, aclrtEvent start_handle, aclrtEvent en
   EVENT_OR_RETURN(start, start_handle);
   EVENT_OR_RETURN(end, end_handle);
   auto from = start->get(), to = end->get();
-  if (from->graph || to->graph) return fail(ACL_ERROR_RT_EVENT_CAPTURED, "events of a capture have no time");
+  if (from->captured || to->captured) return fail(ACL_ERROR_RT_EVENT_CAPTURED, "events of a capture have no time");
   if (auto code = wait_task(from)) return code;
   if (auto code = wait_task(to)) return code;
   *ms = std::chrono::duration<float, std::milli>(to->time - from->time).count();

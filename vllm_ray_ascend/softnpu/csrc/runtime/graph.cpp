@@ -92,8 +92,9 @@ void leave_capture(Graph& graph) {
 }
 
 aclError end(const std::shared_ptr<Stream>& stream, aclmdlRI* out) {
+  std::shared_ptr<Graph> graph;  // outlives the lock: a capture that failed is dropped here, and that runs much code
   std::lock_guard<std::mutex> lock(capture_mutex());
-  auto graph = stream->graph;
+  graph = stream->graph;
   if (!graph) return fail(ACL_ERROR_RT_STREAM_NOT_CAPTURED, "aclmdlRICaptureEnd of a stream that is not under capture");
   if (graph->origin != stream.get()) return fail(ACL_ERROR_RT_STREAM_CAPTURE_UNMATCHED, "aclmdlRICaptureEnd on another stream than aclmdlRICaptureBegin");
   if (graph->mode != ACL_MODEL_RI_CAPTURE_MODE_RELAXED && graph->thread != std::this_thread::get_id())

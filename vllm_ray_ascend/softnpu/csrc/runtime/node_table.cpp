@@ -80,8 +80,10 @@ class Mapping {
 
   // The last process to leave removes the file: nothing stays behind in shared memory.
   void leave() {
+    static Slot aside;  // what is still released after this belongs to no process: the slot may be another's by then
     flock(fd_, LOCK_EX);
-    mine_->pid = 0;
+    Slot* left = mine_.exchange(&aside);
+    left->pid = 0;
     bool last = true;
     for (auto& slot : table_->slots) last = last && !alive(slot);
     if (last) unlink(table_path().c_str());
@@ -118,7 +120,7 @@ class Mapping {
   int fd_ = -1;
   int owner_ = 0;
   Table* table_ = nullptr;
-  Slot* mine_ = nullptr;
+  std::atomic<Slot*> mine_{nullptr};
 };
 
 // Never destroyed: other threads may still release memory while the process exits.

@@ -83,7 +83,7 @@ size_t device_memory() {
     double value = strtod(text, &end);
     const char* units = "KMGT";
     const char* unit = *end ? strchr(units, toupper(*end)) : nullptr;
-    if (value <= 0 || (*end && !unit)) {
+    if (!(value > 0) || (*end && (!unit || end[1]))) {
       fprintf(stderr, "softnpu: SOFTNPU_MEMORY=%s is not a size such as 512M or 2G\n", text);
       abort();
     }

@@ -1,0 +1,25 @@
+"""Tests of the software NPU. They run on it: pytest itself is started by `vllm-ray-ascend softnpu exec`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+
+import pytest
+
+COMMAND = "vllm-ray-ascend softnpu exec -- python -m pytest tests/softnpu"
+
+if "SOFTNPU_LIB" not in os.environ:
+    raise pytest.UsageError(f"The tests of the software NPU run on it. Start them with: {COMMAND}")
+
+# A node of their own: what other processes hold of this machine's software NPUs does not count here. Read once, at the
+# first call of the runtime, so they are set before any test module is imported.
+os.environ["SOFTNPU_NODE"] = f"pytest-{os.getpid()}"
+os.environ["SOFTNPU_STATE_DIR"] = tempfile.mkdtemp(prefix="softnpu-tests-")
+os.environ.setdefault("SOFTNPU_WAIT_LIMIT", "30")  # a wait that a fault leaves open ends the test, not the session
+os.environ.setdefault("SOFTNPU_LOG", "0")  # failures that tests ask for are no news
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["SOFTNPU_STATE_DIR"], ignore_errors=True)

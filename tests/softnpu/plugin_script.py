@@ -1,0 +1,155 @@
+"""What tests.softnpu.test_plugin runs in a fresh process: one function a case, printing a JSON line after a marker.
+
+    python -m tests.softnpu.plugin_script platform
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+MARKER = "RESULT "
+MODEL = Path(__file__).resolve().parents[2] / "demo" / "models" / "zen-dense"
+PROMPT = "The Zen of Python, by Tim Peters"
+
+
+def platform() -> dict[str, Any]:
+    """vLLM's platform in this process."""
+    from vllm.platforms import current_platform
+
+    kind = type(current_platform)
+    return {
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "ours": vars(kind).get("_vllm_ray_ascend"),
+        "facts": [kind.ray_device_key, kind.device_control_env_var, kind.ray_noset_device_env_vars],
+    }
+
+
+def platform_in_actor() -> dict[str, Any]:
+    """The same in a Ray actor that has only the variables which workers get before they import anything."""
+    import ray
+
+    from vllm_ray_ascend.environment.table import early_variables
+
+    early = early_variables()
+    for name in early:
+        del os.environ[name]  # so that the local cluster does not have them
+    _local_cluster(npus=1)
+    actor = ray.remote(_Asked).options(runtime_env={"env_vars": early}).remote()
+    return ray.get(actor.platform.remote(), timeout=120)  # type: ignore[no-any-return]
+
+
+class _Asked:
+    def platform(self) -> dict[str, Any]:
+        return platform()
+
+
+def executor() -> dict[str, Any]:
+    """The class that `--distributed-executor-backend ray` means, asked as vLLM asks."""
+    from types import SimpleNamespace
+    from typing import cast
+
+    from vllm.config import VllmConfig
+    from vllm.plugins import load_general_plugins
+    from vllm.v1.executor.abstract import Executor
+
+    if "ours-first" in sys.argv:  # as where the class arrives pickled, before plugins are loaded
+        import vllm_ray_ascend.executor.executor  # noqa: F401
+    load_general_plugins()
+    config = SimpleNamespace(parallel_config=SimpleNamespace(distributed_executor_backend="ray"))
+    kind = Executor.get_class(cast(VllmConfig, config))
+    return {"class": f"{kind.__module__}.{kind.__qualname__}", "bases": [base.__qualname__ for base in kind.__mro__]}
+
+
+def engine() -> dict[str, Any]:
+    """A healthy engine on one node: executor, workers, their variables, the text."""
+    import ray
+
+    _local_cluster(npus=2)
+    os.environ.update(HCCL_IF_IP="203.0.113.9", HCCL_CONNECT_TIMEOUT="321", SOFTNPU_STREAMS="77")
+    llm = _llm(tensor_parallel_size=2)
+    from vllm import SamplingParams
+
+    out = llm.generate([PROMPT], SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
+    running = llm.llm_engine.engine_core.engine_core.model_executor
+    return {
+        "text": out[0].outputs[0].text,
+        "executor": type(running).__qualname__,
+        "ranks": [[rank.rank, rank.address, rank.visible, rank.physical, rank.pid] for rank in running.ranks],
+        "workers": llm.collective_rpc(_worker_facts),
+        "address": ray.util.get_node_ip_address(),
+    }
+
+
+def _worker_facts(worker: Any) -> dict[str, Any]:
+    import torch
+
+    return {
+        "worker": type(worker.worker).__qualname__,
+        "platform": platform(),
+        "pid": os.getpid(),
+        "device": torch.npu.current_device(),
+        "variables": {name: os.environ.get(name) for name in ("HCCL_IF_IP", "HCCL_CONNECT_TIMEOUT", "SOFTNPU_STREAMS")},
+    }
+
+
+def refused() -> dict[str, Any]:
+    """An engine that cannot start, and what it leaves behind. Arguments: NPUs, tensor parallel size, visible list of the node."""
+    import ray
+
+    npus, size, visible = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    if visible:
+        os.environ["ASCEND_RT_VISIBLE_DEVICES"] = visible
+    _local_cluster(npus)
+    os.environ.pop("ASCEND_RT_VISIBLE_DEVICES", None)
+    error = ""
+    try:
+        _llm(tensor_parallel_size=size)
+    except Exception as caught:
+        error = f"{type(caught).__qualname__}: {caught}"
+    _until(lambda: ray.available_resources().get("NPU", 0) == npus)
+    return {
+        "error": error,
+        "free": ray.available_resources().get("NPU", 0),
+        "placements": [row["state"] for row in ray.util.placement_group_table().values()],
+    }
+
+
+def _until(condition: Any, limit_s: float = 20.0) -> None:
+    import time
+
+    deadline = time.monotonic() + limit_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+def _local_cluster(npus: int) -> None:
+    import ray
+
+    ray.init(address="local", num_cpus=4, resources={"NPU": npus}, include_dashboard=False, log_to_driver=False)
+
+
+def _llm(**sizes: int) -> Any:
+    from vllm import LLM
+
+    return LLM(
+        model=str(MODEL),
+        dtype="float32",
+        distributed_executor_backend="ray",
+        enforce_eager=True,
+        max_model_len=256,
+        max_num_seqs=4,
+        kv_cache_memory_bytes=32 << 20,
+        disable_log_stats=True,
+        seed=0,
+        **sizes,
+    )
+
+
+CASES = {function.__name__: function for function in (platform, platform_in_actor, executor, engine, refused)}
+
+if __name__ == "__main__":
+    print(MARKER + json.dumps(CASES[sys.argv[1]]()), flush=True)

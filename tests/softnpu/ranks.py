@@ -1,0 +1,75 @@
+"""Starts the processes of a communicator for a test, and collects what they did."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_ray_ascend.softnpu.activate import environment
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Rank:
+    """How one rank is started: its number, variables of its own, and a command in front of Python's."""
+
+    number: int
+    variables: Mapping[str, str] | None = None
+    prefix: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Exit code and all output of one rank."""
+
+    code: int
+    output: str
+
+
+def run_ranks(
+    worker: str,
+    scenario: str,
+    ranks: int | Sequence[Rank],
+    folder: Path,
+    variables: Mapping[str, str] | None = None,
+    limit: float = 90,
+    size: int | None = None,
+) -> list[Outcome]:
+    """Runs `worker` (a file beside this one) once for each rank and waits for all, at most `limit` seconds.
+
+    `folder` is shared by the ranks; `size` is the number of ranks they are told, if not all of them are started.
+    """
+    members = [Rank(number) for number in range(ranks)] if isinstance(ranks, int) else list(ranks)
+    folder.mkdir(parents=True, exist_ok=True)
+    base = environment({name: value for name, value in os.environ.items() if name != "SOFTNPU_NODE"})
+    base |= {"SOFTNPU_STATE_DIR": str(folder), "WORLD_SIZE": str(size or len(members)), "TEST_FOLDER": str(folder)}
+    base |= variables or {}
+    processes: list[subprocess.Popen[bytes]] = []
+    for member in members:
+        own = base | {"RANK": str(member.number)} | dict(member.variables or {})
+        command = [*member.prefix, sys.executable, str(HERE / worker), scenario]
+        with open(folder / f"rank{member.number}.log", "wb") as log:
+            processes.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT, cwd=HERE))
+    deadline = time.monotonic() + limit
+    try:
+        for process in processes:
+            process.wait(max(0.1, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            process.kill()
+    codes = [process.wait() for process in processes]
+    logs = [(folder / f"rank{member.number}.log").read_text(errors="replace") for member in members]
+    return [Outcome(code, text) for code, text in zip(codes, logs, strict=True)]
+
+
+def succeeded(outcomes: Sequence[Outcome]) -> list[str]:
+    """The outputs, if every rank ended well; else fails with all of them."""
+    texts = "\n".join(f"--- rank {i}: exit code {each.code}\n{each.output[-4000:]}" for i, each in enumerate(outcomes))
+    assert all(outcome.code == 0 for outcome in outcomes), texts
+    return [outcome.output for outcome in outcomes]

@@ -1,0 +1,68 @@
+"""Faults that SOFTNPU_FAULTS asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.softnpu.processes import check_python
+
+
+def test_device_that_does_not_open() -> None:
+    check_python(
+        """
+        import acl
+        from tests.softnpu.runtime import recent_error
+        assert [acl.rt.set_device(visible) for visible in range(3)] == [0, 507033, 0]
+        acl.rt.set_device(1)
+        assert "NPU 5 does not open" in recent_error() and "SOFTNPU_FAULTS" in recent_error(), recent_error()
+        assert acl.rt.get_device()[0] == 2  # a failed call changes nothing
+        """,
+        SOFTNPU_FAULTS="open_device:device=5",
+        ASCEND_RT_VISIBLE_DEVICES="4,5,6",
+    )
+
+
+def test_torch_reports_a_device_that_does_not_open() -> None:
+    check_python(
+        """
+        import torch, torch_npu
+        assert torch.ones(2, device="npu:0").sum().item() == 2
+        try:
+            torch.ones(2, device="npu:1")
+        except RuntimeError as error:
+            assert "NPU 1 does not open" in str(error), error
+        else:
+            raise SystemExit("device 1 opened")
+        """,
+        SOFTNPU_FAULTS="open_device:device=1",
+    )
+
+
+def test_faults_of_a_file_are_read_anew(tmp_path: Path) -> None:
+    file = tmp_path / "faults"
+    check_python(
+        f"""
+        import acl
+        from pathlib import Path
+        file = Path({str(file)!r})
+        assert acl.rt.set_device(0) == 0  # there is no file yet
+        file.write_text("open_device:device=0")
+        assert acl.rt.set_device(0) == 507033 and acl.rt.set_device(1) == 0
+        file.write_text("open_device:device=1; open_device:device=2")
+        assert [acl.rt.set_device(device) for device in range(3)] == [0, 507033, 507033]
+        file.unlink()
+        assert [acl.rt.set_device(device) for device in range(3)] == [0, 0, 0]
+        """,
+        SOFTNPU_FAULTS=f"@{file}",
+    )
+
+
+def test_only_the_nth_time_and_from_then_on() -> None:
+    check_python(
+        """
+        import acl
+        assert [acl.rt.set_device(0) for _ in range(4)] == [0, 0, 507033, 0]
+        assert [acl.rt.set_device(1) for _ in range(4)] == [0, 0, 507033, 507033]
+        """,
+        SOFTNPU_FAULTS="open_device:device=0,nth=3;open_device:device=1,after=2",
+    )

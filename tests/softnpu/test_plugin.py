@@ -1,0 +1,165 @@
+"""The plugin in real vLLM with real vllm-ascend: platform, executor, workers, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.softnpu.plugin_script import MARKER
+from vllm_ray_ascend import __version__
+from vllm_ray_ascend.softnpu.activate import environment
+
+pytestmark = pytest.mark.softnpu
+
+ROOT = Path(__file__).resolve().parents[2]
+QUIET = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "SOFTNPU_DEVICES": "2",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+}
+NPU = ["NPU", "ASCEND_RT_VISIBLE_DEVICES", ["RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES"]]
+BESIDE = {"class": "vllm_ascend.platform.NPUPlatform", "ours": __version__, "facts": NPU}
+ALONE = {"class": "vllm_ray_ascend.platform.RayAscendPlatform", "ours": __version__, "facts": NPU}
+OFF = {"class": "vllm_ascend.platform.NPUPlatform", "ours": None, "facts": NPU}
+OURS = "vllm_ray_ascend.executor.executor.RayAscendExecutor"
+UPSTREAM = "vllm.v1.executor.ray_executor_v2.RayExecutorV2"
+
+
+def start(case: str, *arguments: str, limit_s: float = 240, **variables: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "RAY_", "ASCEND_RT"))}
+    return subprocess.run(
+        [sys.executable, "-m", "tests.softnpu.plugin_script", case, *arguments],
+        env={**environment(inherited), **QUIET, **variables},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=limit_s,
+    )
+
+
+def answer(case: str, *arguments: str, **variables: str) -> tuple[dict[str, Any], str]:
+    done = start(case, *arguments, **variables)
+    log = done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith(MARKER)]
+    assert done.returncode == 0 and len(lines) == 1, log[-5000:]
+    result: dict[str, Any] = json.loads(lines[0].removeprefix(MARKER))
+    return result, log
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, BESIDE),
+        ({"VLLM_RAY_ASCEND": "1"}, BESIDE),
+        ({"VLLM_RAY_ASCEND": "0"}, OFF),
+        ({"VLLM_PLUGINS": "ascend"}, OFF),
+        ({"VLLM_PLUGINS": "ascend,ray_ascend"}, BESIDE),
+        ({"VLLM_PLUGINS": "ray_ascend"}, ALONE),
+    ],
+    ids=str,
+)
+def test_platform_of_a_process(variables: dict[str, str], expected: dict[str, Any]) -> None:
+    assert answer("platform", **variables)[0] == expected
+
+
+def test_another_platform_is_left_alone() -> None:
+    found, _ = answer("platform", VLLM_TARGET_DEVICE="cpu")
+    assert found["ours"] is None and "CpuPlatform" in found["class"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [({}, BESIDE), ({"VLLM_PLUGINS": "ray_ascend"}, ALONE), ({"VLLM_RAY_ASCEND": "0"}, OFF)],
+    ids=str,
+)
+def test_platform_of_a_ray_actor(variables: dict[str, str], expected: dict[str, Any]) -> None:
+    assert answer("platform_in_actor", **variables)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "expected"),
+    [
+        ([], {}, OURS),
+        (["ours-first"], {}, OURS),
+        ([], {"VLLM_PLUGINS": "ray_ascend"}, OURS),
+        ([], {"VLLM_RAY_ASCEND": "0"}, UPSTREAM),
+        ([], {"VLLM_RAY_ASCEND_EXECUTOR": "upstream"}, UPSTREAM),
+        ([], {"VLLM_TARGET_DEVICE": "cpu"}, UPSTREAM),
+    ],
+    ids=str,
+)
+def test_executor_that_ray_means(arguments: list[str], variables: dict[str, str], expected: str) -> None:
+    found, _ = answer("executor", *arguments, **variables)
+    assert found["class"] == expected
+    assert "RayExecutorV2" in found["bases"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"VLLM_RAY_ASCEND": "yes"}, "VLLM_RAY_ASCEND='yes' is not a value of this switch. Accepted: auto, 0, 1."),
+        ({"VLLM_RAY_ASCEND": "1", "VLLM_TARGET_DEVICE": "cpu"}, "vLLM chose another platform than vllm-ascend's"),
+    ],
+    ids=str,
+)
+def test_a_switch_that_cannot_be_fulfilled_ends_the_start(variables: dict[str, str], said: str) -> None:
+    done = start("executor", **variables)
+    assert done.returncode != 0 and said in done.stderr
+
+
+@pytest.fixture(scope="module")
+def healthy() -> tuple[dict[str, Any], str]:
+    return answer("engine")
+
+
+def test_a_healthy_engine_says_so_in_one_line(healthy: tuple[dict[str, Any], str]) -> None:
+    found, log = healthy
+    places = ", ".join(f"rank {n} -> {re.escape(found['address'])} NPU {n} \\(physical {n}\\)" for n in (0, 1))
+    line = rf"vllm-ray-ascend {__version__} ready: vLLM \S+, vllm-ascend \S+, Ray \S+, torch-npu \S+; 1 node, 2 NPUs; {places}"
+    assert len(re.findall(line, log)) == 1, log[-3000:]
+    assert len(re.findall("vllm-ray-ascend .* ready", log)) == 1
+
+
+def test_executor_and_workers_are_ours_on_vllm_ascends_worker(healthy: tuple[dict[str, Any], str]) -> None:
+    found, _ = healthy
+    assert found["executor"] == "RayAscendExecutor"
+    assert [worker["worker"] for worker in found["workers"]] == ["NPUWorker", "NPUWorker"]
+    assert [worker["platform"] for worker in found["workers"]] == [BESIDE, BESIDE]
+
+
+def test_ranks_are_what_the_workers_said(healthy: tuple[dict[str, Any], str]) -> None:
+    found, _ = healthy
+    workers = [[worker["device"], worker["pid"]] for worker in found["workers"]]
+    assert [[visible, pid] for _, _, visible, _, pid in found["ranks"]] == workers
+    assert {address for _, address, *_ in found["ranks"]} == {found["address"]}
+
+
+def test_the_text_is_right(healthy: tuple[dict[str, Any], str]) -> None:
+    assert "Beautiful is better than ugly." in healthy[0]["text"]
+
+
+def test_variables_of_the_node_stay_and_others_travel(healthy: tuple[dict[str, Any], str]) -> None:
+    for worker in healthy[0]["workers"]:
+        assert worker["variables"] == {"HCCL_IF_IP": None, "HCCL_CONNECT_TIMEOUT": "321", "SOFTNPU_STREAMS": None}
+
+
+def test_more_npus_than_the_cluster_has_are_refused_at_once() -> None:
+    found, _ = answer("refused", "1", "2", "")
+    assert found["error"].startswith("ClusterResourceError: The engine needs 2 NPUs (--tensor-parallel-size 2)")
+    assert found["free"] == 1 and found["placements"] == []
+
+
+def test_a_visible_list_with_an_npu_that_is_not_there() -> None:
+    found, log = answer("refused", "2", "2", "0,9")
+    assert "ASCEND_RT_VISIBLE_DEVICES=0,9 names NPU '9', which is not there: 1 of its 2 are usable" in found["error"]
+    assert found["free"] == 2 and set(found["placements"]) <= {"REMOVED"}, log[-2000:]

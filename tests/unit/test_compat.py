@@ -1,0 +1,137 @@
+"""Import hooks, functions with other globals, versions."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from vllm_ray_ascend.compat.import_hook import when_imported
+from vllm_ray_ascend.compat.rebind import with_globals
+from vllm_ray_ascend.compat.versions import RAY_MINIMUM, require_ray, stack
+from vllm_ray_ascend.errors import RayVersionError, UpstreamChangedError
+
+pytestmark = pytest.mark.unit
+
+LIMIT = 3
+
+
+def doubled(value: int) -> int:
+    return value * 2
+
+
+def upstream(value: int, *, extra: int = 1) -> int:
+    return min(doubled(value) + extra, LIMIT)
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    name = "hooked_by_test"
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text("")
+    (tmp_path / name / "module.py").write_text("VALUE = 1\n")
+    (tmp_path / name / "circle.py").write_text(f"import {name}.back\nDONE = True\n")
+    (tmp_path / name / "back.py").write_text(f"import {name}.circle\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    finders = list(sys.meta_path)
+    yield name
+    sys.meta_path[:] = finders
+    for module in [module for module in sys.modules if module.partition(".")[0] == name]:
+        del sys.modules[module]
+
+
+def test_the_callback_runs_after_the_import_and_once(package: str) -> None:
+    seen: list[int] = []
+
+    def callback(module: ModuleType) -> None:
+        seen.append(module.VALUE)
+
+    when_imported(f"{package}.module", callback)
+    when_imported(f"{package}.module", callback)
+    assert f"{package}.module" not in sys.modules and seen == []
+    module = importlib.import_module(f"{package}.module")
+    assert seen == [1]
+    assert module.__spec__ is not None and module.__spec__.loader is not None
+    assert Path(module.__spec__.loader.get_filename(module.__name__)).name == "module.py"  # type: ignore[attr-defined]
+
+
+def test_the_callback_runs_at_once_where_the_module_is_there(package: str) -> None:
+    importlib.import_module(f"{package}.module")
+    seen: list[str] = []
+    when_imported(f"{package}.module", lambda module: seen.append(module.__name__))
+    assert seen == [f"{package}.module"]
+
+
+def test_what_the_callback_raises_the_importer_sees_and_may_retry(package: str) -> None:
+    def refuse(module: ModuleType) -> None:
+        raise UpstreamChangedError(module.__name__)
+
+    when_imported(f"{package}.module", refuse)
+    with pytest.raises(UpstreamChangedError):
+        importlib.import_module(f"{package}.module")
+    assert f"{package}.module" not in sys.modules
+
+
+def test_two_callbacks_of_modules_that_import_each_other_run_when_each_is_whole(package: str) -> None:
+    seen: list[str] = []
+    when_imported(f"{package}.circle", lambda module: seen.append(f"circle {module.DONE}"))
+    when_imported(f"{package}.back", lambda _: seen.append("back"))
+    importlib.import_module(f"{package}.circle")
+    assert seen == ["back", "circle True"]
+
+
+def test_a_missing_module_stays_missing(package: str) -> None:
+    when_imported(f"{package}.absent", lambda _: None)
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module(f"{package}.absent")
+
+
+def test_with_globals_replaces_for_that_function_only() -> None:
+    rebound: Any = with_globals(upstream, doubled=lambda value: -value, LIMIT=100)
+    assert rebound(4) == -3 and rebound(4, extra=10) == 6
+    assert upstream(1) == 3 and LIMIT == 3
+
+
+def test_with_globals_keeps_threads_apart() -> None:
+    wrong: list[tuple[int, int]] = []
+
+    def check(factor: int) -> None:
+        for value in range(2000):
+            result = with_globals(upstream, doubled=lambda v: v * factor, LIMIT=10**9)(value)
+            if result != value * factor + 1:
+                wrong.append((value, result))
+
+    threads = [threading.Thread(target=check, args=(factor,)) for factor in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize("name", ["absent", "threading"])
+def test_with_globals_refuses_a_name_that_the_function_does_not_use(name: str) -> None:
+    with pytest.raises(UpstreamChangedError, match=rf"no longer uses {name}"):
+        with_globals(upstream, **{name: None})
+
+
+@pytest.mark.parametrize("found", [RAY_MINIMUM, "2.48.0", "2.60.0", "3.0.0.dev0", "a build of one's own"])
+def test_ray_new_enough(found: str) -> None:
+    require_ray(found)
+
+
+@pytest.mark.parametrize(("found", "said"), [(None, "not installed"), ("2.47.1", "2.47.1 is too old"), ("1.13", "1.13")])
+def test_ray_missing_or_too_old_says_how_to_mend_it(found: str | None, said: str) -> None:
+    with pytest.raises(RayVersionError, match=said) as raised:
+        require_ray(found)
+    assert f"pip install 'ray>={RAY_MINIMUM}'" in str(raised.value)
+
+
+def test_stack_names_all_four() -> None:
+    assert list(stack()) == ["vLLM", "vllm-ascend", "Ray", "torch-npu"] and all(stack().values())

@@ -1,0 +1,83 @@
+"""Every upstream name that we replace or call is in the installed vLLM and vllm-ascend; read from their sources.
+
+Nothing is imported, so that the same test can be pointed at the sources of other versions.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from importlib.metadata import distribution, entry_points
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.unit
+
+
+def source(package: str, module: str) -> ast.Module:
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        pytest.skip(f"{package} is not installed")
+    return ast.parse((Path(spec.origin).parent / module).read_text())
+
+
+def method(tree: ast.Module, class_name: str, name: str) -> ast.FunctionDef:
+    owner = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
+    return next(node for node in owner.body if isinstance(node, ast.FunctionDef) and node.name == name)
+
+
+def names(tree: ast.AST) -> Iterator[str]:
+    return (node.id for node in ast.walk(tree) if isinstance(node, ast.Name))
+
+
+@pytest.fixture(scope="module")
+def executor() -> ast.Module:
+    return source("vllm", "v1/executor/ray_executor_v2.py")
+
+
+@pytest.mark.parametrize("name", ["RayWorkerProc", "WORKER_SPECIFIC_ENV_VARS", "initialize_ray_cluster"])
+def test_the_executors_start_looks_up_what_we_replace(executor: ast.Module, name: str) -> None:
+    assert name in names(method(executor, "RayExecutorV2", "_init_executor"))
+
+
+@pytest.mark.parametrize(
+    ("class_name", "name"),
+    [
+        ("RayExecutorV2", "_build_runtime_env"),
+        ("RayExecutorV2", "shutdown"),
+        ("RayWorkerProc", "__init__"),
+        ("RayWorkerProc", "initialize_worker"),
+    ],
+)
+def test_methods_that_we_override_exist(executor: ast.Module, class_name: str, name: str) -> None:
+    assert method(executor, class_name, name)
+
+
+def test_the_executors_class_is_looked_up_in_its_module_at_each_call() -> None:
+    get_class = method(source("vllm", "v1/executor/abstract.py"), "Executor", "get_class")
+    imported = [alias.name for node in ast.walk(get_class) if isinstance(node, ast.ImportFrom) for alias in node.names]
+    assert "RayExecutorV2" in imported
+
+
+def test_vllm_ascends_platform_has_the_members_that_we_set() -> None:
+    tree = source("vllm_ascend", "platform.py")
+    platform = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "NPUPlatform")
+    assert [ast.unparse(base) for base in platform.bases] == ["Platform"]
+    fields = {node.target.id for node in platform.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+    assert {"ray_device_key", "device_control_env_var", "ray_noset_device_env_vars"} <= fields
+    assert method(tree, "NPUPlatform", "check_and_update_config")
+
+
+def test_vllm_ascends_plugins_are_recognised_as_its_own() -> None:
+    distribution("vllm-ascend")
+    own = [plugin for plugin in entry_points(group="vllm.general_plugins") if plugin.module.startswith("vllm_ascend")]
+    platforms = entry_points(group="vllm.platform_plugins", name="ascend")
+    assert own and [plugin.module for plugin in platforms] == ["vllm_ascend"]
+
+
+def test_vllm_keeps_its_known_variables_in_a_dictionary() -> None:
+    tree = source("vllm", "envs.py")
+    assigned = [node.target for node in tree.body if isinstance(node, ast.AnnAssign)]
+    assert any(isinstance(target, ast.Name) and target.id == "environment_variables" for target in assigned)
