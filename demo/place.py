@@ -53,7 +53,7 @@ def software_npus(needed: int, environ: Mapping[str, str]) -> Iterator[Place]:
         shape = _shape(needed, environ)
         cluster, _ = manager.up(CLUSTER, shape, report=lambda line: print(f"  {line}", flush=True))
     try:
-        yield _place_in(cluster, environ)
+        yield place_in(cluster, environ)
     finally:
         if created:
             manager.down(CLUSTER)
@@ -101,7 +101,7 @@ def _shape(needed: int, environ: Mapping[str, str]) -> Shape:
     return Shape(nodes=_NODES, npus_per_node=npus, memory=environ.get("SOFTNPU_MEMORY", "4G"), kind=kind)
 
 
-def _place_in(cluster: Cluster, environ: Mapping[str, str]) -> Place:
+def place_in(cluster: Cluster, environ: Mapping[str, str]) -> Place:
     shape, head = cluster.shape, cluster.nodes[0]
     own_address = shape.kind == "namespaces"
     return Place(

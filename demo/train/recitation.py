@@ -23,11 +23,13 @@ PROMPTS: tuple[str, ...] = (
     "Beautiful is",
     "Readability counts.\nSpecial cases",
     "If the implementation is hard",
-    "In the face of ambiguity, refuse the temptation to guess.\nThere should be one-- and preferably only one "
-    "--obvious way to do it.\nAlthough that way may not be obvious at first",
+    (
+        "In the face of ambiguity, refuse the temptation to guess.\nThere should be one-- and preferably only one "
+        "--obvious way to do it.\nAlthough that way may not be obvious at first"
+    ),
     "Now is better than never.\nAlthough never is often better than *right* now.\n",
 )
-"""Prompts of 2 to 80 tokens, each the start of a line, which the models continue to the end of the text."""
+"""Prompts of 3 to 47 tokens, each the start of a line, which the models continue to the end of the text."""
 
 PROBES: tuple[str, ...] = ("def main(args):", "import os\nimport", "Ugly is better than")
 """Prompts that the models were never taught. What follows is nonsense, but its log-probabilities show numerical errors

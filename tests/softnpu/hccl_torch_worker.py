@@ -21,8 +21,8 @@ EVERYONE = range(SIZE)
 def start() -> None:
     """The process group of all ranks."""
     torch.npu.set_device(RANK)
-    store = f"file://{FOLDER}/store"
-    dist.init_process_group("hccl", init_method=store, rank=RANK, world_size=SIZE, timeout=datetime.timedelta(seconds=80))
+    store, limit = f"file://{FOLDER}/store", datetime.timedelta(seconds=80)
+    dist.init_process_group("hccl", init_method=store, rank=RANK, world_size=SIZE, timeout=limit)
 
 
 def made(rank: int, count: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -87,7 +87,8 @@ def movements(dtype: torch.dtype) -> None:
     lengths = [rank + 1 for rank in EVERYONE]
     parts = [empty(length, dtype) for length in lengths]
     dist.all_gather(parts, npu(rows[RANK][: RANK + 1]))
-    same(torch.cat([part.cpu() for part in parts]), torch.cat([rows[rank][: rank + 1] for rank in EVERYONE]), f"all_gather uneven {dtype}")
+    uneven = torch.cat([rows[rank][: rank + 1] for rank in EVERYONE])
+    same(torch.cat([part.cpu() for part in parts]), uneven, f"all_gather uneven {dtype}")
     exchanged = empty(5 * SIZE, dtype)
     dist.all_to_all_single(exchanged, npu(rows[RANK]))
     same(exchanged, torch.cat([row.chunk(SIZE)[RANK] for row in rows]), f"all_to_all {dtype}")
@@ -118,7 +119,7 @@ def point_to_point(dtype: torch.dtype) -> None:
     if RANK < 2:
         got = empty(9, dtype)
         for sender in (0, 1):
-            if RANK == sender:
+            if sender == RANK:
                 dist.send(own, 1 - RANK)
             else:
                 dist.recv(got, sender)

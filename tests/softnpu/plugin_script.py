@@ -1,6 +1,6 @@
 """What tests.softnpu.test_plugin runs in a fresh process: one function a case, printing a JSON line after a marker.
 
-    python -m tests.softnpu.plugin_script platform
+python -m tests.softnpu.plugin_script process
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ def platform() -> dict[str, Any]:
     }
 
 
-def platform_in_actor() -> dict[str, Any]:
-    """The same in a Ray actor that has only the variables which workers get before they import anything."""
+def actors() -> list[dict[str, Any]]:
+    """The same in Ray actors that have only the variables which workers get before they import anything."""
     import ray
 
     from vllm_ray_ascend.environment.table import early_variables
 
-    early = early_variables()
-    for name in early:
-        del os.environ[name]  # so that the local cluster does not have them
     _local_cluster(npus=1)
-    actor = ray.remote(_Asked).options(runtime_env={"env_vars": early}).remote()
-    return ray.get(actor.platform.remote(), timeout=120)  # type: ignore[no-any-return]
+    drivers: list[dict[str, str]] = json.loads(sys.argv[2])
+    asked = [
+        ray.remote(_Asked).options(runtime_env={"env_vars": early_variables(driver)}).remote() for driver in drivers
+    ]
+    return ray.get([actor.platform.remote() for actor in asked], timeout=200)  # type: ignore[no-any-return]
 
 
 class _Asked:
@@ -47,8 +47,8 @@ class _Asked:
         return platform()
 
 
-def executor() -> dict[str, Any]:
-    """The class that `--distributed-executor-backend ray` means, asked as vLLM asks."""
+def process() -> dict[str, Any]:
+    """The platform, and the class that `--distributed-executor-backend ray` means, asked as vLLM asks."""
     from types import SimpleNamespace
     from typing import cast
 
@@ -61,7 +61,49 @@ def executor() -> dict[str, Any]:
     load_general_plugins()
     config = SimpleNamespace(parallel_config=SimpleNamespace(distributed_executor_backend="ray"))
     kind = Executor.get_class(cast(VllmConfig, config))
-    return {"class": f"{kind.__module__}.{kind.__qualname__}", "bases": [base.__qualname__ for base in kind.__mro__]}
+    return {"platform": platform(), "executor": f"{kind.__module__}.{kind.__qualname__}"}
+
+
+def config() -> dict[str, Any]:
+    """What making an engine's configuration says: without Ray, or with the package metadata of a folder."""
+    if sys.argv[2] == "without-ray":
+        sys.modules["ray"] = None  # type: ignore[assignment]
+    else:
+        sys.path.insert(0, sys.argv[2])
+    from vllm.engine.arg_utils import EngineArgs
+
+    error = ""
+    try:
+        EngineArgs(model=str(MODEL), distributed_executor_backend="ray", tensor_parallel_size=2).create_engine_config()
+    except Exception as caught:  # noqa: BLE001 - the test looks at whatever it is
+        error = f"{type(caught).__qualname__}: {caught}"
+    return {"error": error}
+
+
+def growing() -> dict[str, Any]:
+    """A cluster that gets its second NPU while the executor's check waits for it."""
+    import threading
+    import time
+    from types import SimpleNamespace
+
+    from ray.cluster_utils import Cluster
+
+    from vllm_ray_ascend.cluster.connect import connect, require_npus
+
+    sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 1}
+    wanted = SimpleNamespace(world_size=2, placement_group=None, ray_runtime_env=None, **sizes)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "resources": {"NPU": 1}})
+    try:
+        connect(wanted, cluster.address)
+        grows = threading.Timer(2.0, cluster.add_node, kwargs={"num_cpus": 1, "resources": {"NPU": 1}})
+        began = time.monotonic()
+        grows.start()
+        require_npus(wanted, wait_s=120)
+        waited = time.monotonic() - began
+        grows.join()
+    finally:
+        cluster.shutdown()
+    return {"waited": waited}
 
 
 def engine() -> dict[str, Any]:
@@ -97,7 +139,7 @@ def _worker_facts(worker: Any) -> dict[str, Any]:
 
 
 def refused() -> dict[str, Any]:
-    """An engine that cannot start, and what it leaves behind. Arguments: NPUs, tensor parallel size, visible list of the node."""
+    """An engine that cannot start, and what it leaves. Arguments: NPUs, tensor parallel size, visible list."""
     import ray
 
     npus, size, visible = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
@@ -108,7 +150,7 @@ def refused() -> dict[str, Any]:
     error = ""
     try:
         _llm(tensor_parallel_size=size)
-    except Exception as caught:
+    except Exception as caught:  # noqa: BLE001 - the test looks at whatever it is
         error = f"{type(caught).__qualname__}: {caught}"
     _until(lambda: ray.available_resources().get("NPU", 0) == npus)
     return {
@@ -149,7 +191,7 @@ def _llm(**sizes: int) -> Any:
     )
 
 
-CASES = {function.__name__: function for function in (platform, platform_in_actor, executor, engine, refused)}
+CASES = {function.__name__: function for function in (process, actors, config, growing, engine, refused)}
 
 if __name__ == "__main__":
     print(MARKER + json.dumps(CASES[sys.argv[1]]()), flush=True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import count
 from textwrap import dedent
 
+_nodes = count()
 LIMIT = 120  # seconds; generous, because test machines are busy
 
 
@@ -17,7 +19,8 @@ def variables(changes: dict[str, str | None]) -> dict[str, str]:
 
 
 def run_python(code: str, **environment: str | None) -> subprocess.CompletedProcess[str]:
-    """Runs the code in a Python process of its own, with these variables, and waits for it."""
+    """Runs the code in a Python process, with these variables and a node of its own, and waits for it."""
+    environment.setdefault("SOFTNPU_NODE", f"{os.environ['SOFTNPU_NODE']}-{next(_nodes)}")
     return subprocess.run(
         [sys.executable, "-c", dedent(code)],
         capture_output=True, text=True, timeout=LIMIT, env=variables(environment), check=False,
@@ -32,7 +35,7 @@ def check_python(code: str, **environment: str | None) -> str:
 
 
 def start_python(code: str, **environment: str | None) -> subprocess.Popen[str]:
-    """Starts the code and returns at once; the process talks over its standard input and output."""
+    """Starts the code, by default on the node of the tests, and returns; it talks over standard input and output."""
     return subprocess.Popen(
         [sys.executable, "-c", dedent(code)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables(environment),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vllm_ray_ascend.softnpu.activate import environment
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def run_ranks(
     limit: float = 90,
     size: int | None = None,
 ) -> list[Outcome]:
-    """Runs `worker` (a file beside this one) once for each rank and waits for all, at most `limit` seconds.
+    """Runs `worker` (a module beside this one) once for each rank and waits for all, at most `limit` seconds.
 
     `folder` is shared by the ranks; `size` is the number of ranks they are told, if not all of them are started.
     """
@@ -53,9 +53,9 @@ def run_ranks(
     processes: list[subprocess.Popen[bytes]] = []
     for member in members:
         own = base | {"RANK": str(member.number)} | dict(member.variables or {})
-        command = [*member.prefix, sys.executable, str(HERE / worker), scenario]
+        command = [*member.prefix, sys.executable, "-m", f"tests.softnpu.{worker}", scenario]
         with open(folder / f"rank{member.number}.log", "wb") as log:
-            processes.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT, cwd=HERE))
+            processes.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT))
     deadline = time.monotonic() + limit
     try:
         for process in processes:

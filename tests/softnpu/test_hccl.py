@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
 import signal
@@ -14,7 +13,8 @@ import pytest
 
 from tests.softnpu.ranks import Rank, run_ranks, succeeded
 
-C_API, TORCH = "hccl_worker.py", "hccl_torch_worker.py"
+C_API, TORCH = "hccl_worker", "hccl_torch_worker"
+TWO_RANKS = ["grouped", "peer_leaves", "destroy_while_waiting", "mismatch"]
 
 
 def on_nodes(ranks: int, nodes: int) -> list[Rank]:
@@ -77,10 +77,14 @@ def test_sizes_and_nothing_left(nodes: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
-@pytest.mark.parametrize("scenario", ["sub_communicators", "grouped", "peer_leaves", "destroy_while_waiting", "mismatch"])
-def test_between(scenario: str, nodes: int, tmp_path: Path) -> None:
-    ranks = 4 if scenario == "sub_communicators" else 2
-    succeeded(run_ranks(C_API, scenario, on_nodes(ranks, nodes), tmp_path))
+@pytest.mark.parametrize("scenario", TWO_RANKS)
+def test_two_ranks(scenario: str, nodes: int, tmp_path: Path) -> None:
+    succeeded(run_ranks(C_API, scenario, on_nodes(2, nodes), tmp_path))
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_sub_communicators(nodes: int, tmp_path: Path) -> None:
+    succeeded(run_ranks(C_API, "sub_communicators", on_nodes(4, nodes), tmp_path))
 
 
 @pytest.mark.parametrize("nodes", [1, 3])
@@ -100,9 +104,8 @@ def test_nodes_without_common_processes(tmp_path: Path) -> None:
         assert "sharing memory with 0 others" in output, output
 
 
-@pytest.mark.parametrize("ranks", [2])
-def test_arguments(ranks: int, tmp_path: Path) -> None:
-    succeeded(run_ranks(C_API, "arguments", ranks, tmp_path))
+def test_arguments(tmp_path: Path) -> None:
+    succeeded(run_ranks(C_API, "arguments", 2, tmp_path))
 
 
 def test_silent_peer(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def wait_until(condition: Callable[[], bool], what: str, limit: float = 30) -> N
 
 
 def free_bytes(device: int = 0) -> int:
+    torch.npu.init()
     return int(torch.npu.mem_get_info(device)[0])
 
 
@@ -114,7 +115,7 @@ def _double_and_return(given: mp.Queue, returned: mp.Queue) -> None:
 def test_tensors_are_shared_between_processes_both_ways() -> None:
     context = mp.get_context("spawn")
     given, returned = context.Queue(), context.Queue()
-    child = context.Process(target=_double_and_return, args=(given, returned))
+    child = context.Process(target=_double_and_return, args=(given, returned), daemon=True)
     child.start()
     tensor = torch.arange(1000.0, device="npu")
     torch.npu.synchronize()
@@ -132,6 +133,7 @@ def test_expandable_segments() -> None:
     check_python(
         """
         import torch, torch_npu
+        torch.npu.set_device(0)
         free = lambda: torch.npu.mem_get_info(0)[0]
         before = free()
         tensors = [torch.full((1 << 20,), float(n), device="npu") for n in range(30)]

@@ -31,77 +31,60 @@ NPU = ["NPU", "ASCEND_RT_VISIBLE_DEVICES", ["RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VI
 BESIDE = {"class": "vllm_ascend.platform.NPUPlatform", "ours": __version__, "facts": NPU}
 ALONE = {"class": "vllm_ray_ascend.platform.RayAscendPlatform", "ours": __version__, "facts": NPU}
 OFF = {"class": "vllm_ascend.platform.NPUPlatform", "ours": None, "facts": NPU}
+LIMIT_S = 400
 OURS = "vllm_ray_ascend.executor.executor.RayAscendExecutor"
 UPSTREAM = "vllm.v1.executor.ray_executor_v2.RayExecutorV2"
 
 
-def start(case: str, *arguments: str, limit_s: float = 240, **variables: str) -> subprocess.CompletedProcess[str]:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "RAY_", "ASCEND_RT"))}
+def start(case: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: os.environ[name] for name in os.environ if not name.startswith(("VLLM_", "ASCEND_RT"))}
     return subprocess.run(
         [sys.executable, "-m", "tests.softnpu.plugin_script", case, *arguments],
         env={**environment(inherited), **QUIET, **variables},
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=limit_s,
+        timeout=LIMIT_S,
     )
 
 
-def answer(case: str, *arguments: str, **variables: str) -> tuple[dict[str, Any], str]:
+def answer(case: str, *arguments: str, **variables: str) -> tuple[Any, str]:
     done = start(case, *arguments, **variables)
     log = done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith(MARKER)]
     assert done.returncode == 0 and len(lines) == 1, log[-5000:]
-    result: dict[str, Any] = json.loads(lines[0].removeprefix(MARKER))
-    return result, log
+    return json.loads(lines[0].removeprefix(MARKER)), log
 
 
 @pytest.mark.parametrize(
-    ("variables", "expected"),
+    ("arguments", "variables", "platform", "executor"),
     [
-        ({}, BESIDE),
-        ({"VLLM_RAY_ASCEND": "1"}, BESIDE),
-        ({"VLLM_RAY_ASCEND": "0"}, OFF),
-        ({"VLLM_PLUGINS": "ascend"}, OFF),
-        ({"VLLM_PLUGINS": "ascend,ray_ascend"}, BESIDE),
-        ({"VLLM_PLUGINS": "ray_ascend"}, ALONE),
+        ([], {}, BESIDE, OURS),
+        (["ours-first"], {"VLLM_RAY_ASCEND": "1"}, BESIDE, OURS),
+        ([], {"VLLM_PLUGINS": "ray_ascend"}, ALONE, OURS),
+        ([], {"VLLM_RAY_ASCEND": "0"}, OFF, UPSTREAM),
+        ([], {"VLLM_PLUGINS": "ascend"}, OFF, UPSTREAM),
+        ([], {"VLLM_RAY_ASCEND_EXECUTOR": "upstream"}, BESIDE, UPSTREAM),
     ],
-    ids=str,
+    ids=["beside", "imported-first", "alone", "off", "not-named", "upstream"],
 )
-def test_platform_of_a_process(variables: dict[str, str], expected: dict[str, Any]) -> None:
-    assert answer("platform", **variables)[0] == expected
+def test_platform_and_executor_of_a_process(
+    arguments: list[str], variables: dict[str, str], platform: dict[str, Any], executor: str
+) -> None:
+    found, log = answer("process", *arguments, **variables)
+    assert found == {"platform": platform, "executor": executor}
+    assert "Unknown vLLM environment variable" not in log
 
 
 def test_another_platform_is_left_alone() -> None:
-    found, _ = answer("platform", VLLM_TARGET_DEVICE="cpu")
-    assert found["ours"] is None and "CpuPlatform" in found["class"]
+    found, _ = answer("process", VLLM_TARGET_DEVICE="cpu")
+    assert found["executor"] == UPSTREAM
+    assert found["platform"]["ours"] is None and "CpuPlatform" in found["platform"]["class"]
 
 
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [({}, BESIDE), ({"VLLM_PLUGINS": "ray_ascend"}, ALONE), ({"VLLM_RAY_ASCEND": "0"}, OFF)],
-    ids=str,
-)
-def test_platform_of_a_ray_actor(variables: dict[str, str], expected: dict[str, Any]) -> None:
-    assert answer("platform_in_actor", **variables)[0] == expected
-
-
-@pytest.mark.parametrize(
-    ("arguments", "variables", "expected"),
-    [
-        ([], {}, OURS),
-        (["ours-first"], {}, OURS),
-        ([], {"VLLM_PLUGINS": "ray_ascend"}, OURS),
-        ([], {"VLLM_RAY_ASCEND": "0"}, UPSTREAM),
-        ([], {"VLLM_RAY_ASCEND_EXECUTOR": "upstream"}, UPSTREAM),
-        ([], {"VLLM_TARGET_DEVICE": "cpu"}, UPSTREAM),
-    ],
-    ids=str,
-)
-def test_executor_that_ray_means(arguments: list[str], variables: dict[str, str], expected: str) -> None:
-    found, _ = answer("executor", *arguments, **variables)
-    assert found["class"] == expected
-    assert "RayExecutorV2" in found["bases"]
+def test_platforms_of_ray_actors() -> None:
+    drivers = [{}, {"VLLM_PLUGINS": "ray_ascend"}, {"VLLM_RAY_ASCEND": "0"}]
+    assert answer("actors", json.dumps(drivers))[0] == [BESIDE, ALONE, OFF]
 
 
 @pytest.mark.parametrize(
@@ -110,11 +93,24 @@ def test_executor_that_ray_means(arguments: list[str], variables: dict[str, str]
         ({"VLLM_RAY_ASCEND": "yes"}, "VLLM_RAY_ASCEND='yes' is not a value of this switch. Accepted: auto, 0, 1."),
         ({"VLLM_RAY_ASCEND": "1", "VLLM_TARGET_DEVICE": "cpu"}, "vLLM chose another platform than vllm-ascend's"),
     ],
-    ids=str,
+    ids=["bad-value", "other-platform"],
 )
 def test_a_switch_that_cannot_be_fulfilled_ends_the_start(variables: dict[str, str], said: str) -> None:
-    done = start("executor", **variables)
+    done = start("process", **variables)
     assert done.returncode != 0 and said in done.stderr
+
+
+def test_ray_missing_is_said_with_the_remedy() -> None:
+    found, _ = answer("config", "without-ray")
+    assert "Failed to import Ray" in found["error"]
+    assert "pip install ray" in found["error"]
+
+
+def test_ray_too_old_is_said_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "ray-2.40.0.dist-info").mkdir()
+    (tmp_path / "ray-2.40.0.dist-info" / "METADATA").write_text("Name: ray\nVersion: 2.40.0\n")
+    found, _ = answer("config", str(tmp_path))
+    assert found["error"].startswith("RayVersionError: Ray 2.40.0 is too old, 2.48 is the oldest that works")
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +121,8 @@ def healthy() -> tuple[dict[str, Any], str]:
 def test_a_healthy_engine_says_so_in_one_line(healthy: tuple[dict[str, Any], str]) -> None:
     found, log = healthy
     places = ", ".join(f"rank {n} -> {re.escape(found['address'])} NPU {n} \\(physical {n}\\)" for n in (0, 1))
-    line = rf"vllm-ray-ascend {__version__} ready: vLLM \S+, vllm-ascend \S+, Ray \S+, torch-npu \S+; 1 node, 2 NPUs; {places}"
+    versions = r"vLLM \S+, vllm-ascend \S+, Ray \S+, torch-npu \S+"
+    line = rf"vllm-ray-ascend {__version__} ready: {versions}; 1 node, 2 NPUs; {places}"
     assert len(re.findall(line, log)) == 1, log[-3000:]
     assert len(re.findall("vllm-ray-ascend .* ready", log)) == 1
 
@@ -151,6 +148,11 @@ def test_the_text_is_right(healthy: tuple[dict[str, Any], str]) -> None:
 def test_variables_of_the_node_stay_and_others_travel(healthy: tuple[dict[str, Any], str]) -> None:
     for worker in healthy[0]["workers"]:
         assert worker["variables"] == {"HCCL_IF_IP": None, "HCCL_CONNECT_TIMEOUT": "321", "SOFTNPU_STREAMS": None}
+
+
+def test_a_growing_cluster_is_waited_for() -> None:
+    found, _ = answer("growing")
+    assert 2 <= found["waited"] < 120
 
 
 def test_more_npus_than_the_cluster_has_are_refused_at_once() -> None:

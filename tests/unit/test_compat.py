@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
@@ -26,8 +26,12 @@ def doubled(value: int) -> int:
     return value * 2
 
 
-def upstream(value: int, *, extra: int = 1) -> int:
+def original(value: int, *, extra: int = 1) -> int:
     return min(doubled(value) + extra, LIMIT)
+
+
+assert isinstance(original, FunctionType)
+upstream: FunctionType = original
 
 
 @pytest.fixture
@@ -126,7 +130,9 @@ def test_ray_new_enough(found: str) -> None:
     require_ray(found)
 
 
-@pytest.mark.parametrize(("found", "said"), [(None, "not installed"), ("2.47.1", "2.47.1 is too old"), ("1.13", "1.13")])
+@pytest.mark.parametrize(
+    ("found", "said"), [(None, "not installed"), ("2.47.1", "2.47.1 is too old"), ("1.13", "1.13")]
+)
 def test_ray_missing_or_too_old_says_how_to_mend_it(found: str | None, said: str) -> None:
     with pytest.raises(RayVersionError, match=said) as raised:
         require_ray(found)

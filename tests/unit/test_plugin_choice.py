@@ -27,7 +27,14 @@ def test_the_installed_package_has_both_entry_points(group: str) -> None:
 
 @pytest.mark.parametrize(
     ("plugins", "alone"),
-    [(None, False), ("", False), ("ray_ascend", True), ("ascend,ray_ascend", False), ("ascend", False), ("x,ray_ascend", True)],
+    [
+        (None, False),
+        ("", False),
+        ("ray_ascend", True),
+        ("ascend,ray_ascend", False),
+        ("ascend", False),
+        ("x,ray_ascend", True),
+    ],
 )
 def test_selected_alone(plugins: str | None, alone: bool) -> None:
     assert selected_alone({} if plugins is None else {"VLLM_PLUGINS": plugins}) is alone
@@ -51,7 +58,8 @@ import sys
 import vllm_ray_ascend, vllm_ray_ascend.cli.main, vllm_ray_ascend.executor.ranks
 import vllm_ray_ascend.cluster.connect, vllm_ray_ascend.plugin as plugin
 {calls}
-heavy = {{"torch", "ray", "vllm", "vllm_ascend", "torch_npu", "numpy"}} & {{name for name, module in sys.modules.items() if module}}
+loaded = {{name for name, module in sys.modules.items() if module}}
+heavy = {{"torch", "ray", "vllm", "vllm_ascend", "torch_npu", "numpy"}} & loaded
 assert not heavy, heavy
 """
 

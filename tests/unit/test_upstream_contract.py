@@ -65,7 +65,11 @@ def test_vllm_ascends_platform_has_the_members_that_we_set() -> None:
     tree = source("vllm_ascend", "platform.py")
     platform = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "NPUPlatform")
     assert [ast.unparse(base) for base in platform.bases] == ["Platform"]
-    fields = {node.target.id for node in platform.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+    fields = {
+        node.target.id
+        for node in platform.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
     assert {"ray_device_key", "device_control_env_var", "ray_noset_device_env_vars"} <= fields
     assert method(tree, "NPUPlatform", "check_and_update_config")
 

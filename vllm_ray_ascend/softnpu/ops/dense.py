@@ -83,14 +83,9 @@ def npu_scatter_pa_kv_cache(
 ) -> None:
     if compress_lens is not None or compress_seq_offsets is not None:
         raise NotImplementedError("the software NPU's npu_scatter_pa_kv_cache has no compression")
-    slots = slot_mapping.flatten().long()
-    # A slot below zero is padding. It writes back what its place held, so that the shapes stay those of a graph.
-    real = (slots >= 0).view(-1, 1, 1)
-    slots = slots.clamp_min(0)
-    page, offset = slots // key_cache.shape[1], slots % key_cache.shape[1]
-    for rows, cache in ((key, key_cache), (value, value_cache)):
-        fresh = rows[: slots.numel()].to(cache.dtype).view(slots.numel(), *cache.shape[2:])
-        cache.index_put_((page, offset), torch.where(real, fresh, cache[page, offset]))
+    slots = slot_mapping.flatten()
+    extension().write_cache(key[: slots.numel()], key_cache, slots)
+    extension().write_cache(value[: slots.numel()], value_cache, slots)
 
 
 def _fused_attention(
@@ -154,6 +149,11 @@ def attention_out(
 @_kernels.add("_npu_fused_infer_attention_score_get_max_workspace")
 def attention_workspace(query: Tensor, *args: object, **kwargs: object) -> Tensor:
     return torch.empty(1, dtype=torch.uint8, device=query.device)
+
+
+@_kernels.add("_npu_dtype_cast")
+def npu_dtype_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=dtype).copy_(x)
 
 
 @_kernels.add("npu_format_cast")

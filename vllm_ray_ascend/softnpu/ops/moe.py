@@ -129,4 +129,16 @@ def npu_moe_token_unpermute(
     return weighted.sum(1).to(permuted_tokens.dtype)
 
 
+@_kernels.add("_npu_moe_token_unpermute")
+def _npu_moe_token_unpermute(
+    permuted_tokens: Tensor,
+    sorted_indices: Tensor,
+    probs: Tensor | None = None,
+    padded_mode: bool = False,
+    restore_shape: list[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What torch_npu calls outside of inference mode; the second result would serve a backward pass."""
+    return npu_moe_token_unpermute(permuted_tokens, sorted_indices, probs), permuted_tokens
+
+
 NAMES = frozenset(_kernels.names)

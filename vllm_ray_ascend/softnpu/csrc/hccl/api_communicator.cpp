@@ -43,10 +43,12 @@ Settings read_config(const HcclCommConfig* config) {
   uint32_t magic;
   memcpy(&size, config->reserved, sizeof size);
   memcpy(&magic, config->reserved + sizeof size, sizeof magic);
-  require(magic == HCCL_COMM_CONFIG_MAGIC_WORD, HCCL_E_PARA, "the configuration was not initialised by HcclCommConfigInit");
+  require(magic == HCCL_COMM_CONFIG_MAGIC_WORD, HCCL_E_PARA,
+          "the configuration was not initialised by HcclCommConfigInit");
   if (size >= offsetof(HcclCommConfig, hcclUdi))
     settings.name.assign(config->hcclCommName, strnlen(config->hcclCommName, COMM_NAME_MAX_LENGTH - 1));
-  if (size >= offsetof(HcclCommConfig, hcclAlgo) && config->hcclExecTimeOut > 0) settings.exec_limit = config->hcclExecTimeOut;
+  if (size >= offsetof(HcclCommConfig, hcclAlgo) && config->hcclExecTimeOut > 0)
+    settings.exec_limit = config->hcclExecTimeOut;
   return settings;
 }
 
@@ -60,7 +62,8 @@ void check_place(uint32_t ranks, uint32_t rank) {
   require(visible_device() >= 0, HCCL_E_RUNTIME, "no device is set on this thread: call aclrtSetDevice first");
 }
 
-HcclResult init(const char* call, uint32_t ranks, const HcclRootInfo* info, uint32_t rank, const HcclCommConfig* config, HcclComm* out) {
+HcclResult init(const char* call, uint32_t ranks, const HcclRootInfo* info, uint32_t rank, const HcclCommConfig* config,
+                HcclComm* out) {
   return guarded(call, [&] {
     require(info && out, HCCL_E_PTR, "the root info or the place for the communicator is null");
     check_place(ranks, rank);
@@ -69,7 +72,9 @@ HcclResult init(const char* call, uint32_t ranks, const HcclRootInfo* info, uint
 }
 
 HcclResult unsupported(const char* call, const char* instead) {
-  return guarded(call, [&] { throw Failure(HCCL_E_NOT_SUPPORT, std::string("the software NPU does not support it: ") + instead); });
+  return guarded(call, [&] {
+    throw Failure(HCCL_E_NOT_SUPPORT, std::string("the software NPU does not support it: ") + instead);
+  });
 }
 
 std::atomic<int32_t> g_deterministic{1};
@@ -116,14 +121,14 @@ HcclResult HcclCommInitRootInfo(uint32_t ranks, const HcclRootInfo* info, uint32
   return init(__func__, ranks, info, rank, nullptr, comm);
 }
 
-HcclResult HcclCommInitRootInfoConfig(uint32_t ranks, const HcclRootInfo* info, uint32_t rank, const HcclCommConfig* config,
-                                      HcclComm* comm) {
+HcclResult HcclCommInitRootInfoConfig(uint32_t ranks, const HcclRootInfo* info, uint32_t rank,
+                                      const HcclCommConfig* config, HcclComm* comm) {
   return init(__func__, ranks, info, rank, config, comm);
 }
 
 // A rank that is no member calls it with no ranks, and gets no communicator.
-HcclResult HcclCreateSubCommConfig(HcclComm* parent, uint32_t count, uint32_t* ranks, uint64_t id, uint32_t rank, HcclCommConfig* config,
-                                   HcclComm* comm) {
+HcclResult HcclCreateSubCommConfig(HcclComm* parent, uint32_t count, uint32_t* ranks, uint64_t id, uint32_t rank,
+                                   HcclCommConfig* config, HcclComm* comm) {
   return guarded(__func__, [&] {
     require(parent && comm, HCCL_E_PTR, "the communicator, or the place for the new one, is null");
     *comm = nullptr;
@@ -222,7 +227,8 @@ uint32_t HcclGetCommConfigCapability() { return HCCL_COMM_CONFIG_EXEC_TIMEOUT + 
 // Kept, and without effect: results here are always deterministic.
 HcclResult HcclSetConfig(HcclConfig config, HcclConfigValue value) {
   return guarded(__func__, [&] {
-    require(config == HCCL_DETERMINISTIC, HCCL_E_PARA, "there is no setting " + std::to_string(static_cast<int>(config)));
+    require(config == HCCL_DETERMINISTIC, HCCL_E_PARA,
+            "there is no setting " + std::to_string(static_cast<int>(config)));
     g_deterministic = value.value;
   });
 }
@@ -230,7 +236,8 @@ HcclResult HcclSetConfig(HcclConfig config, HcclConfigValue value) {
 HcclResult HcclGetConfig(HcclConfig config, HcclConfigValue* value) {
   return guarded(__func__, [&] {
     require(value, HCCL_E_PTR, "the place for the value is null");
-    require(config == HCCL_DETERMINISTIC, HCCL_E_PARA, "there is no setting " + std::to_string(static_cast<int>(config)));
+    require(config == HCCL_DETERMINISTIC, HCCL_E_PARA,
+            "there is no setting " + std::to_string(static_cast<int>(config)));
     value->value = g_deterministic;
   });
 }

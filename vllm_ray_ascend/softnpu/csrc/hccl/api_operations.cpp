@@ -12,12 +12,14 @@ template <class Prepare>
 HcclResult submit(const char* call, HcclComm handle, aclrtStream stream, Prepare prepare) {
   return guarded(call, [&] {
     auto comm = find(handle);
-    require(!comm->suspended(), HCCL_E_SUSPENDING, "communicator " + comm->name() + " is suspended: call HcclCommResume");
+    require(!comm->suspended(), HCCL_E_SUSPENDING,
+            "communicator " + comm->name() + " is suspended: call HcclCommResume");
     std::string why;
     HcclResult state = comm->state(&why);
     require(state == HCCL_SUCCESS, state, "communicator " + comm->name() + " failed earlier: " + why);
     Body body = prepare(*comm);
-    if (capturing(stream) && reserve_graph_stream(stream, comm.get()) != ACL_SUCCESS) throw Failure(HCCL_E_RUNTIME, last_error());
+    if (capturing(stream) && reserve_graph_stream(stream, comm.get()) != ACL_SUCCESS)
+      throw Failure(HCCL_E_RUNTIME, last_error());
     auto task = [comm, body] { return comm->run([&] { body(*comm); }); };
     if (enqueue(stream, call, task) != ACL_SUCCESS) throw Failure(HCCL_E_RUNTIME, last_error());
   });
@@ -25,7 +27,8 @@ HcclResult submit(const char* call, HcclComm handle, aclrtStream stream, Prepare
 
 const char* from(const void* data) { return static_cast<const char*>(data); }
 char* to(void* data) { return static_cast<char*>(data); }
-char* to(const void* data) { return static_cast<char*>(const_cast<void*>(data)); }  // HcclAlltoAll* call their output const
+// The outputs of HcclAlltoAll* are declared const.
+char* to(const void* data) { return static_cast<char*>(const_cast<void*>(data)); }
 
 // Empty tensors have no address.
 void check_buffer(const void* data, uint64_t count, const char* which) {
@@ -41,17 +44,19 @@ void check_type(HcclDataType type) {
 void check_reduction(HcclDataType type, HcclReduceOp op) {
   check_type(type);
   require(can_reduce(type), HCCL_E_NOT_SUPPORT, "reductions of " + type_name(type) + " are not supported");
-  require(op >= HCCL_REDUCE_SUM && op <= HCCL_REDUCE_MIN, HCCL_E_PARA, "there is no reduction " + std::to_string(static_cast<int>(op)));
+  require(op >= HCCL_REDUCE_SUM && op <= HCCL_REDUCE_MIN, HCCL_E_PARA,
+          "there is no reduction " + std::to_string(static_cast<int>(op)));
 }
 
 void check_rank(const Communicator& comm, uint32_t rank) {
   require(rank < comm.size(), HCCL_E_PARA,
-          "there is no rank " + std::to_string(rank) + " in communicator " + comm.name() + " of " + std::to_string(comm.size()));
+          "there is no rank " + std::to_string(rank) + " in communicator " + comm.name() + " of " +
+              std::to_string(comm.size()));
 }
 
-HcclResult all_to_all_call(const char* call, const void* send, const std::function<Layout(Communicator&)>& out, HcclDataType send_type,
-                           const void* receive, const std::function<Layout(Communicator&)>& in, HcclDataType receive_type,
-                           HcclComm comm, aclrtStream stream) {
+HcclResult all_to_all_call(const char* call, const void* send, const std::function<Layout(Communicator&)>& out,
+                           HcclDataType send_type, const void* receive, const std::function<Layout(Communicator&)>& in,
+                           HcclDataType receive_type, HcclComm comm, aclrtStream stream) {
   return submit(call, comm, stream, [&](Communicator& c) -> Body {
     check_type(send_type);
     check_type(receive_type);
@@ -60,17 +65,22 @@ HcclResult all_to_all_call(const char* call, const void* send, const std::functi
       check_buffer(send, outgoing.counts[rank], "send");
       check_buffer(receive, incoming.counts[rank], "receive");
     }
-    uint64_t kept = outgoing.counts[c.rank()] * size_of(send_type), expected = incoming.counts[c.rank()] * size_of(receive_type);
+    uint64_t kept = outgoing.counts[c.rank()] * size_of(send_type),
+             expected = incoming.counts[c.rank()] * size_of(receive_type);
     require(kept == expected, HCCL_E_PARA,
             "the rank sends " + std::to_string(kept) + " bytes to itself, and expects " + std::to_string(expected));
-    return [=](Communicator& comm) { all_to_all(comm, from(send), outgoing, send_type, to(receive), incoming, receive_type); };
+    return [=](Communicator& comm) {
+      all_to_all(comm, from(send), outgoing, send_type, to(receive), incoming, receive_type);
+    };
   });
 }
 
-HcclResult send_receive_call(const char* call, const std::vector<HcclSendRecvItem>& items, HcclComm comm, aclrtStream stream) {
+HcclResult send_receive_call(const char* call, const std::vector<HcclSendRecvItem>& items, HcclComm comm,
+                             aclrtStream stream) {
   return submit(call, comm, stream, [&](Communicator& c) -> Body {
     for (const auto& item : items) {
-      require(item.sendRecvType == HCCL_SEND || item.sendRecvType == HCCL_RECV, HCCL_E_PARA, "an item neither sends nor receives");
+      require(item.sendRecvType == HCCL_SEND || item.sendRecvType == HCCL_RECV, HCCL_E_PARA,
+              "an item neither sends nor receives");
       check_type(item.dataType);
       check_buffer(item.buf, item.count, item.sendRecvType == HCCL_SEND ? "send" : "receive");
       check_rank(c, item.remoteRank);
@@ -120,8 +130,8 @@ HcclResult HcclAllReduce(void* send, void* receive, uint64_t count, HcclDataType
   });
 }
 
-HcclResult HcclReduce(void* send, void* receive, uint64_t count, HcclDataType type, HcclReduceOp op, uint32_t root, HcclComm comm,
-                      aclrtStream stream) {
+HcclResult HcclReduce(void* send, void* receive, uint64_t count, HcclDataType type, HcclReduceOp op, uint32_t root,
+                      HcclComm comm, aclrtStream stream) {
   return submit(__func__, comm, stream, [&](Communicator& c) -> Body {
     check_reduction(type, op);
     check_rank(c, root);
@@ -131,7 +141,8 @@ HcclResult HcclReduce(void* send, void* receive, uint64_t count, HcclDataType ty
   });
 }
 
-HcclResult HcclBroadcast(void* data, uint64_t count, HcclDataType type, uint32_t root, HcclComm comm, aclrtStream stream) {
+HcclResult HcclBroadcast(void* data, uint64_t count, HcclDataType type, uint32_t root, HcclComm comm,
+                         aclrtStream stream) {
   return submit(__func__, comm, stream, [&](Communicator& c) -> Body {
     check_type(type);
     check_rank(c, root);
@@ -140,7 +151,8 @@ HcclResult HcclBroadcast(void* data, uint64_t count, HcclDataType type, uint32_t
   });
 }
 
-HcclResult HcclAllGather(void* send, void* receive, uint64_t count, HcclDataType type, HcclComm comm, aclrtStream stream) {
+HcclResult HcclAllGather(void* send, void* receive, uint64_t count, HcclDataType type, HcclComm comm,
+                         aclrtStream stream) {
   return submit(__func__, comm, stream, [&](Communicator&) -> Body {
     check_type(type);
     check_buffer(send, count, "send");
@@ -149,8 +161,8 @@ HcclResult HcclAllGather(void* send, void* receive, uint64_t count, HcclDataType
   });
 }
 
-HcclResult HcclAllGatherV(void* send, uint64_t count, void* receive, const void* counts, const void* displacements, HcclDataType type,
-                          HcclComm comm, aclrtStream stream) {
+HcclResult HcclAllGatherV(void* send, uint64_t count, void* receive, const void* counts, const void* displacements,
+                          HcclDataType type, HcclComm comm, aclrtStream stream) {
   return submit(__func__, comm, stream, [&](Communicator& c) -> Body {
     check_type(type);
     check_array(counts);
@@ -163,13 +175,14 @@ HcclResult HcclAllGatherV(void* send, uint64_t count, void* receive, const void*
   });
 }
 
-HcclResult HcclReduceScatter(void* send, void* receive, uint64_t count, HcclDataType type, HcclReduceOp op, HcclComm comm,
-                             aclrtStream stream) {
+HcclResult HcclReduceScatter(void* send, void* receive, uint64_t count, HcclDataType type, HcclReduceOp op,
+                             HcclComm comm, aclrtStream stream) {
   return submit(__func__, comm, stream, [&](Communicator&) -> Body {
     check_reduction(type, op);
     check_buffer(send, count, "send");
     check_buffer(receive, count, "receive");
-    return [=](Communicator& c) { reduce_scatter(c, from(send), Layout::even(c.size(), count), to(receive), type, op); };
+    return
+        [=](Communicator& c) { reduce_scatter(c, from(send), Layout::even(c.size(), count), to(receive), type, op); };
   });
 }
 
@@ -187,7 +200,8 @@ HcclResult HcclReduceScatterV(void* send, const void* counts, const void* displa
   });
 }
 
-HcclResult HcclScatter(void* send, void* receive, uint64_t count, HcclDataType type, uint32_t root, HcclComm comm, aclrtStream stream) {
+HcclResult HcclScatter(void* send, void* receive, uint64_t count, HcclDataType type, uint32_t root, HcclComm comm,
+                       aclrtStream stream) {
   return submit(__func__, comm, stream, [&](Communicator& c) -> Body {
     check_type(type);
     check_rank(c, root);
@@ -197,16 +211,17 @@ HcclResult HcclScatter(void* send, void* receive, uint64_t count, HcclDataType t
   });
 }
 
-HcclResult HcclAlltoAll(const void* send, uint64_t send_count, HcclDataType send_type, const void* receive, uint64_t receive_count,
-                        HcclDataType receive_type, HcclComm comm, aclrtStream stream) {
+HcclResult HcclAlltoAll(const void* send, uint64_t send_count, HcclDataType send_type, const void* receive,
+                        uint64_t receive_count, HcclDataType receive_type, HcclComm comm, aclrtStream stream) {
   auto out = [=](Communicator& c) { return Layout::even(c.size(), send_count); };
   auto in = [=](Communicator& c) { return Layout::even(c.size(), receive_count); };
   return all_to_all_call(__func__, send, out, send_type, receive, in, receive_type, comm, stream);
 }
 
-HcclResult HcclAlltoAllV(const void* send, const void* send_counts, const void* send_displacements, HcclDataType send_type,
-                         const void* receive, const void* receive_counts, const void* receive_displacements,
-                         HcclDataType receive_type, HcclComm comm, aclrtStream stream) {
+HcclResult HcclAlltoAllV(const void* send, const void* send_counts, const void* send_displacements,
+                         HcclDataType send_type, const void* receive, const void* receive_counts,
+                         const void* receive_displacements, HcclDataType receive_type, HcclComm comm,
+                         aclrtStream stream) {
   auto layout = [](const void* counts, const void* displacements) {
     return [=](Communicator& c) {
       check_array(counts);
@@ -219,8 +234,8 @@ HcclResult HcclAlltoAllV(const void* send, const void* send_counts, const void* 
 }
 
 // matrix[i][j] elements go from rank i to rank j; blocks lie one after the other.
-HcclResult HcclAlltoAllVC(const void* send, const void* matrix, HcclDataType send_type, const void* receive, HcclDataType receive_type,
-                          HcclComm comm, aclrtStream stream) {
+HcclResult HcclAlltoAllVC(const void* send, const void* matrix, HcclDataType send_type, const void* receive,
+                          HcclDataType receive_type, HcclComm comm, aclrtStream stream) {
   auto layout = [=](bool out) {
     return [=](Communicator& c) {
       check_array(matrix);
@@ -259,7 +274,8 @@ HcclResult HcclGroupStart() {
 
 // The first error, if any; what could be appended to a stream has been.
 HcclResult HcclGroupEnd() {
-  if (t_group.depth == 0) return guarded(__func__, [] { throw Failure(HCCL_E_PARA, "there is no HcclGroupStart to end"); });
+  if (t_group.depth == 0)
+    return guarded(__func__, [] { throw Failure(HCCL_E_PARA, "there is no HcclGroupStart to end"); });
   if (--t_group.depth > 0) return HCCL_SUCCESS;
   HcclResult result = HCCL_SUCCESS;
   for (const auto& batch : std::exchange(t_group.batches, {})) {

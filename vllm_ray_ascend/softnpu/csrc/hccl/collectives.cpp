@@ -77,7 +77,8 @@ void exchange_and_reduce(Communicator& comm, const Operation& operation, const c
   reduce(out, scratch.with(send + own.begin * element, comm.size()), own.count, operation.type, operation.reduce);
 }
 
-void all_reduce_piece(Communicator& comm, const Operation& operation, const char* send, char* receive, uint64_t count, Scratch& scratch) {
+void all_reduce_piece(Communicator& comm, const Operation& operation, const char* send, char* receive, uint64_t count,
+                      Scratch& scratch) {
   size_t element = size_of(operation.type);
   auto of = [&](uint32_t rank) { return share(count, comm.size(), rank); };
   Range own = of(comm.rank());
@@ -111,7 +112,8 @@ Layout Layout::copy(const void* counts, const void* displacements, uint32_t rank
   return {values(counts), values(displacements)};
 }
 
-void all_reduce(Communicator& comm, const char* send, char* receive, uint64_t count, HcclDataType type, HcclReduceOp op) {
+void all_reduce(Communicator& comm, const char* send, char* receive, uint64_t count, HcclDataType type,
+                HcclReduceOp op) {
   size_t element = size_of(type);
   Operation operation{Kind::kAllReduce, type, op, UINT32_MAX, count * element};
   if (count * element <= kSmallBytes) {
@@ -122,10 +124,12 @@ void all_reduce(Communicator& comm, const char* send, char* receive, uint64_t co
   uint64_t piece = kPieceBytes * comm.size() / element;
   Scratch scratch(comm, std::min(kPieceBytes + element, count * element));
   for (uint64_t at = 0; at < count; at += piece)
-    all_reduce_piece(comm, operation, send + at * element, receive + at * element, std::min(piece, count - at), scratch);
+    all_reduce_piece(comm, operation, send + at * element, receive + at * element, std::min(piece, count - at),
+                     scratch);
 }
 
-void reduce_to(Communicator& comm, const char* send, char* receive, uint64_t count, HcclDataType type, HcclReduceOp op, uint32_t root) {
+void reduce_to(Communicator& comm, const char* send, char* receive, uint64_t count, HcclDataType type, HcclReduceOp op,
+               uint32_t root) {
   size_t element = size_of(type);
   Operation operation{Kind::kReduce, type, op, root, count * element};
   uint64_t piece = kPieceBytes / element;
@@ -153,7 +157,8 @@ void broadcast(Communicator& comm, char* data, uint64_t count, HcclDataType type
   comm.move({Kind::kBroadcast, type, HCCL_REDUCE_RESERVED, root, bytes}, std::move(transfers));
 }
 
-void all_gather(Communicator& comm, const char* send, uint64_t count, char* receive, const Layout& layout, HcclDataType type) {
+void all_gather(Communicator& comm, const char* send, uint64_t count, char* receive, const Layout& layout,
+                HcclDataType type) {
   size_t element = size_of(type);
   std::vector<Transfer> transfers;
   for_peers(comm, [&](uint32_t peer) {
@@ -164,7 +169,8 @@ void all_gather(Communicator& comm, const char* send, uint64_t count, char* rece
   copy(receive + layout.displacements[comm.rank()] * element, send, count * element);
 }
 
-void reduce_scatter(Communicator& comm, const char* send, const Layout& layout, char* receive, HcclDataType type, HcclReduceOp op) {
+void reduce_scatter(Communicator& comm, const char* send, const Layout& layout, char* receive, HcclDataType type,
+                    HcclReduceOp op) {
   size_t element = size_of(type);
   uint64_t largest = *std::max_element(layout.counts.begin(), layout.counts.end());
   uint64_t own_bytes = layout.counts[comm.rank()] * element;
@@ -196,8 +202,8 @@ void scatter(Communicator& comm, const char* send, char* receive, uint64_t count
   if (comm.rank() == root) copy(receive, send + root * bytes, bytes);
 }
 
-void all_to_all(Communicator& comm, const char* send, const Layout& out, HcclDataType send_type, char* receive, const Layout& in,
-                HcclDataType receive_type) {
+void all_to_all(Communicator& comm, const char* send, const Layout& out, HcclDataType send_type, char* receive,
+                const Layout& in, HcclDataType receive_type) {
   size_t sent = size_of(send_type), received = size_of(receive_type);
   uint64_t send_bytes = extent(out) * sent;
   std::unique_ptr<char[]> before;

@@ -1,6 +1,7 @@
 // What every part of libhccl needs: failures, time limits, and values on the wire.
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <cstring>
@@ -25,7 +26,7 @@ struct Failure : std::runtime_error {
 class Deadline {
  public:
   explicit Deadline(double seconds)
-      : end_(Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds))) {}
+      : end_(Clock::now() + std::chrono::milliseconds(static_cast<int64_t>(std::min(seconds, 1e9) * 1000))) {}
   bool passed() const { return Clock::now() >= end_; }
   // Rounded up, so that a wait of this length ends past the deadline.
   int64_t milliseconds_left() const {

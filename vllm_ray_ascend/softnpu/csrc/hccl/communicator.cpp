@@ -24,7 +24,8 @@ Communicator::Communicator(const RootInfo& root, uint32_t ranks, uint32_t rank, 
   connect(listener, root.token, deadline);
   segment_->seal();
   count_communicators(1);
-  auto shared = std::count_if(links_.begin(), links_.end(), [](const auto& link) { return link->shared(); }) - 1;  // not with itself
+  auto shared = std::count_if(links_.begin(), links_.end(), [](const auto& link) { return link->shared(); }) -
+                1;  // not with itself
   log(2, "HCCL communicator %s: rank %u of %u is ready, sharing memory with %d others", name_.c_str(), rank_, ranks,
       static_cast<int>(shared));
 }
@@ -46,8 +47,8 @@ void Communicator::connect(const Fd& listener, Token token, const Deadline& dead
   for (const auto& peer : members_) {
     uint32_t other = peer.rank;
     links_.push_back(other == rank_ ? std::make_shared<Link>(segment_)
-                                    : std::make_shared<Link>(std::move(sockets[other]), peer.text(), rank_, other, segment_,
-                                                             segments[other]));
+                                    : std::make_shared<Link>(std::move(sockets[other]), peer.text(), rank_, other,
+                                                             segment_, segments[other]));
   }
   for (const auto& peer : members_)
     if (peer.rank != rank_) Poller::instance().add(links_[peer.rank]);
@@ -55,7 +56,7 @@ void Communicator::connect(const Fd& listener, Token token, const Deadline& dead
 
 void Communicator::destroy() {
   if (destroyed_.exchange(true)) return;
-  if (links_.size() < members_.size() || members_.empty()) return;  // was never formed
+  if (members_[rank_].pid != getpid()) return;  // a forked child: connections and poller are its parent's
   std::vector<std::shared_ptr<Link>> remote;
   for (uint32_t peer = 0; peer < size(); peer++)
     if (peer != rank_) remote.push_back(links_[peer]);
@@ -68,8 +69,8 @@ void Communicator::destroy() {
 
 // ---- state
 
-// A peer that reports a mismatch means us too, whether or not we wait for it. Other failures of a peer matter once we do:
-// one that has done its part may go.
+// A peer that reports a mismatch means us too, whether or not we wait for it. Other failures of a peer matter once we
+// do: one that has done its part may go.
 HcclResult Communicator::state(std::string* why) const {
   {
     std::lock_guard<std::mutex> lock(state_mutex_);

@@ -55,7 +55,9 @@ struct Transfer {
 inline Transfer sending(uint32_t peer, const void* data, uint64_t bytes) {
   return {true, peer, static_cast<char*>(const_cast<void*>(data)), bytes};
 }
-inline Transfer receiving(uint32_t peer, void* data, uint64_t bytes) { return {false, peer, static_cast<char*>(data), bytes}; }
+inline Transfer receiving(uint32_t peer, void* data, uint64_t bytes) {
+  return {false, peer, static_cast<char*>(data), bytes};
+}
 
 class Communicator {
  public:

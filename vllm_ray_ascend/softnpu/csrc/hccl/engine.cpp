@@ -10,7 +10,7 @@ struct QuietFailure : Failure {
 };
 
 const char* kind_name(Kind kind) {
-  static const char* const names[] = {"?",       "AllReduce", "Reduce",   "Broadcast", "AllGather", "ReduceScatter",
+  static const char* const names[] = {"?",       "AllReduce", "Reduce",    "Broadcast", "AllGather", "ReduceScatter",
                                       "Scatter", "AlltoAll",  "Send/Recv", "Barrier"};
   auto index = static_cast<uint32_t>(kind);
   return index < std::size(names) ? names[index] : "?";
@@ -50,7 +50,8 @@ aclError Communicator::run(const std::function<void()>& body) {
   };
   try {
     std::string why;
-    if (HcclResult code = state(&why); code != HCCL_SUCCESS) return softnpu::fail(task_code(code), prefix + "failed earlier: " + why);
+    if (HcclResult code = state(&why); code != HCCL_SUCCESS)
+      return softnpu::fail(task_code(code), prefix + "failed earlier: " + why);
     check_open();
     if (fault("hccl_silent", {{"rank", std::to_string(rank_)}, {"comm", name_}})) stay_silent();
     body();
@@ -71,7 +72,8 @@ void Communicator::stay_silent() {
   for (;;) {
     uint32_t seen = segment_->bell().count();
     check_open();
-    if (!segment_->bell().wait(seen, deadline)) throw QuietFailure(HCCL_E_TIMEOUT, "kept silent, as the fault hccl_silent asks");
+    if (!segment_->bell().wait(seen, deadline))
+      throw QuietFailure(HCCL_E_TIMEOUT, "kept silent, as the fault hccl_silent asks");
   }
 }
 
@@ -135,8 +137,8 @@ void Communicator::check_header(const Transfer& transfer, const Operation& opera
   Header expected{operation, link.received_messages, transfer.bytes};
   const Header& came = transfer.header;
   if (same(came.operation, operation) && came.sequence == expected.sequence && came.bytes == expected.bytes) return;
-  throw Failure(HCCL_E_PARA, "the ranks do not run the same operation: rank " + std::to_string(rank_) + " expects " + expected.text() +
-                                 "; rank " + std::to_string(transfer.peer) + " sends " + came.text());
+  throw Failure(HCCL_E_PARA, "the ranks do not run the same operation: rank " + std::to_string(rank_) + " expects " +
+                                 expected.text() + "; rank " + std::to_string(transfer.peer) + " sends " + came.text());
 }
 
 void Communicator::time_out(const std::vector<Transfer>& transfers, const Operation& operation) const {

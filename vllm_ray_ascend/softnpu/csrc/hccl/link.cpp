@@ -72,7 +72,8 @@ void Link::break_with(Breakage breakage) {
 
 void Link::lose(const char* reason) {
   socket_.close();
-  break_with({HCCL_E_REMOTE, peer_ + " is gone: its process has ended, or the connection to it is lost (" + reason + ")", false});
+  break_with({HCCL_E_REMOTE,
+              peer_ + " is gone: its process has ended, or the connection to it is lost (" + reason + ")", false});
 }
 
 void Link::post(Frame::Type type, const std::string& payload) {
@@ -95,7 +96,8 @@ std::string Link::take_letter(const std::string& topic, const Deadline& deadline
     }
     if (breakage_) throw Failure(breakage_->code, breakage_->text);
     auto left = std::chrono::milliseconds(deadline.milliseconds_left());
-    if (left.count() == 0) throw Failure(HCCL_E_TIMEOUT, "" + peer_ + " did not answer within the time of HCCL_CONNECT_TIMEOUT");
+    if (left.count() == 0)
+      throw Failure(HCCL_E_TIMEOUT, "" + peer_ + " did not answer within the time of HCCL_CONNECT_TIMEOUT");
     changed_.wait_for(lock, left);
   }
 }

@@ -1,6 +1,6 @@
-// What joins two ranks of a communicator. There is always a connection; when it ends, the peer is gone. Bytes of messages go
-// through rings in shared memory where the two share a node, and else through rings of this process that the poller
-// empties into the connection and fills from it: whoever sends or receives sees rings only.
+// What joins two ranks of a communicator. There is always a connection; when it ends, the peer is gone. Bytes of
+// messages go through rings in shared memory where the two share a node, and else through rings of this process that
+// the poller empties into the connection and fills from it: whoever sends or receives sees rings only.
 #pragma once
 
 #include <condition_variable>

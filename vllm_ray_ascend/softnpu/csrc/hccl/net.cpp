@@ -84,9 +84,10 @@ uint64_t random_number() {
 
 Fd connect_to(const Address& address, const Deadline& deadline, const std::string& purpose) {
   auto unreachable = [&](int error) {
-    return Failure(HCCL_E_TCP_CONNECT, "cannot connect to " + purpose + " at " + address.text() + ": " + strerror(error) +
-                                           ". Either that process has ended or given up, or the address is not reachable from "
-                                           "here: then set HCCL_IF_IP or HCCL_SOCKET_IFNAME on its node");
+    return Failure(HCCL_E_TCP_CONNECT,
+                   "cannot connect to " + purpose + " at " + address.text() + ": " + strerror(error) +
+                       ". Either that process has ended or given up, or the address is not reachable from "
+                       "here: then set HCCL_IF_IP or HCCL_SOCKET_IFNAME on its node");
   };
   SocketAddress target = parse(address);
   Fd fd(socket(target.storage.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
@@ -156,7 +157,9 @@ bool gather(int listener, Token token, const Deadline& deadline, const std::func
   while (!deadline.passed()) {
     std::vector<pollfd> entries{{listener, POLLIN, 0}};
     for (auto& stranger : strangers) entries.push_back({stranger.fd.get(), POLLIN, 0});
-    if (poll(entries.data(), entries.size(), static_cast<int>(std::min<int64_t>(deadline.milliseconds_left(), INT_MAX))) <= 0) continue;
+    if (poll(entries.data(), entries.size(),
+             static_cast<int>(std::min<int64_t>(deadline.milliseconds_left(), INT_MAX))) <= 0)
+      continue;
     size_t index = 1;
     for (auto it = strangers.begin(); it != strangers.end(); index++) {
       bool alive = entries[index].revents == 0 || it->read();

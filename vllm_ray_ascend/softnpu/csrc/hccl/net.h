@@ -59,8 +59,9 @@ Fd connect_to(const Address& address, const Deadline& deadline, const std::strin
 void send_frame(int fd, const std::string& payload, const Deadline& deadline);
 std::string receive_frame(int fd, const Deadline& deadline);
 
-// Hands each connection whose first frame starts with `token` to `take`, with the rest of that frame, until `take` answers
-// false (returns true) or the deadline passes (returns false). Drops whoever sends anything else; is held up by nobody.
+// Hands each connection whose first frame starts with `token` to `take`, with the rest of that frame, until `take`
+// answers false (returns true) or the deadline passes (returns false). Drops whoever sends anything else; is held up by
+// nobody.
 bool gather(int listener, Token token, const Deadline& deadline, const std::function<bool(Fd, Reader)>& take);
 
 }  // namespace softnpu::hccl

@@ -1,4 +1,4 @@
-// The fault slow_link: holds bytes back as a link with that delay and bandwidth would.
+// The fault slow_link: holds bytes back as a link with that delay and bandwidth would (and a window of Ring::kBytes).
 #pragma once
 
 #include <deque>

@@ -16,7 +16,8 @@ Poller& Poller::instance() {
 
 void Poller::wake() {
   uint64_t one = 1;
-  if (wakeup_ && write(wakeup_.get(), &one, sizeof one) < 0) log(1, "HCCL: cannot wake the poller: %s", strerror(errno));
+  if (wakeup_ && write(wakeup_.get(), &one, sizeof one) < 0)
+    log(1, "HCCL: cannot wake the poller: %s", strerror(errno));
 }
 
 void Poller::add(std::shared_ptr<Link> link) {
@@ -25,7 +26,8 @@ void Poller::add(std::shared_ptr<Link> link) {
   if (!running_) {
     wakeup_ = Fd(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
     epoll_ = Fd(epoll_create1(EPOLL_CLOEXEC));
-    if (!wakeup_ || !epoll_) throw Failure(HCCL_E_SYSCALL, std::string("HCCL: no event descriptors: ") + strerror(errno));
+    if (!wakeup_ || !epoll_)
+      throw Failure(HCCL_E_SYSCALL, std::string("HCCL: no event descriptors: ") + strerror(errno));
     epoll_event event{};
     event.events = EPOLLIN;
     epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, wakeup_.get(), &event);
@@ -110,8 +112,8 @@ bool Poller::obey() {
   return go_on;
 }
 
-// Reading first: what came may be the credit that writing waits for. A link that is lost closes its socket, which takes it
-// out of the epoll set.
+// Reading first: what came may be the credit that writing waits for. A link that is lost closes its socket, which takes
+// it out of the epoll set.
 void Poller::serve(Watched& watched, uint32_t events) {
   Link& link = *watched.link;
   if (events != 0) link.read_input();

@@ -1,5 +1,5 @@
-// The one thread of a process that moves bytes between connections and rings, and notices when a peer goes. It runs while there
-// is a link.
+// The one thread of a process that moves bytes between connections and rings, and notices when a peer goes. It runs
+// while there is a link.
 #pragma once
 
 #include <map>

@@ -53,7 +53,8 @@ struct Float16 {
     if (magnitude > 0x7f800000u) return static_cast<Stored>(sign | 0x7e00u);
     if (magnitude >= 0x477ff000u) return static_cast<Stored>(sign | 0x7c00u);  // rounds to 65536 or more
     // Below 2^-14 the result is subnormal: adding 0.5 leaves its bits, rounded, at the end of the sum.
-    if (magnitude < 0x38800000u) return static_cast<Stored>(sign | (bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f)));
+    if (magnitude < 0x38800000u)
+      return static_cast<Stored>(sign | (bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f)));
     return static_cast<Stored>(sign | (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13);
   }
 };
@@ -61,19 +62,27 @@ struct Float16 {
 // NaN wins in max and min, wherever it stands.
 struct Sum {
   template <class T>
-  static T apply(T a, T b) { return static_cast<T>(a + b); }
+  static T apply(T a, T b) {
+    return static_cast<T>(a + b);
+  }
 };
 struct Prod {
   template <class T>
-  static T apply(T a, T b) { return static_cast<T>(a * b); }
+  static T apply(T a, T b) {
+    return static_cast<T>(a * b);
+  }
 };
 struct Max {
   template <class T>
-  static T apply(T a, T b) { return a < b || b != b ? b : a; }
+  static T apply(T a, T b) {
+    return a < b || b != b ? b : a;
+  }
 };
 struct Min {
   template <class T>
-  static T apply(T a, T b) { return b < a || b != b ? b : a; }
+  static T apply(T a, T b) {
+    return b < a || b != b ? b : a;
+  }
 };
 
 template <class Element, class Op>
@@ -99,27 +108,43 @@ using Reduction = void (*)(void*, const std::vector<const char*>&, uint64_t);
 template <class Element>
 Reduction pick(HcclReduceOp op) {
   switch (op) {
-    case HCCL_REDUCE_SUM: return run<Element, Sum>;
-    case HCCL_REDUCE_PROD: return run<Element, Prod>;
-    case HCCL_REDUCE_MAX: return run<Element, Max>;
-    case HCCL_REDUCE_MIN: return run<Element, Min>;
-    default: return nullptr;
+    case HCCL_REDUCE_SUM:
+      return run<Element, Sum>;
+    case HCCL_REDUCE_PROD:
+      return run<Element, Prod>;
+    case HCCL_REDUCE_MAX:
+      return run<Element, Max>;
+    case HCCL_REDUCE_MIN:
+      return run<Element, Min>;
+    default:
+      return nullptr;
   }
 }
 
 Reduction pick(HcclDataType type, HcclReduceOp op) {
   switch (type) {
-    case HCCL_DATA_TYPE_INT8: return pick<Plain<int8_t>>(op);
-    case HCCL_DATA_TYPE_UINT8: return pick<Plain<uint8_t>>(op);
-    case HCCL_DATA_TYPE_INT16: return pick<Plain<int16_t>>(op);
-    case HCCL_DATA_TYPE_INT32: return pick<Plain<int32_t>>(op);
-    case HCCL_DATA_TYPE_INT64: return pick<Plain<int64_t>>(op);
-    case HCCL_DATA_TYPE_UINT64: return pick<Plain<uint64_t>>(op);
-    case HCCL_DATA_TYPE_FP16: return pick<Float16>(op);
-    case HCCL_DATA_TYPE_FP32: return pick<Plain<float>>(op);
-    case HCCL_DATA_TYPE_FP64: return pick<Plain<double>>(op);
-    case HCCL_DATA_TYPE_BFP16: return pick<Bfloat16>(op);
-    default: return nullptr;
+    case HCCL_DATA_TYPE_INT8:
+      return pick<Plain<int8_t>>(op);
+    case HCCL_DATA_TYPE_UINT8:
+      return pick<Plain<uint8_t>>(op);
+    case HCCL_DATA_TYPE_INT16:
+      return pick<Plain<int16_t>>(op);
+    case HCCL_DATA_TYPE_INT32:
+      return pick<Plain<int32_t>>(op);
+    case HCCL_DATA_TYPE_INT64:
+      return pick<Plain<int64_t>>(op);
+    case HCCL_DATA_TYPE_UINT64:
+      return pick<Plain<uint64_t>>(op);
+    case HCCL_DATA_TYPE_FP16:
+      return pick<Float16>(op);
+    case HCCL_DATA_TYPE_FP32:
+      return pick<Plain<float>>(op);
+    case HCCL_DATA_TYPE_FP64:
+      return pick<Plain<double>>(op);
+    case HCCL_DATA_TYPE_BFP16:
+      return pick<Bfloat16>(op);
+    default:
+      return nullptr;
   }
 }
 
@@ -131,12 +156,15 @@ struct TypeFacts {
 
 const TypeFacts* facts_of(HcclDataType type) {
   static const TypeFacts all[] = {
-      {HCCL_DATA_TYPE_INT8, 1, "int8"},       {HCCL_DATA_TYPE_INT16, 2, "int16"},     {HCCL_DATA_TYPE_INT32, 4, "int32"},
-      {HCCL_DATA_TYPE_FP16, 2, "float16"},    {HCCL_DATA_TYPE_FP32, 4, "float32"},    {HCCL_DATA_TYPE_INT64, 8, "int64"},
-      {HCCL_DATA_TYPE_UINT64, 8, "uint64"},   {HCCL_DATA_TYPE_UINT8, 1, "uint8"},     {HCCL_DATA_TYPE_UINT16, 2, "uint16"},
-      {HCCL_DATA_TYPE_UINT32, 4, "uint32"},   {HCCL_DATA_TYPE_FP64, 8, "float64"},    {HCCL_DATA_TYPE_BFP16, 2, "bfloat16"},
-      {HCCL_DATA_TYPE_INT128, 16, "int128"},  {HCCL_DATA_TYPE_HIF8, 1, "hif8"},       {HCCL_DATA_TYPE_FP8E4M3, 1, "fp8e4m3"},
-      {HCCL_DATA_TYPE_FP8E5M2, 1, "fp8e5m2"}, {HCCL_DATA_TYPE_FP8E8M0, 1, "fp8e8m0"},
+      {HCCL_DATA_TYPE_INT8, 1, "int8"},       {HCCL_DATA_TYPE_INT16, 2, "int16"},
+      {HCCL_DATA_TYPE_INT32, 4, "int32"},     {HCCL_DATA_TYPE_FP16, 2, "float16"},
+      {HCCL_DATA_TYPE_FP32, 4, "float32"},    {HCCL_DATA_TYPE_INT64, 8, "int64"},
+      {HCCL_DATA_TYPE_UINT64, 8, "uint64"},   {HCCL_DATA_TYPE_UINT8, 1, "uint8"},
+      {HCCL_DATA_TYPE_UINT16, 2, "uint16"},   {HCCL_DATA_TYPE_UINT32, 4, "uint32"},
+      {HCCL_DATA_TYPE_FP64, 8, "float64"},    {HCCL_DATA_TYPE_BFP16, 2, "bfloat16"},
+      {HCCL_DATA_TYPE_INT128, 16, "int128"},  {HCCL_DATA_TYPE_HIF8, 1, "hif8"},
+      {HCCL_DATA_TYPE_FP8E4M3, 1, "fp8e4m3"}, {HCCL_DATA_TYPE_FP8E5M2, 1, "fp8e5m2"},
+      {HCCL_DATA_TYPE_FP8E8M0, 1, "fp8e8m0"},
   };
   for (const auto& each : all)
     if (each.type == type) return &each;

@@ -102,8 +102,9 @@ class Root {
         absent.push_back(rank);
       else
         present += (present.empty() ? "" : ", ") + found->second.member.text();
-    return "of the " + std::to_string(ranks_) + " ranks of the communicator, rank " + listed(absent) + " did not join within " +
-           std::to_string(static_cast<int>(connect_limit())) + " s (HCCL_CONNECT_TIMEOUT); joined: " + present;
+    return "of the " + std::to_string(ranks_) + " ranks of the communicator, rank " + listed(absent) +
+           " did not join within " + std::to_string(static_cast<int>(connect_limit())) +
+           " s (HCCL_CONNECT_TIMEOUT); joined: " + present;
   }
 
   void answer(HcclResult code, const std::string& text) {
@@ -133,7 +134,9 @@ class Root {
 
 }  // namespace
 
-std::string RootInfo::bytes() const { return Writer().put(kMagic).put(token).put(address.ip).put(address.port).bytes(); }
+std::string RootInfo::bytes() const {
+  return Writer().put(kMagic).put(token).put(address.ip).put(address.port).bytes();
+}
 
 RootInfo RootInfo::parse(const char* data, size_t size) {
   Reader reader(std::string(data, size));

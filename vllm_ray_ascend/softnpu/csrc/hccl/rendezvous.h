@@ -1,5 +1,5 @@
-// How the ranks of a communicator find one another: the root listens, every rank introduces itself, and when all have come
-// the root sends all of them the list.
+// How the ranks of a communicator find one another: the root listens, every rank introduces itself, and when all have
+// come the root sends all of them the list.
 #pragma once
 
 #include <vector>
@@ -17,7 +17,8 @@ struct Member {
   std::string node;
   Address address;  // where it listens for the other members
   std::string text() const {
-    return "rank " + std::to_string(rank) + " (" + address.ip + ", pid " + std::to_string(pid) + ", NPU " + std::to_string(device) + ")";
+    return "rank " + std::to_string(rank) + " (" + address.ip + ", pid " + std::to_string(pid) + ", NPU " +
+           std::to_string(device) + ")";
   }
 };
 

@@ -22,7 +22,8 @@ class Ring {
   uint64_t consumed() const { return head_.load(); }
   uint64_t produced() const { return tail_.load(); }
 
-  // The next stretch without a wrap that may be written or read, of at most `limit` bytes; commit says how much of it was.
+  // The next stretch without a wrap that may be written or read, of at most `limit` bytes; commit says how much of it
+  // was.
   std::pair<char*, size_t> writable(size_t limit) {
     uint64_t tail = tail_.load();
     size_t at = tail % kBytes;
@@ -71,8 +72,8 @@ class Bell {
     if (sleepers_.load() > 0) syscall(SYS_futex, &count_, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
   }
 
-  // Waits until the bell has rung since count() was `seen`; false when the deadline passes. Small messages between two busy
-  // ranks come within microseconds, so it looks for a moment before it sleeps.
+  // Waits until the bell has rung since count() was `seen`; false when the deadline passes. Small messages between two
+  // busy ranks come within microseconds, so it looks for a moment before it sleeps.
   bool wait(uint32_t seen, const Deadline& deadline) {
     auto patience = Clock::now() + std::chrono::microseconds(40);
     do {

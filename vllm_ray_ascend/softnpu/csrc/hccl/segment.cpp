@@ -33,7 +33,8 @@ std::shared_ptr<Segment> Segment::create(uint32_t ranks) {
   if (fd && ftruncate(fd.get(), static_cast<off_t>(bytes)) == 0)
     memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd.get(), 0);
   if (memory == MAP_FAILED)
-    throw Failure(HCCL_E_MEMORY, "no " + std::to_string(bytes) + " bytes of shared memory for a communicator: " + strerror(errno));
+    throw Failure(HCCL_E_MEMORY,
+                  "no " + std::to_string(bytes) + " bytes of shared memory for a communicator: " + strerror(errno));
   std::shared_ptr<Segment> segment(new Segment(std::move(fd), memory, bytes));
   segment->head_->nonce = random_number();
   return segment;
@@ -43,7 +44,7 @@ std::shared_ptr<Segment> Segment::open(int pid, int fd_there, uint64_t nonce, ui
   size_t bytes = size_for(ranks);
   std::string path = "/proc/" + std::to_string(pid) + "/fd/" + std::to_string(fd_there);
   Fd fd(::open(path.c_str(), O_RDWR | O_CLOEXEC | O_NONBLOCK));
-  struct stat status {};
+  struct stat status{};
   if (!fd || fstat(fd.get(), &status) != 0 || static_cast<size_t>(status.st_size) != bytes) return nullptr;
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd.get(), 0);
   if (memory == MAP_FAILED) return nullptr;

@@ -30,6 +30,11 @@ at::Tensor attend(const at::Tensor& query, const at::Tensor& key, const at::Tens
   return at::matmul(at::softmax(scores, -1), v).transpose(0, 1);
 }
 
+void launch(const char* name, c10::Device device, Task task) {
+  aclError code = enqueue(current_stream(device), name, std::move(task));
+  TORCH_CHECK(code == ACL_SUCCESS, name, " on the software NPU: ", last_error(), " (error code ", code, ")");
+}
+
 at::Tensor page_rows(const at::Tensor& cache, const at::Tensor& pages, int64_t length) {
   return cache.index_select(0, pages).flatten(0, 1).slice(0, 0, length);
 }
@@ -69,8 +74,20 @@ void attention(const at::Tensor& out, const at::Tensor& query, const at::Tensor&
     }
     return ACL_SUCCESS;
   };
-  aclError code = enqueue(current_stream(query.device()), "npu_fused_infer_attention_score", task);
-  TORCH_CHECK(code == ACL_SUCCESS, "attention on the software NPU: ", last_error(), " (error code ", code, ")");
+  launch("npu_fused_infer_attention_score", query.device(), task);
+}
+
+void write_cache(const at::Tensor& rows, const at::Tensor& cache, const at::Tensor& slots) {
+  at::Tensor r = cpu_view(rows), c = cpu_view(cache), s = cpu_view(slots);
+  launch("npu_scatter_pa_kv_cache", cache.device(), [=]() -> aclError {
+    c10::InferenceMode guard(true);
+    at::Tensor real = s.ge(0).nonzero().flatten(), places = s.index_select(0, real).to(at::kLong);
+    std::vector<int64_t> shape{real.size(0)};
+    for (int64_t dim = 2; dim < c.dim(); dim++) shape.push_back(c.size(dim));
+    at::Tensor values = r.index_select(0, real).reshape(shape).to(c.scalar_type());
+    c.index_put_({places.div(c.size(1), "floor"), places.remainder(c.size(1))}, values);
+    return ACL_SUCCESS;
+  });
 }
 
 }  // namespace softnpu::ops

@@ -58,6 +58,17 @@ const Traits& traits_of(const c10::OperatorHandle& op) {
   return found->second;
 }
 
+// As torch says it on other devices. An index may lie elsewhere (it comes in a list of optional tensors), a number as well.
+void check_devices(const c10::OperatorHandle& op, const std::vector<IValue>& arguments, c10::Device device) {
+  bool any = false;
+  for (const auto& value : arguments)
+    for (const auto& tensor : tensors_of(value)) any = any || on_npu(tensor);
+  for (size_t index = 0; any && index < arguments.size(); index++)
+    for (const auto& tensor : tensors_of(arguments[index]))
+      TORCH_CHECK(!tensor.defined() || tensor.device() == device || tensor.dim() == 0, "Expected all tensors to be on the same device, but ", op.operator_name(),
+                  " got one on ", device, " and argument '", op.schema().arguments()[index].name(), "' on ", tensor.device());
+}
+
 c10::Device device_of(const std::vector<IValue>& arguments) {
   std::optional<c10::Device> found;
   auto look = [&](const at::Tensor& tensor) {
@@ -170,6 +181,7 @@ void run_operator(const c10::OperatorHandle& op, Stack* stack) {
   c10::Device device = device_of(arguments);
   TORCH_CHECK_NOT_IMPLEMENTED(op.hasComputedKernelForDispatchKey(c10::DispatchKey::CPU), "the software NPU has no operator ", op.operator_name(),
                               ": there is no CPU kernel behind it");
+  check_devices(op, arguments, device);
   if (traits.random) return run_now(op, traits, arguments, device, "it draws random numbers", stack);
   if (!traits.returns_tensors) return run_now(op, traits, arguments, device, "it returns a plain value", stack);
   // In place, the shapes are known; asking for them still finds arguments that do not fit, before the stream fails on them.

@@ -1,0 +1,102 @@
+"""What cannot work is refused early, with the numbers and the remedy, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from demo.train.recitation import DENSE
+from tests.e2e.conftest import ROOT, on_head
+from vllm_ray_ascend.softnpu.cluster import manager
+from vllm_ray_ascend.softnpu.cluster.plan import Cluster
+
+NOTHING_LEFT = """
+import json, ray
+ray.init("auto", log_to_driver=False)
+from ray.util.state import list_actors
+print("LEFT", json.dumps({
+    "actors": [a.class_name for a in list_actors() if a.state != "DEAD"],
+    "groups": [g for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"],
+    "free": ray.available_resources().get("NPU"), "all": ray.cluster_resources().get("NPU")}))
+"""
+
+START = """
+import sys
+from vllm import LLM
+LLM(model={model!r}, dtype="float32", tensor_parallel_size={tp}, distributed_executor_backend="ray",
+    enforce_eager=True, max_model_len=256, kv_cache_memory_bytes=16 << 20)
+"""
+
+
+def check_nothing_left(cluster: Cluster) -> None:
+    done = on_head(cluster, "-c", NOTHING_LEFT)
+    found = re.search(r"LEFT (.*)", done.stdout)
+    assert found, done.stderr[-2000:]
+    assert '"actors": [], "groups": []' in found[1], found[1]
+
+
+def serve(**variables: str) -> subprocess.CompletedProcess[str]:
+    """`make serve`, without its installation step."""
+    environment = {**os.environ, "SERVE_ONCE": "1", **variables}
+    command = [sys.executable, "-m", "demo.serve"]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_more_npus_than_the_cluster_has(one_node: Cluster) -> None:
+    done = on_head(one_node, "-c", START.format(model=str(DENSE), tp=8))
+    assert done.returncode != 0
+    address = one_node.nodes[0].address
+    assert f"The engine needs 8 NPUs (--tensor-parallel-size 8), the Ray cluster has 4 ({address}: 4)." in done.stderr
+    assert "add nodes (`ray start --address=HEAD:PORT`)" in done.stderr
+    check_nothing_left(one_node)
+
+
+def test_a_visible_list_with_a_device_that_is_not_there(tmp_path: Path) -> None:
+    """The raylet's list names NPU 9 of a node with 4: the worker that gets it says which entry is wrong."""
+    settings = {1: {"ASCEND_RT_VISIBLE_DEVICES": "0,9"}}
+    with pytest.raises(manager.ClusterError) as raised:
+        manager.up("e2e-list", manager.Shape(nodes=1, npus_per_node=4, kind=manager.best_kind()[0]), settings=settings)
+    assert "'0,9'" in str(raised.value) and "devices 0 to 3" in str(raised.value)
+    with pytest.raises(manager.ClusterError, match="there is no cluster"):
+        manager.find("e2e-list")
+
+
+def test_a_port_in_use() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        done = serve(PORT=str(port))
+    assert done.returncode == 2
+    assert str(port) in done.stderr and "PORT=" in done.stderr, done.stderr
+
+
+def test_a_model_that_does_not_exist() -> None:
+    done = serve(MODEL="/no/such/model")
+    assert done.returncode == 2
+    assert "/no/such/model" in done.stderr and "MODEL=" in done.stderr, done.stderr
+
+
+def test_no_compiler(tmp_path: Path) -> None:
+    """Before anything is compiled: an empty cache, and no compiler by that name."""
+    done = serve(CXX="no-such-compiler", SOFTNPU_CACHE=str(tmp_path), PORT="18765")
+    assert done.returncode == 2
+    assert "'no-such-compiler' is not on PATH" in done.stderr and "apt-get install g++" in done.stderr, done.stderr
+    assert not list(Path("/run/netns").glob("default-*")) if Path("/run/netns").exists() else True
+
+
+def test_ray_missing() -> None:
+    """A Ray that cannot be found: as in an environment without it."""
+    code = "import sys; sys.modules['ray'] = None; from demo.serve import main; sys.exit(main())"
+    environment = {**os.environ, "SERVE_ONCE": "1", "PORT": "18766"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert "ray" in done.stderr.lower() and "install" in done.stderr, done.stderr

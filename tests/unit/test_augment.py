@@ -1,0 +1,72 @@
+"""Our members on a platform class: which, once, and only where the names are."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_ray_ascend.augment import augment, is_augmented
+from vllm_ray_ascend.errors import UpstreamChangedError
+
+pytestmark = pytest.mark.unit
+
+
+def platform_class() -> Any:
+    class Platform:
+        ray_device_key = ""
+        device_control_env_var = "PLACEHOLDER"
+        ray_noset_device_env_vars = ("RAY_EXPERIMENTAL_NOSET_OTHER",)
+        checked: list[tuple[str, Any]] = []  # noqa: RUF012
+
+        @classmethod
+        def check_and_update_config(cls, vllm_config: Any) -> None:
+            cls.checked.append((cls.__name__, vllm_config))
+
+    return Platform
+
+
+def test_a_platform_gets_what_ray_needs() -> None:
+    platform = platform_class()
+    augment(platform)
+    assert is_augmented(platform)
+    assert platform.ray_device_key == "NPU"
+    assert platform.device_control_env_var == "ASCEND_RT_VISIBLE_DEVICES"
+    assert platform.ray_noset_device_env_vars == [
+        "RAY_EXPERIMENTAL_NOSET_OTHER",
+        "RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES",
+    ]
+
+
+def test_the_platforms_own_check_still_runs_once_with_its_class() -> None:
+    platform = platform_class()
+    augment(platform)
+    augment(platform)
+    config = SimpleNamespace(parallel_config=SimpleNamespace(distributed_executor_backend="mp"))
+    platform.check_and_update_config(config)
+    assert platform.checked == [("Platform", config)]
+
+
+def test_a_subclass_is_augmented_without_its_parent() -> None:
+    parent = platform_class()
+    child = type("Child", (parent,), {})
+    augment(child)
+    assert is_augmented(child)
+    assert not is_augmented(parent)
+    assert parent.ray_device_key == ""
+
+
+def test_an_augmented_parent_does_not_make_its_subclass_ours() -> None:
+    parent = platform_class()
+    augment(parent)
+    assert not is_augmented(type("Child", (parent,), {}))
+
+
+@pytest.mark.parametrize("name", ["ray_device_key", "check_and_update_config"])
+def test_a_name_that_is_gone_is_an_error_that_names_it(name: str) -> None:
+    platform = platform_class()
+    delattr(platform, name)
+    with pytest.raises(UpstreamChangedError, match=f"has no {name}"):
+        augment(platform)
+    assert not is_augmented(platform)
