@@ -57,7 +57,6 @@ def general() -> None:
         return
     for name in unknown(os.environ):
         logger.warning("%s is no switch of vllm-ray-ascend; `vllm-ray-ascend env` lists those there are", name)
-    _tell_vllm_our_switches()
     if selected_alone():
         for plugin in left_out(entry_points(group="vllm.general_plugins"), os.environ):
             plugin.load()()

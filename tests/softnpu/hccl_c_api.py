@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ctypes import byref, c_char, c_int, c_uint32, c_uint64, c_void_p
 from pathlib import Path
@@ -141,6 +141,14 @@ def refused(code: int, *words: str) -> Iterator[None]:
     assert found is not None, f"no error {code}"
     assert found.code == code, found
     assert all(word in str(found) for word in words), found
+
+
+def wait_until(condition: Callable[[], bool], limit: float = 20) -> None:
+    """What other threads are about to do comes true within `limit` seconds."""
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < deadline, f"descriptors {descriptors()}, {threads()} threads"
+        time.sleep(0.005)
 
 
 def descriptors() -> list[str]:

@@ -82,28 +82,31 @@ def config() -> dict[str, Any]:
 
 def growing() -> dict[str, Any]:
     """A cluster that gets its second NPU while the executor's check waits for it."""
-    import threading
     import time
+    from concurrent.futures import ThreadPoolExecutor
     from types import SimpleNamespace
 
+    import ray
     from ray.cluster_utils import Cluster
 
     from vllm_ray_ascend.cluster.connect import connect, require_npus
 
     sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 1}
     wanted = SimpleNamespace(world_size=2, placement_group=None, ray_runtime_env=None, **sizes)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "resources": {"NPU": 1}})
+    node = {"num_cpus": 1, "resources": {"NPU": 1}}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
     try:
         connect(wanted, cluster.address)
-        grows = threading.Timer(2.0, cluster.add_node, kwargs={"num_cpus": 1, "resources": {"NPU": 1}})
-        began = time.monotonic()
-        grows.start()
-        require_npus(wanted, wait_s=120)
-        waited = time.monotonic() - began
-        grows.join()
+        with ThreadPoolExecutor() as threads:
+            check = threads.submit(require_npus, wanted, 120.0)
+            time.sleep(2)
+            waits = not check.done()
+            cluster.add_node(**node)
+            check.result()
     finally:
+        ray.shutdown()
         cluster.shutdown()
-    return {"waited": waited}
+    return {"waits": waits}
 
 
 def engine() -> dict[str, Any]:

@@ -41,7 +41,7 @@ def run_ranks(
     limit: float = 90,
     size: int | None = None,
 ) -> list[Outcome]:
-    """Runs `worker` (a module beside this one) once for each rank and waits for all, at most `limit` seconds.
+    """Runs `worker` (a module beside this one) once for each rank; fails when one has not ended after `limit` seconds.
 
     `folder` is shared by the ranks; `size` is the number of ranks they are told, if not all of them are started.
     """
@@ -57,19 +57,26 @@ def run_ranks(
         with open(folder / f"rank{member.number}.log", "wb") as log:
             processes.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT))
     deadline = time.monotonic() + limit
-    try:
-        for process in processes:
+    hanging = []
+    for member, process in zip(members, processes, strict=True):
+        try:
             process.wait(max(0.1, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        for process in processes:
+        except subprocess.TimeoutExpired:
+            hanging.append(member.number)
             process.kill()
-    codes = [process.wait() for process in processes]
+            process.wait()
     logs = [(folder / f"rank{member.number}.log").read_text(errors="replace") for member in members]
-    return [Outcome(code, text) for code, text in zip(codes, logs, strict=True)]
+    outcomes = [Outcome(process.returncode, text) for process, text in zip(processes, logs, strict=True)]
+    assert not hanging, f"ranks {hanging} did not end within {limit} s\n{listed(outcomes)}"
+    return outcomes
+
+
+def listed(outcomes: Sequence[Outcome]) -> str:
+    """Codes and outputs, for an error message."""
+    return "\n".join(f"--- exit code {each.code}\n{each.output[-4000:]}" for each in outcomes)
 
 
 def succeeded(outcomes: Sequence[Outcome]) -> list[str]:
     """The outputs, if every rank ended well; else fails with all of them."""
-    texts = "\n".join(f"--- rank {i}: exit code {each.code}\n{each.output[-4000:]}" for i, each in enumerate(outcomes))
-    assert all(outcome.code == 0 for outcome in outcomes), texts
+    assert all(outcome.code == 0 for outcome in outcomes), listed(outcomes)
     return [outcome.output for outcome in outcomes]

@@ -133,9 +133,11 @@ def test_activation_refuses_a_real_driver(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_runtime_refuses_a_real_driver() -> None:
     if Path(os.environ["SOFTNPU_LIB"]).is_relative_to("/usr/local") or Path(sys.prefix).is_relative_to("/usr/local"):
         pytest.skip("Python or the libraries lie where the driver is put")
-    look = (
-        "from tests.softnpu.runtime import runtime, recent_error; print(runtime().aclInit(None), recent_error())"
+    look = "from tests.softnpu.runtime import runtime, recent_error; print(runtime().aclInit(None), recent_error())"
+    script = (
+        f"mount -t tmpfs tmpfs /usr/local && mkdir -p /usr/local/Ascend/driver && exec {sys.executable} -c '{look}'"
     )
-    script = f"mount -t tmpfs tmpfs /usr/local && mkdir -p /usr/local/Ascend/driver && exec {sys.executable} -c '{look}'"
-    done = subprocess.run(["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.stdout.startswith("507033 a real Ascend driver is present"), done

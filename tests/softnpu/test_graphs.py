@@ -258,7 +258,7 @@ def test_call_of_another_thread_breaks_a_global_capture_only(mode: str) -> None:
         assert f"error code is {FORBIDDEN_IN_CAPTURE}" in errors[0]
         assert f"error code is {CAPTURE_INVALIDATED}" in ending
     else:
-        assert errors + [ending] == ["", ""]
+        assert [*errors, ending] == ["", ""]
         assert y.tolist() == [0.0] * 4
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from vllm_ray_ascend import __version__
 
-pytestmark = [pytest.mark.unit, pytest.mark.slow]
+pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "vllm_ray_ascend"

@@ -21,7 +21,14 @@ from pathlib import Path
 from vllm_ray_ascend.errors import SoftNpuError
 
 SOURCES = Path(__file__).parent / "csrc"
-WARNINGS = ("-Wall", "-Wextra", "-Wno-deprecated-declarations", "-Wno-unknown-pragmas", "-Wno-unused-parameter", "-Wno-return-type-c-linkage")
+WARNINGS = (
+    "-Wall",
+    "-Wextra",
+    *(
+        f"-Wno-{name}"
+        for name in ("deprecated-declarations", "unknown-pragmas", "unused-parameter", "return-type-c-linkage")
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,10 @@ def cache_folder() -> Path:
 
 
 def build() -> Path:
-    """Compiles what is not compiled yet. Returns the folder of the libraries. SoftNpuError without compiler or packages."""
+    """Compiles what is not compiled yet, and returns the folder of the libraries.
+
+    Raises SoftNpuError without a compiler, torch or torch_npu, and with the compiler's words if a source is wrong.
+    """
     target = cache_folder() / cache_key()
     if target.is_dir():
         return target
@@ -142,6 +152,7 @@ def object_key(source: Path, command: list[str]) -> str:
 
 
 def compile_object(job: tuple[Path, list[str]]) -> None:
+    """Runs the command for the object file, unless that is in the cache."""
     target, command = job
     if target.exists():
         return
@@ -155,6 +166,7 @@ def compile_object(job: tuple[Path, list[str]]) -> None:
 
 
 def compile_flags(library: Library) -> list[str]:
+    """What the compiler is given for each source of the library."""
     torch_npu = package_folder("torch-npu") / "include"
     includes = [torch_npu, torch_npu / "third_party/acl/inc", torch_npu / "third_party/hccl/inc"]
     flags = ["-O2", "-g1", "-fPIC", *WARNINGS]
@@ -162,10 +174,12 @@ def compile_flags(library: Library) -> list[str]:
         return [*flags, "-std=c++17", f"-I{SOURCES}", *(f"-isystem{path}" for path in includes)]
     torch = package_folder("torch") / "include"
     includes += [torch, torch / "torch/csrc/api/include", Path(sysconfig.get_paths()["include"])]
-    return [*flags, "-O1", "-std=c++20", "-DTORCH_EXTENSION_NAME=_softnpu_ops", f"-I{SOURCES}", *(f"-isystem{path}" for path in includes)]
+    flags += ["-O1", "-std=c++20", "-DTORCH_EXTENSION_NAME=_softnpu_ops"]
+    return [*flags, f"-I{SOURCES}", *(f"-isystem{path}" for path in includes)]
 
 
 def link_command(library: Library, objects: list[Path], folder: Path) -> list[str]:
+    """Links into `folder`, where the libraries that it needs lie already."""
     paths = [f"-L{folder}"]
     if library.torch:
         paths += [f"-L{package_folder(name) / 'lib'}" for name in ("torch", "torch-npu")]
@@ -176,6 +190,8 @@ def link_command(library: Library, objects: list[Path], folder: Path) -> list[st
 
 
 def run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    """Runs the compiler; SoftNpuError with the command and its last words when it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SoftNpuError(f"Compiling the software NPU failed.\nCommand: {' '.join(command)}\n{done.stderr.strip()[-3000:]}")
+        words = done.stderr.strip()[-3000:]
+        raise SoftNpuError(f"Compiling the software NPU failed.\nCommand: {' '.join(command)}\n{words}")

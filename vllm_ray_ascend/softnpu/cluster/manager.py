@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 
 from vllm_ray_ascend.devices.visible import VARIABLE, entries
 from vllm_ray_ascend.softnpu.activate import environment
-from vllm_ray_ascend.softnpu.cluster import namespaces, processes, state
+from vllm_ray_ascend.softnpu.cluster import namespaces, plain, processes, state
 from vllm_ray_ascend.softnpu.cluster.plan import (
     MARKER,
     Cluster,
@@ -31,7 +30,6 @@ from vllm_ray_ascend.softnpu.cluster.plan import (
     describe_difference,
     make_cluster,
     node_environment,
-    plain_state_dir,
     ray_start_command,
     with_ray_defaults,
 )
@@ -169,7 +167,7 @@ def _create(cluster: Cluster, base: Mapping[str, str], settings: NodeSettings, r
         report(f"making {len(cluster.nodes)} nodes with addresses in {cluster.subnet}")
         namespaces.create(cluster, base)
     else:
-        plain_state_dir(cluster).mkdir(mode=0o700)
+        plain.create(cluster)
     started = time.monotonic()
     head, *others = cluster.nodes
     for group in ([head], others):
@@ -278,7 +276,8 @@ def _remove(cluster: Cluster) -> None:
     processes.kill_cluster(cluster)
     if cluster.shape.kind == "namespaces":
         namespaces.destroy(cluster)
-    shutil.rmtree(plain_state_dir(cluster), ignore_errors=True)
+    else:
+        plain.destroy(cluster, state.created(cluster))
     state.forget(cluster)
 
 

@@ -44,6 +44,13 @@ def variable_of(pid: int, variable: str) -> str | None:
     return next(values, None)
 
 
+def mapped_files(folder: Path) -> set[str]:
+    """Paths of the files below ``folder`` that any process whose maps we may read has mapped."""
+    prefix = f"{folder}/"
+    lines = (line for pid in _all_pids() for line in _read(pid, "maps").decode(errors="replace").splitlines())
+    return {prefix + line.partition(prefix)[2].removesuffix(" (deleted)") for line in lines if prefix in line}
+
+
 def kill_cluster(cluster: Cluster, limit: float = 20.0) -> None:
     """End every process of the cluster and wait until none is left (``limit`` in seconds).
 

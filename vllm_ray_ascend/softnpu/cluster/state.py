@@ -60,8 +60,14 @@ def load(name: str) -> Cluster | None:
 
 def save(cluster: Cluster) -> None:
     """Remember ``cluster``. Called before anything is made, so that a crash leaves something to clean up by."""
-    Path(cluster.directory).mkdir(mode=0o700)
     _file_of(cluster.name).write_text(json.dumps(cluster.to_json(), indent=1) + "\n")
+    shutil.rmtree(cluster.directory, ignore_errors=True)
+    Path(cluster.directory).mkdir(mode=0o700)
+
+
+def created(cluster: Cluster) -> float:
+    """When the cluster was saved, in seconds since the epoch."""
+    return _file_of(cluster.name).stat().st_mtime
 
 
 def forget(cluster: Cluster) -> None:

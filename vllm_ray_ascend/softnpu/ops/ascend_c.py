@@ -45,7 +45,7 @@ def _gating_top_k(
 
 
 def install() -> None:
-    """Defines the operators; one that is not here stays undefined, and vllm-ascend's call of it raises with its name."""
+    """Defines the operators. One that is not here stays undefined: vllm-ascend's call of it raises with its name."""
     global _library
     if _library is not None:
         return

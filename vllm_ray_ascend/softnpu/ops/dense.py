@@ -88,6 +88,10 @@ def npu_scatter_pa_kv_cache(
     extension().write_cache(value[: slots.numel()], value_cache, slots)
 
 
+# The mask is the causal one that sparse_mode says already.
+_UNREAD = ("atten_mask", "workspace")
+
+
 def _fused_attention(
     out: Tensor,
     query: Tensor,
@@ -106,10 +110,12 @@ def _fused_attention(
     **unused: object,
 ) -> None:
     if input_layout != "TND" or actual_seq_lengths is None:
-        raise NotImplementedError(f"the software NPU's attention needs input_layout TND with lengths, not {input_layout}")
+        raise NotImplementedError(
+            f"the software NPU's attention needs input_layout TND and lengths, not {input_layout}"
+        )
     if sparse_mode not in (0, 2, 3):
         raise NotImplementedError(f"the software NPU's attention has no sparse_mode {sparse_mode}")
-    given = [name for name, argument in unused.items() if isinstance(argument, Tensor) and name not in ("atten_mask", "workspace")]
+    given = [name for name, argument in unused.items() if isinstance(argument, Tensor) and name not in _UNREAD]
     if given:
         raise NotImplementedError(f"the software NPU's attention does not take {', '.join(given)}")
     extension().attention(
@@ -149,11 +155,6 @@ def attention_out(
 @_kernels.add("_npu_fused_infer_attention_score_get_max_workspace")
 def attention_workspace(query: Tensor, *args: object, **kwargs: object) -> Tensor:
     return torch.empty(1, dtype=torch.uint8, device=query.device)
-
-
-@_kernels.add("_npu_dtype_cast")
-def npu_dtype_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(x, dtype=dtype).copy_(x)
 
 
 @_kernels.add("npu_format_cast")

@@ -1,4 +1,4 @@
-"""What is done when other packages are imported: kernels behind torch_npu, references for what is compiled on a real NPU."""
+"""What is done when other packages are imported: kernels behind torch_npu, references for what real NPUs compile."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Substitute(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 class MissingKernels(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Stands for packages of NPU kernels that vllm-ascend imports whether it uses them or not: what is called raises."""
+    """Stands for packages of NPU kernels that vllm-ascend imports, used or not: what is called raises."""
 
     def __init__(self, packages: set[str]) -> None:
         self.packages = packages

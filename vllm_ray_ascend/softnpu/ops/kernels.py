@@ -11,21 +11,20 @@ from types import ModuleType
 import torch
 
 # Kernels that make, re-view or move storage, or read one number: torch_npu's own are right here.
-KEPT_ATEN = frozenset(
-    """
+_KEPT_ATEN = """
     empty empty_strided empty_like new_empty_strided as_strided view _reshape_alias squeeze unsqueeze unfold
     view_as_real view_as_complex contiguous set_ resize_ _resize_output_ _copy_from _copy_from_and_resize
     _local_scalar_dense is_pinned _pin_memory pin_memory record_stream is_set_to empty_quantized _to_copy to
     _has_compatible_shallow_copy_type isclose allclose _empty_affine_quantized
-    """.split()
-)
+"""
+KEPT_ATEN = frozenset(_KEPT_ATEN.split())
 # Operators of torch_npu that only handle storage.
-KEPT_NPU = frozenset(
-    """
-    get_npu_format npu_reshape npu_reshape.out npu_format_cast npu_format_cast_ copy_memory_ get_storage_size npu_change_data_ptr
-    empty_with_format unsafe_empty_with_format npu_view_copy npu_lazy_ _has_compatible_shallow_copy_type
-    """.split()
-)
+_KEPT_NPU = """
+    get_npu_format npu_reshape npu_reshape.out npu_format_cast npu_format_cast_ copy_memory_ get_storage_size
+    npu_change_data_ptr empty_with_format unsafe_empty_with_format npu_view_copy npu_lazy_
+    _has_compatible_shallow_copy_type
+"""
+KEPT_NPU = frozenset(_KEPT_NPU.split())
 
 _installed: ModuleType | None = None
 
@@ -81,7 +80,7 @@ _torchvision: torch.library.Library | None = None
 
 
 def _define_torchvision_operators() -> None:
-    """torchvision's wheel for this torch is a CUDA build whose operators cannot load; to be imported it needs two schemas."""
+    """torchvision's wheel for this torch is a CUDA build: its operators do not load, and it asks for two schemas."""
     global _torchvision
     _torchvision = torch.library.Library("torchvision", "FRAGMENT")
     for schema in (

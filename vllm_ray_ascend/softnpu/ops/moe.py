@@ -11,7 +11,9 @@ _kernels = Kernels("npu")
 
 
 @_kernels.add("npu_moe_gating_top_k_softmax")
-def npu_moe_gating_top_k_softmax(x: Tensor, finished: Tensor | None = None, k: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+def npu_moe_gating_top_k_softmax(
+    x: Tensor, finished: Tensor | None = None, k: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
     if finished is not None:
         raise NotImplementedError("the software NPU's npu_moe_gating_top_k_softmax does not take `finished`")
     weights, experts = torch.softmax(x.float(), -1).topk(k, -1)
@@ -38,7 +40,7 @@ def gating_top_k(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores by softmax (norm_type 0) or sigmoid (1); the k best experts of each token, and their weights."""
     if group_count != 1 or input_ids is not None or tid2eid is not None:
-        raise NotImplementedError(f"the software NPU's moe_gating_top_k has no expert groups (group_count={group_count})")
+        raise NotImplementedError(f"the software NPU's moe_gating_top_k has no groups (group_count={group_count})")
     scores = torch.softmax(x.float(), -1) if norm_type == 0 else x.float().sigmoid()
     chosen = scores if bias is None else scores + bias.float()
     experts = chosen.topk(k, -1)[1]
@@ -100,10 +102,12 @@ def npu_grouped_matmul(
     output_dtype: torch.dtype | None = None,
     **unused: object,
 ) -> list[Tensor]:
-    """Each group's rows times that group's matrix. One x, one stack of weights (groups, in, out), sizes on the device."""
-    given = [name for name, argument in unused.items() if argument is not None and not isinstance(argument, (int, bool))]
+    """Each group's rows times its matrix. One x, one stack of weights (groups, in, out), sizes on the device."""
+    given = [name for name, value in unused.items() if value is not None and not isinstance(value, int)]
     if bias is not None or given or len(x) != 1 or len(weight) != 1 or group_list is None:
-        raise NotImplementedError(f"the software NPU's npu_grouped_matmul takes one x and one stack of weights only ({given})")
+        raise NotImplementedError(
+            f"the software NPU's npu_grouped_matmul takes one x and one stack of weights ({given})"
+        )
     rows, matrices = x[0], weight[0]
     ends = group_list if group_list_type == 0 else group_list.cumsum(0)
     # Row r belongs to the first group that ends beyond r. Shapes do not depend on the sizes, so a graph can hold this.

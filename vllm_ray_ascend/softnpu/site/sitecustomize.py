@@ -1,4 +1,4 @@
-"""Python runs this at start under `vllm-ray-ascend softnpu exec`: it waits for torch_npu, and puts the kernels behind it."""
+"""Run by Python at start under `vllm-ray-ascend softnpu exec`: waits for torch_npu, and puts the kernels behind it."""
 
 import importlib.machinery
 import importlib.util

@@ -58,6 +58,12 @@ const Traits& traits_of(const c10::OperatorHandle& op) {
   return found->second;
 }
 
+bool draws_numbers(const c10::OperatorHandle& op, const Traits& traits, const std::vector<IValue>& arguments) {
+  for (size_t index = 0; traits.random && index < arguments.size(); index++)
+    if (op.schema().arguments()[index].name() == "dropout_p" && arguments[index].isDouble()) return arguments[index].toDouble() > 0;
+  return traits.random;
+}
+
 // As torch says it on other devices. An index may lie elsewhere (it comes in a list of optional tensors), a number as well.
 void check_devices(const c10::OperatorHandle& op, const std::vector<IValue>& arguments, c10::Device device) {
   bool any = false;
@@ -182,7 +188,7 @@ void run_operator(const c10::OperatorHandle& op, Stack* stack) {
   TORCH_CHECK_NOT_IMPLEMENTED(op.hasComputedKernelForDispatchKey(c10::DispatchKey::CPU), "the software NPU has no operator ", op.operator_name(),
                               ": there is no CPU kernel behind it");
   check_devices(op, arguments, device);
-  if (traits.random) return run_now(op, traits, arguments, device, "it draws random numbers", stack);
+  if (draws_numbers(op, traits, arguments)) return run_now(op, traits, arguments, device, "it draws random numbers", stack);
   if (!traits.returns_tensors) return run_now(op, traits, arguments, device, "it returns a plain value", stack);
   // In place, the shapes are known; asking for them still finds arguments that do not fit, before the stream fails on them.
   Shapes known = infer_shapes(op, arguments);

@@ -1,0 +1,128 @@
+"""Building: once per source and compiler, again for what changed only, and errors that say what is missing."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+
+from vllm_ray_ascend.errors import SoftNpuError
+from vllm_ray_ascend.softnpu import activate, build
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that the compiler made since the test began."""
+    made: list[str] = []
+    run = build.run
+
+    def noted(command: list[str]) -> None:
+        run(command)
+        made.append(Path(command[command.index("-o") + 1]).name if "-shared" in command else Path(command[-3]).name)
+
+    monkeypatch.setattr(build, "run", noted)
+    return made
+
+
+@pytest.fixture
+def sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A small software NPU of two sources, with a cache of its own."""
+    folder = tmp_path / "csrc"
+    folder.mkdir()
+    (folder / "one.cpp").write_text('extern "C" int one() { return 1; }\n')
+    (folder / "two.cpp").write_text('extern "C" int two() { return 2; }\n')
+    monkeypatch.setattr(build, "SOURCES", folder)
+    monkeypatch.setattr(build, "LIBRARIES", (build.Library("libsmall.so", ("*.cpp",)),))
+    monkeypatch.setenv("SOFTNPU_CACHE", str(tmp_path / "cache"))
+    yield folder
+    left = {path.name for path in (tmp_path / "cache").glob("tmp*")}
+    assert not left, "temporary folders stay in the cache"
+
+
+def test_these_libraries_are_found_without_compiling(compiled: list[str]) -> None:
+    assert build.build() == Path(os.environ["SOFTNPU_LIB"])
+    assert compiled == []
+
+
+def test_only_what_changed_is_compiled_again(sources: Path, compiled: list[str]) -> None:
+    first = build.build()
+    assert sorted(path.name for path in first.iterdir()) == ["libsmall.so"]
+    assert sorted(compiled) == ["libsmall.so", "one.cpp", "two.cpp"]
+    compiled.clear()
+    assert build.build() == first
+    assert compiled == []
+    (sources / "two.cpp").write_text('extern "C" int two() { return 22; }\n')
+    assert build.build() != first
+    assert compiled == ["two.cpp", "libsmall.so"]
+    compiled.clear()
+    (sources / "common.h").write_text("// any source may read it\n")
+    build.build()
+    assert sorted(compiled) == ["libsmall.so", "one.cpp", "two.cpp"]
+
+
+def test_processes_that_start_at_once_build_once(sources: Path, compiled: list[str]) -> None:
+    found: list[Path] = []
+    threads = [threading.Thread(target=lambda: found.append(build.build())) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 1
+    assert sorted(compiled) == ["libsmall.so", "one.cpp", "two.cpp"]
+
+
+def test_key_depends_on_source_and_compiler(sources: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    keys = [build.cache_key()]
+    (sources / "one.cpp").write_text("// changed\n")
+    keys.append(build.cache_key())
+    other = tmp_path / "other-compiler"
+    other.symlink_to(build.compiler())
+    monkeypatch.setenv("CXX", str(other))
+    keys.append(build.cache_key())
+    assert len(set(keys)) == 3
+
+
+def test_source_that_does_not_compile(sources: Path, tmp_path: Path) -> None:
+    (sources / "two.cpp").write_text("no C++\n")
+    with pytest.raises(SoftNpuError, match=r"(?s)Compiling the software NPU failed.*two\.cpp.*error"):
+        build.build()
+    assert not list((tmp_path / "cache").rglob("*.so"))
+    assert all(path.suffix == ".o" for path in (tmp_path / "cache" / "objects").iterdir())
+
+
+@pytest.mark.parametrize("variables", [{"PATH": "/nonexistent"}, {"CXX": "/nonexistent/c++"}], ids=["PATH", "CXX"])
+def test_no_compiler(sources: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SoftNpuError, match=r"no C\+\+ compiler.*CXX=/path/to"):
+        build.build()
+
+
+def test_no_torch_npu(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    distribution = build.distribution
+
+    def without_torch_npu(name: str) -> object:
+        if name == "torch-npu":
+            raise PackageNotFoundError(name)
+        return distribution(name)
+
+    monkeypatch.setattr(build, "distribution", without_torch_npu)
+    with pytest.raises(
+        SoftNpuError, match=r"needs the package torch-npu, which is not installed.*pip install --no-deps torch-npu"
+    ):
+        build.build()
+
+
+def test_environment_keeps_what_the_user_set() -> None:
+    base = {"LD_LIBRARY_PATH": "/mine", "PYTHONPATH": "/also/mine", "OMP_NUM_THREADS": "3", "PATH": "/bin"}
+    once = activate.environment(base)
+    assert once["LD_LIBRARY_PATH"] == f"{once['SOFTNPU_LIB']}:/mine"
+    assert once["PYTHONPATH"].endswith(":/also/mine")
+    assert (once["OMP_NUM_THREADS"], once["PATH"]) == ("3", "/bin")
+    assert activate.environment(once) == once
+    assert activate.environment({})["OMP_NUM_THREADS"] == "1"
