@@ -43,6 +43,8 @@ def read_options(environ: Mapping[str, str]) -> Options:
         arguments = tuple(shlex.split(environ.get("SERVE_ARGS", "")))
     except ValueError as error:
         raise DemoError(f"SERVE_ARGS={environ['SERVE_ARGS']!r} cannot be split into arguments: {error}.") from None
+    if any(argument.split("=")[0] in ("--port", "--host") for argument in arguments):
+        raise DemoError(f"SERVE_ARGS={shlex.join(arguments)!r} says where to listen: say it with PORT=8000 make serve.")
     return Options(
         model=_model(environ.get("MODEL") or str(DENSE)),
         port=_port(environ.get("PORT") or str(DEFAULT_PORT)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from demo.options import DemoError, Options
 from demo.place import Place
 
 _START_LIMIT_S = 600.0
+_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 _STOP_LIMIT_S = 30.0
 _REPORT_EVERY_S = 5.0
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -53,6 +55,11 @@ def serve_command(options: Options, bind: str) -> list[str]:
     ]
 
 
+def _end_with_parent() -> None:
+    """In the child: be sent SIGTERM when this process dies, even of SIGKILL; a server left alone would hold its NPUs."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 class Server:
     """A running `vllm serve`; leaving the context stops it."""
 
@@ -69,6 +76,7 @@ class Server:
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
 
     def __enter__(self) -> Server:

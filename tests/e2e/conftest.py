@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,25 +46,22 @@ def two_nodes_of_two() -> Iterator[Cluster]:
     yield from _cluster("e2e-two-two", 2, 2)
 
 
-Runner = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def on_head(cluster: Cluster, *command: str, limit_s: float = ENGINE_LIMIT_S, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a command on the cluster's head node, as a user would there."""
-    base = {**os.environ, **QUIET, "PYTHONPATH": str(ROOT), **variables}
+def on_head(cluster: Cluster, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run Python on the cluster's head node, as a user would there."""
+    base = {**os.environ, **QUIET, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         manager.node_command(cluster, 1, [sys.executable, *command]),
         env=manager.command_environment(cluster, 1, base),
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=limit_s,
+        timeout=ENGINE_LIMIT_S,
     )
 
 
-def generated(cluster: Cluster, options: dict[str, Any], **variables: str) -> tuple[dict[str, Any], str]:
+def generated(cluster: Cluster, options: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """What tests.e2e.generate printed, and its whole log."""
-    done = on_head(cluster, "-m", "tests.e2e.generate", json.dumps(options), **variables)
+    done = on_head(cluster, "-m", "tests.e2e.generate", json.dumps(options))
     log = done.stdout + done.stderr
     found = [line for line in done.stdout.splitlines() if line.startswith(MARKER)]
     assert done.returncode == 0 and found, f"exit code {done.returncode}\n{log[-6000:]}"

@@ -1,6 +1,6 @@
 """Runs one engine on Ray and prints what it generated, as JSON after a marker. Started on a node of a cluster by tests.
 
-    python -m tests.e2e.generate '{"model": PATH, "tp": 2, "pp": 1, "eager": false, "dtype": "float32"}'
+python -m tests.e2e.generate '{"model": PATH, "tp": 2, "pp": 1, "eager": false, "dtype": "float32"}'
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def generate(llm: Any, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
             "tokens": list(result.token_ids),
-            "logprobs": [chosen[token].logprob for token, chosen in zip(result.token_ids, result.logprobs)],
+            "logprobs": [
+                chosen[token].logprob for token, chosen in zip(result.token_ids, result.logprobs, strict=True)
+            ],
         }
         for result in results
     ]

@@ -50,7 +50,7 @@ def client(server: Server) -> openai.OpenAI:
 
 def complete(client: openai.OpenAI, prompt: str, **options: Any) -> str:
     answer = client.completions.create(model=MODEL, prompt=prompt, temperature=0, max_tokens=400, **options)
-    return answer.choices[0].text
+    return str(answer.choices[0].text)
 
 
 def test_placement_is_told_and_covers_both_nodes(server: Server, two_nodes_of_two: Cluster) -> None:
@@ -103,7 +103,9 @@ def running_requests(server: Server) -> float:
 
 
 def test_a_client_that_goes_away(server: Server, client: openai.OpenAI) -> None:
-    stream = client.completions.create(model=MODEL, prompt="def main(args):", max_tokens=900, stream=True, extra_body={"ignore_eos": True})
+    stream = client.completions.create(
+        model=MODEL, prompt="def main(args):", max_tokens=900, stream=True, extra_body={"ignore_eos": True}
+    )
     next(iter(stream))
     stream.close()
     assert complete(client, SHORT) == zen_after(SHORT)

@@ -61,12 +61,12 @@ SLOW = [
 
 
 def check_generated(entries: list[Entry], results: list[dict[str, Any]], dtype: str) -> None:
-    for entry, result in zip(entries, results):
+    for entry, result in zip(entries, results, strict=True):
         if entry["kind"] == "probe" and dtype != "float32":
             continue
         assert result["tokens"] == entry["tokens"], f"{entry['kind']} {entry['prompt']!r}"
         if dtype == "float32":
-            worst = max(abs(a - b) for a, b in zip(result["logprobs"], entry["logprobs"]))
+            worst = max(abs(a - b) for a, b in zip(result["logprobs"], entry["logprobs"], strict=True))
             assert worst < PROBE_TOLERANCE, f"{entry['kind']} {entry['prompt']!r}: a log-probability is off by {worst}"
 
 
@@ -84,7 +84,7 @@ def check_workers(case: Case, facts: list[dict[str, Any]]) -> None:
 
 def check_replays(case: Case, batch: list[dict[str, Any]], end: list[dict[str, Any]]) -> None:
     """Batches beyond the captured sizes are decoded without graphs, single requests with them."""
-    for before, after in zip(batch, end):
+    for before, after in zip(batch, end, strict=True):
         assert (after["replays"] > before["replays"]) is not case.eager
         if case.eager:
             assert after["replays"] == 0
@@ -95,7 +95,11 @@ def test_tokens_equal_transformers(case: Case, request: pytest.FixtureRequest) -
     cluster: Cluster = request.getfixturevalue(case.cluster)
     model = DENSE if case.model == "dense" else MOE
     options = {
-        **{"model": str(model), "tp": case.tp, "pp": case.pp, "eager": case.eager, "dtype": case.dtype},
+        "model": str(model),
+        "tp": case.tp,
+        "pp": case.pp,
+        "eager": case.eager,
+        "dtype": case.dtype,
         "singles": SINGLES,
     }
     result, log = generated(cluster, options)

@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_ray_ascend.softnpu.activate import environment
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -47,7 +45,8 @@ def run_ranks(
     """
     members = [Rank(number) for number in range(ranks)] if isinstance(ranks, int) else list(ranks)
     folder.mkdir(parents=True, exist_ok=True)
-    base = environment({name: value for name, value in os.environ.items() if name != "SOFTNPU_NODE"})
+    # Nodes are told apart by their network namespaces, unless a test names them.
+    base = {name: value for name, value in os.environ.items() if name != "SOFTNPU_NODE"}
     base |= {"SOFTNPU_STATE_DIR": str(folder), "WORLD_SIZE": str(size or len(members)), "TEST_FOLDER": str(folder)}
     base |= variables or {}
     processes: list[subprocess.Popen[bytes]] = []

@@ -163,3 +163,24 @@ def test_nothing_is_left_when_the_last_process_has_ended(tmp_path: Path) -> None
         killed.wait(30)
         last.communicate("\n", timeout=30)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_forked_child_has_a_place_of_its_own_and_leaves_it(tmp_path: Path) -> None:
+    check_python(
+        """
+        import acl, multiprocessing, os
+        from pathlib import Path
+        import torch_npu  # before the fork, as vLLM does; the device is first used behind it
+        state = Path(os.environ["SOFTNPU_STATE_DIR"])
+
+        def use() -> None:
+            import torch
+            assert torch.ones(3, device="npu").sum().item() == 3 and len(list(state.iterdir())) == 1
+
+        child = multiprocessing.get_context("fork").Process(target=use)
+        child.start()
+        child.join()
+        assert child.exitcode == 0 and not list(state.iterdir())
+        """,
+        SOFTNPU_STATE_DIR=str(tmp_path),
+    )

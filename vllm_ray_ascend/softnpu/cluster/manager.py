@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import socket
@@ -14,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_ray_ascend.compat.versions import installed, require_ray
 from vllm_ray_ascend.devices.visible import VARIABLE, entries
 from vllm_ray_ascend.softnpu.activate import environment
 from vllm_ray_ascend.softnpu.cluster import namespaces, plain, processes, state
@@ -38,6 +38,10 @@ Report = Callable[[str], None]
 NodeSettings = Mapping[int, Mapping[str, str]]
 
 _START_LIMIT_S = 120.0
+
+
+class RayStartTimeoutError(ClusterError):
+    """`ray start` waited for its own raylet longer than Ray allows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +78,7 @@ def up(
 
     Raises:
         ClusterError: the cluster is up in another shape, or could not be brought up.
-        VllmRayAscendError: the software NPU cannot be used here (no compiler, a real driver).
+        VllmRayAscendError: the software NPU cannot be used here (no compiler, a real driver); Ray is missing or too old.
     """
     check_name(name)
     _check_outside()
@@ -86,16 +90,16 @@ def up(
                 return existing, False
             report(f"cluster {name!r} is there but not healthy: making it anew")
             _remove(existing)
-        _check_ray()
+        require_ray(installed("ray"))
         base = environment(os.environ)
         cluster = _plan(name, shape, subnet)
         for node in cluster.nodes:
             check_visible(_visible_on(node, settings or {}), shape.npus_per_node, node.hostname)
         try:
-            _create(cluster, base, settings or {}, report)
-        except BaseException:
-            _remove(cluster)
-            raise
+            _create_or_remove(cluster, base, settings or {}, report)
+        except RayStartTimeoutError:
+            report("this machine is busy: Ray's own limit for a start, 30 s, was not enough; trying once more")
+            _create_or_remove(cluster, base, settings or {}, report)
         return cluster, True
 
 
@@ -161,6 +165,14 @@ def _plan(name: str, shape: Shape, subnet: str | None) -> Cluster:
     return make_cluster(name, os.getuid(), shape, directory, None, gcs_port=_free_port())
 
 
+def _create_or_remove(cluster: Cluster, base: Mapping[str, str], settings: NodeSettings, report: Report) -> None:
+    try:
+        _create(cluster, base, settings, report)
+    except BaseException:
+        _remove(cluster)
+        raise
+
+
 def _create(cluster: Cluster, base: Mapping[str, str], settings: NodeSettings, report: Report) -> None:
     state.save(cluster)
     if cluster.shape.kind == "namespaces":
@@ -205,7 +217,9 @@ def _start_ray(cluster: Cluster, group: list[Node], base: Mapping[str, str], set
                 f"`ray start` on {node.hostname} was not done after {_START_LIMIT_S:g} s:\n{_tail(path)}"
             ) from None
         if code != 0:
-            raise ClusterError(f"`ray start` on {node.hostname} failed with exit code {code}:\n{_tail(path)}")
+            output = _tail(path)
+            kind = RayStartTimeoutError if "timed out during startup" in output else ClusterError
+            raise kind(f"`ray start` on {node.hostname} failed with exit code {code}:\n{output}")
 
 
 def _wait_until_alive(cluster: Cluster, settings: NodeSettings) -> None:
@@ -295,11 +309,6 @@ def _check_same(existing: Cluster, shape: Shape, subnet: str | None) -> None:
 def _check_outside() -> None:
     if MARKER in os.environ:
         raise ClusterError(f"this runs inside cluster {os.environ[MARKER]!r}: run it on the host instead.")
-
-
-def _check_ray() -> None:
-    if importlib.util.find_spec("ray") is None:
-        raise ClusterError(f"Ray is not installed for {sys.executable}: {sys.executable} -m pip install ray")
 
 
 def _free_port() -> int:

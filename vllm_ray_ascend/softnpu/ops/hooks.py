@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.abc
 import importlib.machinery
+import os
 import sys
 from collections.abc import Callable, Sequence
+from multiprocessing import util
+from pathlib import Path
 from types import ModuleType
 
 Action = Callable[[ModuleType], None]
@@ -87,6 +91,16 @@ def _kernels(module: ModuleType) -> None:
     from vllm_ray_ascend.softnpu.ops import kernels
 
     kernels.install()
+    util.register_after_fork(_leave_node, _leave_at_end)
+
+
+def _leave_node() -> None:
+    ctypes.CDLL(str(Path(os.environ["SOFTNPU_LIB"]) / "libascendcl.so")).softnpu_leave_node()
+
+
+def _leave_at_end(leave: Callable[[], None]) -> None:
+    # A forked child of multiprocessing ends without C's exit functions, with which other processes leave the node.
+    util.Finalize(None, leave, exitpriority=-100)
 
 
 def _ascend_c(module: ModuleType) -> None:

@@ -16,6 +16,8 @@
 
 #include "runtime/core.h"
 
+extern "C" void softnpu_leave_node();
+
 namespace softnpu {
 namespace {
 
@@ -83,7 +85,7 @@ class Mapping {
     static Slot aside;  // what is still released after this belongs to no process: the slot may be another's by then
     flock(fd_, LOCK_EX);
     Slot* left = mine_.exchange(&aside);
-    left->pid = 0;
+    if (left != &aside) left->pid = 0;
     bool last = true;
     for (auto& slot : table_->slots) last = last && !alive(slot);
     if (last) unlink(table_path().c_str());
@@ -124,16 +126,17 @@ class Mapping {
 };
 
 // Never destroyed: other threads may still release memory while the process exits.
+std::mutex g_mutex;
+Mapping* g_mapping = nullptr;
+
 Mapping& mapping() {
-  static std::mutex mutex;
-  static Mapping* current = nullptr;
-  std::lock_guard<std::mutex> lock(mutex);
-  if (!current || !current->ours()) {  // a forked child has a slot of its own
-    bool first = !current;
-    current = new Mapping;
-    if (first) atexit([] { if (current->ours()) current->leave(); });
+  std::lock_guard<std::mutex> lock(g_mutex);
+  if (!g_mapping || !g_mapping->ours()) {  // a forked child has a slot of its own
+    bool first = !g_mapping;
+    g_mapping = new Mapping;
+    if (first) atexit(softnpu_leave_node);
   }
-  return *current;
+  return *g_mapping;
 }
 
 template <class Field>
@@ -180,6 +183,14 @@ void communicators(int delta) { mapping().mine().communicators += delta; }
 void count_communicators(int delta) { table::communicators(delta); }
 
 }  // namespace softnpu
+
+// Gives back what this process holds of the node: at exit. Also for a child of Python's multiprocessing, which ends
+// without C's exit functions. Harmless when called twice, or by a process that never used a device.
+extern "C" void softnpu_leave_node() {
+  using namespace softnpu;
+  std::lock_guard<std::mutex> lock(g_mutex);
+  if (g_mapping && g_mapping->ours()) g_mapping->leave();
+}
 
 // The table as lines "pid communicators device bytes streams", one for each open device of each live process.
 // Reads only: asking makes no slot and no file. Returns the length of the whole text.
