@@ -56,7 +56,7 @@ def serve_command(options: Options, bind: str) -> list[str]:
 
 
 def _end_with_parent() -> None:
-    """In the child: be sent SIGTERM when this process dies, even of SIGKILL; a server left alone would hold its NPUs."""
+    """In the child: get SIGTERM when this process dies, even of SIGKILL; a server left alone would hold its NPUs."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
@@ -76,7 +76,7 @@ class Server:
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
+                preexec_fn=_end_with_parent,  # noqa: PLW1509 - takes no lock
             )
 
     def __enter__(self) -> Server:

@@ -36,7 +36,7 @@ def run_ranks(
     ranks: int | Sequence[Rank],
     folder: Path,
     variables: Mapping[str, str] | None = None,
-    limit: float = 90,
+    limit: float = 240,
     size: int | None = None,
 ) -> list[Outcome]:
     """Runs `worker` (a module beside this one) once for each rank; fails when one has not ended after `limit` seconds.

@@ -109,6 +109,13 @@ def test_nodes_share_neither_memory_nor_processes(cluster: Cluster) -> None:
 
 
 @needs_namespaces
+def test_a_node_reaps_its_orphans(cluster: Cluster) -> None:
+    assert run_on(cluster, 1, "sh", "-c", "setsid sh -c 'sleep 0.1 & exit 0'").returncode == 0
+    time.sleep(0.3)
+    assert "Z" not in run_on(cluster, 1, "ps", "--ppid", "1", "-o", "stat=").stdout
+
+
+@needs_namespaces
 def test_exec_hands_on_exit_codes_signals_and_the_working_folder(cluster: Cluster, tmp_path: Path) -> None:
     assert run_on(cluster, 1, "sh", "-c", "exit 7").returncode == 7
     assert run_on(cluster, 1, "sh", "-c", "kill -9 $$").returncode == 128 + signal.SIGKILL

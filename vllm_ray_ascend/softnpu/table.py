@@ -11,7 +11,7 @@ from vllm_ray_ascend.softnpu.build import build
 
 @dataclass(frozen=True)
 class Holding:
-    """One device that a process has open. `memory` in bytes; `communicators` are the process's, over all its devices."""
+    """One device that a process has open. `memory` in bytes; `communicators` are the process's, of all devices."""
 
     pid: int
     communicators: int

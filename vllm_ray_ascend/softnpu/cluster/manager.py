@@ -78,7 +78,7 @@ def up(
 
     Raises:
         ClusterError: the cluster is up in another shape, or could not be brought up.
-        VllmRayAscendError: the software NPU cannot be used here (no compiler, a real driver); Ray is missing or too old.
+        VllmRayAscendError: the software NPU cannot be used here (no compiler, a real driver); Ray missing or too old.
     """
     check_name(name)
     _check_outside()

@@ -1,6 +1,6 @@
 """Nodes as Linux namespaces: own address, host name, process table and /dev/shm; needs root and iproute2.
 
-A node lives as long as its process 1, a sleeping shell.  Nothing is registered anywhere: when that process is killed
+A node lives as long as its process 1, which only sleeps.  Nothing is registered anywhere: when that process is killed
 the kernel ends all others of the node and removes its mounts and its end of the network cable.
 """
 
@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,8 +20,12 @@ from vllm_ray_ascend.softnpu.cluster.plan import Cluster, ClusterError, Node, ho
 
 _UNSHARE = ["unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
-# Process 1 of a node. Ignoring SIGCHLD, which survives exec, makes the kernel reap orphans that fall to process 1.
-# /sys is mounted anew because it shows the network interfaces of the namespace in which it was mounted.
+# What process 1 of a node does: nothing. Ignoring SIGCHLD makes the kernel reap the orphans that fall to it; without
+# a handler for SIGINT, which Python sets, the kernel lets no signal from inside the node end it.
+_SLEEP = "import signal as s; s.signal(s.SIGCHLD, s.SIG_IGN); s.signal(s.SIGINT, s.SIG_DFL)\nwhile True: s.pause()"
+
+# What it does before that. /sys is mounted anew because it shows the network interfaces of the namespace in which it
+# was mounted.
 _INIT = """
 set -e
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm
@@ -29,9 +34,7 @@ mount --bind "$1/hosts" /etc/hosts
 [ ! -e /etc/resolv.conf ] || mount --bind "$1/resolv.conf" /etc/resolv.conf
 hostname "$2"
 echo ready
-exec >&- 2>&-
-trap '' CHLD
-exec sleep infinity
+exec "$3" -I -S -c "$4" >/dev/null 2>&1
 """
 
 
@@ -80,6 +83,7 @@ def create(cluster: Cluster, base: Mapping[str, str]) -> None:
 def _start_node(cluster: Cluster, node: Node, base: Mapping[str, str]) -> None:
     # setsid --fork: process 1 shall not be a child of ours, which would have to wait for it.
     command = ["setsid", "--fork", *_UNSHARE, "sh", "-c", _INIT, "softnpu-node", cluster.directory, node.hostname]
+    command += [sys.executable, _SLEEP]
     log_path = Path(cluster.directory) / f"{node.hostname}.log"
     environment = node_environment(cluster, node, base)
     with log_path.open("wb") as log:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.abc
 import importlib.machinery
 import os
 import sys
 from collections.abc import Callable, Sequence
-from multiprocessing import util
 from pathlib import Path
 from types import ModuleType
 
@@ -88,6 +86,8 @@ class MissingKernels(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def _kernels(module: ModuleType) -> None:
+    from multiprocessing import util
+
     from vllm_ray_ascend.softnpu.ops import kernels
 
     kernels.install()
@@ -95,10 +95,14 @@ def _kernels(module: ModuleType) -> None:
 
 
 def _leave_node() -> None:
+    import ctypes
+
     ctypes.CDLL(str(Path(os.environ["SOFTNPU_LIB"]) / "libascendcl.so")).softnpu_leave_node()
 
 
 def _leave_at_end(leave: Callable[[], None]) -> None:
+    from multiprocessing import util
+
     # A forked child of multiprocessing ends without C's exit functions, with which other processes leave the node.
     util.Finalize(None, leave, exitpriority=-100)
 

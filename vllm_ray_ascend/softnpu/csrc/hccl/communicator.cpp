@@ -11,7 +11,6 @@ namespace softnpu::hccl {
 Communicator::Communicator(const RootInfo& root, uint32_t ranks, uint32_t rank, std::string name, double exec_limit)
     : rank_(rank), exec_limit_(exec_limit), name_(std::move(name)), segment_(Segment::create(ranks)) {
   if (name_.empty()) name_ = "hccl_" + std::to_string(root.token);
-  Deadline deadline(connect_limit());
   Member self;
   self.rank = rank;
   self.pid = getpid();
@@ -21,7 +20,7 @@ Communicator::Communicator(const RootInfo& root, uint32_t ranks, uint32_t rank, 
   self.node = node_key();
   Fd listener = listen_here(self.address);
   members_ = join(root, ranks, self);
-  connect(listener, root.token, deadline);
+  connect(listener, root.token);
   segment_->seal();
   count_communicators(1);
   auto shared = std::count_if(links_.begin(), links_.end(), [](const auto& link) { return link->shared(); }) -
@@ -33,7 +32,8 @@ Communicator::Communicator(const RootInfo& root, uint32_t ranks, uint32_t rank, 
 Communicator::~Communicator() { destroy(); }
 
 // Two ranks share memory if both can map the other's: separate views of /proc may hide one from the other.
-void Communicator::connect(const Fd& listener, Token token, const Deadline& deadline) {
+void Communicator::connect(const Fd& listener, Token token) {
+  Deadline deadline(connect_limit());
   auto sockets = connect_members(members_, rank_, listener, token, deadline);
   std::vector<std::shared_ptr<Segment>> segments(members_.size());
   auto same_node = [&](const Member& peer) { return peer.rank != rank_ && peer.node == members_[rank_].node; };

@@ -88,7 +88,7 @@ class Communicator {
   RootInfo share_root(const std::vector<uint32_t>& ranks, uint64_t id);
 
  private:
-  void connect(const Fd& listener, Token token, const Deadline& deadline);
+  void connect(const Fd& listener, Token token);
   bool advance(Transfer& transfer, const Operation& operation);
   void check_header(const Transfer& transfer, const Operation& operation);
   [[noreturn]] void time_out(const std::vector<Transfer>& transfers, const Operation& operation) const;
