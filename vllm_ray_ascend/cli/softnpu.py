@@ -24,6 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.set_defaults(func=run)
     commands = parser.add_subparsers(dest="softnpu_command", required=True, metavar="COMMAND")
     commands.add_parser("build", help="compile the libraries of the software NPU").set_defaults(action=_build)
+    commands.add_parser("status", help="which process of this node holds which software NPU").set_defaults(action=_holdings)
     execute = commands.add_parser("exec", help="run a command with software NPUs")
     execute.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND")
     execute.set_defaults(action=_exec)
@@ -90,6 +91,15 @@ def _build(args: argparse.Namespace) -> int:
     from vllm_ray_ascend.softnpu.build import build
 
     print(build())
+    return 0
+
+
+def _holdings(args: argparse.Namespace) -> int:
+    from vllm_ray_ascend.softnpu.table import holdings
+
+    print("    PID  NPU  MEMORY (MiB)  STREAMS  COMMUNICATORS OF THE PROCESS")
+    for held in holdings():
+        print(f"{held.pid:7}  {held.physical:3}  {held.memory / 2**20:12.1f}  {held.streams:7}  {held.communicators}")
     return 0
 
 
