@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
@@ -104,7 +104,6 @@ def test_no_compiler(sources: Path, monkeypatch: pytest.MonkeyPatch, variables: 
 
 
 def test_no_torch_npu(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    distribution = build.distribution
 
     def without_torch_npu(name: str) -> object:
         if name == "torch-npu":

@@ -133,12 +133,9 @@ def test_attention_of_several_sequences(dtype: torch.dtype, paged: bool) -> None
             packed += length
             begin = ends[number] - count
             mask = torch.ones(count, length, dtype=torch.bool).tril(length - count)
-            heads_first = [tensor.float().transpose(0, 1) for tensor in (query[begin : begin + count], *rows)]
-            outputs.append(
-                nnf.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=0.3, enable_gqa=True).transpose(
-                    0, 1
-                )
-            )
+            q, k, v = (tensor.float().transpose(0, 1) for tensor in (query[begin : begin + count], *rows))
+            attended = nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True)
+            outputs.append(attended.transpose(0, 1))
         return torch.cat(outputs).to(query.dtype)
 
     check_eager_and_replayed(fused, plain, draw, dtype)

@@ -24,7 +24,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.set_defaults(func=run)
     commands = parser.add_subparsers(dest="softnpu_command", required=True, metavar="COMMAND")
     commands.add_parser("build", help="compile the libraries of the software NPU").set_defaults(action=_build)
-    commands.add_parser("status", help="which process of this node holds which software NPU").set_defaults(action=_holdings)
+    commands.add_parser("status", help="which process of this node holds which software NPU").set_defaults(
+        action=_holdings
+    )
     execute = commands.add_parser("exec", help="run a command with software NPUs")
     execute.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND")
     execute.set_defaults(action=_exec)

@@ -116,7 +116,9 @@ const std::string& node_key() {
     if (const char* name = text_setting("SOFTNPU_NODE")) return std::string(name);
     struct stat space {};
     stat("/proc/self/ns/net", &space);
-    return "net" + std::to_string(space.st_ino);
+    std::string boot;  // the namespace's number alone may be the same on two machines
+    std::ifstream("/proc/sys/kernel/random/boot_id") >> boot;
+    return boot + "-" + std::to_string(space.st_ino);
   }();
   return key;
 }
@@ -203,7 +205,7 @@ std::optional<Fault> fault(const std::string& kind, const std::map<std::string, 
     auto nth = rule.settings.find("nth"), after = rule.settings.find("after");
     if (nth != rule.settings.end() && atol(nth->second.c_str()) != count) continue;
     if (after != rule.settings.end() && count <= atol(after->second.c_str())) continue;
-    log(1, "fault asked for: %s", kind.c_str());
+    log(2, "fault asked for: %s", kind.c_str());
     return rule.settings;
   }
   return std::nullopt;
