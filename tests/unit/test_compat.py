@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 import threading
 from collections.abc import Iterator
@@ -63,6 +64,15 @@ def test_the_callback_runs_after_the_import_and_once(package: str) -> None:
     assert seen == [1]
     assert module.__spec__ is not None and module.__spec__.loader is not None
     assert Path(module.__spec__.loader.get_filename(module.__name__)).name == "module.py"  # type: ignore[attr-defined]
+
+
+def test_asking_whether_the_module_is_there_does_not_spend_the_hook(package: str) -> None:
+    seen: list[str] = []
+    when_imported(f"{package}.module", lambda module: seen.append(module.__name__))
+    assert importlib.util.find_spec(f"{package}.module") is not None
+    assert seen == []
+    importlib.import_module(f"{package}.module")
+    assert seen == [f"{package}.module"]
 
 
 def test_the_callback_runs_at_once_where_the_module_is_there(package: str) -> None:

@@ -31,11 +31,15 @@ def _is_half_imported(module: ModuleType) -> bool:
 
 
 class _Finder(MetaPathFinder):
-    """Finds ``name`` by the other finders and wraps its loader; leaves sys.meta_path then."""
+    """Finds ``name`` by the other finders and wraps its loader; leaves sys.meta_path once the module was executed.
+
+    Not when it was found: many packages only ask whether another is there.
+    """
 
     def __init__(self, name: str, callback: Callback) -> None:
         self._name = name
         self._callback = callback
+        self._looking = False
 
     def waits_for(self, name: str, callback: Callback) -> bool:
         return (self._name, self._callback) == (name, callback)
@@ -43,13 +47,20 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self._name:
+        if fullname != self._name or self._looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._looking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._looking = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self._callback)
+            spec.loader = _Loader(spec.loader, self._executed)
         return spec
+
+    def _executed(self, module: ModuleType) -> None:
+        sys.meta_path.remove(self)
+        self._callback(module)
 
 
 class _Loader(Loader):

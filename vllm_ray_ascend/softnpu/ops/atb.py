@@ -23,7 +23,7 @@ def install_after_registration(module: ModuleType) -> None:
         global _library
         result = register(*args, **kwargs)
         if _library is None:
-            from vllm_ray_ascend.softnpu.ops.kernels import extension
+            from vllm_ray_ascend.softnpu.ops.library import extension
 
             extension().refuse("atb", {"_npu_matmul_add_fp32"})
             _library = torch.library.Library("atb", "IMPL")

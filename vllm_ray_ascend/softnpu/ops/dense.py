@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_ray_ascend.softnpu.ops.kernels import extension
-from vllm_ray_ascend.softnpu.ops.library import Kernels
+from vllm_ray_ascend.softnpu.ops.library import Kernels, extension
 
 _kernels = Kernels("npu")
 

@@ -10,32 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
+from vllm_ray_ascend.compat.import_hook import when_imported
+
 Action = Callable[[ModuleType], None]
-
-
-class AfterImport(importlib.abc.MetaPathFinder):
-    """Runs an action on a module right after it was executed."""
-
-    def __init__(self, actions: dict[str, Action]) -> None:
-        self.actions = actions
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        action = self.actions.get(name)
-        if action is None:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is None or spec.loader is None:
-            return None
-        execute = spec.loader.exec_module
-
-        def execute_and_act(module: ModuleType) -> None:
-            execute(module)
-            action(module)
-
-        spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
-        return spec
 
 
 class Substitute(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -131,14 +108,10 @@ def _atb(module: ModuleType) -> None:
 
 def install() -> None:
     """Puts the hooks in front of Python's own finders. Costs nothing until one of the modules is imported."""
+    when_imported("torch_npu", _kernels)
+    when_imported("torch_npu.op_plugin.atb._atb_ops", _atb)
+    when_imported("vllm_ascend.worker.block_table", _triton)
     sys.meta_path[:0] = [
-        AfterImport(
-            {
-                "torch_npu": _kernels,
-                "torch_npu.op_plugin.atb._atb_ops": _atb,
-                "vllm_ascend.worker.block_table": _triton,
-            }
-        ),
         Substitute({"vllm_ascend.vllm_ascend_C": _ascend_c, "vllm_ascend.meta_registration": _no_meta}),
         MissingKernels({"fla_npu"}),
     ]

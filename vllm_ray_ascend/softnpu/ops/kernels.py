@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import warnings
-from pathlib import Path
-from types import ModuleType
 
 import torch
+
+from vllm_ray_ascend.softnpu.ops.library import extension
 
 # Kernels that make, re-view or move storage, or read one number: torch_npu's own are right here.
 _KEPT_ATEN = """
@@ -26,39 +25,16 @@ _KEPT_NPU = """
 """
 KEPT_NPU = frozenset(_KEPT_NPU.split())
 
-_installed: ModuleType | None = None
-
-
-def extension() -> ModuleType:
-    """The compiled module of kernels."""
-    if _installed is None:
-        raise RuntimeError("the software NPU's kernels are installed when torch_npu is imported")
-    return _installed
-
-
-def _load() -> ModuleType:
-    path = Path(os.environ["SOFTNPU_LIB"]) / "_softnpu_ops.so"
-    spec = importlib.util.spec_from_file_location("_softnpu_ops", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} cannot be loaded. Build it anew: vllm-ray-ascend softnpu build")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 def install() -> None:
-    """Runs once, right after torch_npu was imported."""
-    global _installed
-    if _installed is not None:
-        return
-    _installed = _load()
+    """Runs right after torch_npu was imported."""
     with warnings.catch_warnings():  # torch warns of each kernel that is replaced
         warnings.simplefilter("ignore")
         with _quiet_stderr():
-            _installed.install_aten(KEPT_ATEN)
-            from vllm_ray_ascend.softnpu.ops import dense, moe
+            extension().install_aten(KEPT_ATEN)
+            from vllm_ray_ascend.softnpu.ops import dense, moe  # registers their kernels
 
-            _installed.refuse("npu", KEPT_NPU | dense.NAMES | moe.NAMES)
+            extension().refuse("npu", KEPT_NPU | dense.NAMES | moe.NAMES)
     _define_torchvision_operators()
 
 

@@ -1,13 +1,30 @@
-"""Registers Python functions as kernels of the npu device."""
+"""The kernels of the npu device: the compiled module of them, and how Python functions are registered as such."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 import torch
 
 Kernel = TypeVar("Kernel", bound=Callable[..., object])
+
+
+@cache
+def extension() -> ModuleType:
+    """The compiled module of kernels (csrc/ops/module.cpp)."""
+    path = Path(os.environ["SOFTNPU_LIB"]) / "_softnpu_ops.so"
+    spec = importlib.util.spec_from_file_location("_softnpu_ops", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} cannot be loaded. Build it anew: vllm-ray-ascend softnpu build")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class Kernels:
