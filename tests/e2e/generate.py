@@ -1,6 +1,7 @@
 """Runs one engine on Ray and prints what it generated, as JSON after a marker. Started on a node of a cluster by tests.
 
-python -m tests.e2e.generate '{"model": PATH, "tp": 2, "pp": 1, "eager": false, "dtype": "float32"}'
+python -m tests.e2e.generate '{"model": PATH, "tp": 2, "pp": 1, "eager": false, "dtype": "float32",
+                                    "singles": [0]}'
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
     llm.collective_rpc("count_replays")
     batch = generate(llm, entries)
     between = llm.collective_rpc("facts")
-    singles = [generate(llm, [entry])[0] for entry in entries[: options["singles"]]]
+    singles = [generate(llm, [entries[index]])[0] for index in options["singles"]]
     return {"batch": batch, "singles": singles, "batch_facts": between, "facts": llm.collective_rpc("facts")}
 
 

@@ -140,14 +140,12 @@ def test_a_killed_raylet_is_noticed_and_down_leaves_nothing(cluster: Cluster) ->
     raylets = [pid for pid in processes.of_cluster(cluster) if processes.name_of(pid) == "raylet"]
     victim = next(pid for pid in raylets if processes.variable_of(pid, "SOFTNPU_NODE") == cluster.nodes[1].hostname)
     os.kill(victim, signal.SIGKILL)
-    started = time.monotonic()
     while processes.is_alive(victim):
         time.sleep(0.01)
     alive = [node.alive for node in manager.status(NAME)[1]]
     assert alive == [True, False]
     assert manager.down(NAME)
     assert traces(cluster) == []
-    assert time.monotonic() - started < 10
     assert not manager.down(NAME), "there is nothing left to remove, and that is no error"
     with pytest.raises(ClusterError, match="there is no cluster"):
         manager.status(NAME)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_ray_ascend.softnpu.ops.library import Kernels
+from vllm_ray_ascend.softnpu.ops.library import Kernels, extension
 
 _kernels = Kernels("npu")
 
@@ -104,18 +104,21 @@ def npu_grouped_matmul(
 ) -> list[Tensor]:
     """Each group's rows times its matrix. One x, one stack of weights (groups, in, out), sizes on the device."""
     given = [name for name, value in unused.items() if value is not None and not isinstance(value, int)]
-    if bias is not None or given or len(x) != 1 or len(weight) != 1 or group_list is None:
+    if (
+        bias is not None
+        or given
+        or len(x) != 1
+        or len(weight) != 1
+        or group_list is None
+        or group_list_type not in (0, 1)
+    ):
         raise NotImplementedError(
             f"the software NPU's npu_grouped_matmul takes one x and one stack of weights ({given})"
         )
     rows, matrices = x[0], weight[0]
-    ends = group_list if group_list_type == 0 else group_list.cumsum(0)
-    # Row r belongs to the first group that ends beyond r. Shapes do not depend on the sizes, so a graph can hold this.
-    positions = torch.arange(rows.shape[0], device=rows.device)
-    group = torch.searchsorted(ends.contiguous(), positions, right=True).clamp_max(matrices.shape[0] - 1)
-    out = torch.bmm(rows.unsqueeze(1), matrices.index_select(0, group)).squeeze(1)
-    inside = (positions < ends[-1]).unsqueeze(1)
-    return [torch.where(inside, out, torch.zeros_like(out)).to(output_dtype or rows.dtype)]
+    out = torch.empty(rows.shape[0], matrices.shape[-1], dtype=output_dtype or rows.dtype, device=rows.device)
+    extension().grouped_matmul(out, rows, matrices, group_list, group_list_type == 1)
+    return [out]
 
 
 @_kernels.add("npu_moe_token_unpermute")

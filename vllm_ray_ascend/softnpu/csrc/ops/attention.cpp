@@ -1,8 +1,6 @@
 // Attention over tokens packed one sequence after another (layout TND), keys and values packed likewise or in pages.
 #include "ops/attention.h"
 
-#include <c10/core/InferenceMode.h>
-
 #include "ops/tensors.h"
 
 namespace softnpu::ops {
@@ -30,11 +28,6 @@ at::Tensor attend(const at::Tensor& query, const at::Tensor& key, const at::Tens
   return at::matmul(at::softmax(scores, -1), v).transpose(0, 1);
 }
 
-void launch(const char* name, c10::Device device, Task task) {
-  aclError code = enqueue(current_stream(device), name, std::move(task));
-  TORCH_CHECK(code == ACL_SUCCESS, name, " on the software NPU: ", last_error(), " (error code ", code, ")");
-}
-
 at::Tensor page_rows(const at::Tensor& cache, const at::Tensor& pages, int64_t length) {
   return cache.index_select(0, pages).flatten(0, 1).slice(0, 0, length);
 }
@@ -49,7 +42,6 @@ void attention(const at::Tensor& out, const at::Tensor& query, const at::Tensor&
   if (block_table) table = cpu_view(*block_table);
   Heads counts{heads, key_heads ? key_heads : heads};
   auto task = [=]() -> aclError {
-    c10::InferenceMode guard(true);
     o.zero_();
     int64_t begin = 0, key_begin = 0;
     for (size_t i = 0; i < query_ends.size(); i++) {
@@ -80,7 +72,6 @@ void attention(const at::Tensor& out, const at::Tensor& query, const at::Tensor&
 void write_cache(const at::Tensor& rows, const at::Tensor& cache, const at::Tensor& slots) {
   at::Tensor r = cpu_view(rows), c = cpu_view(cache), s = cpu_view(slots);
   launch("npu_scatter_pa_kv_cache", cache.device(), [=]() -> aclError {
-    c10::InferenceMode guard(true);
     at::Tensor real = s.ge(0).nonzero().flatten(), places = s.index_select(0, real).to(at::kLong);
     std::vector<int64_t> shape{real.size(0)};
     for (int64_t dim = 2; dim < c.dim(); dim++) shape.push_back(c.size(dim));

@@ -1,6 +1,4 @@
 // copy_: plain copies keep torch_npu's own asynchronous way; what changes type or layout is done by the CPU's copy_.
-#include <c10/core/InferenceMode.h>
-
 #include "ops/fallback.h"
 #include "ops/tensors.h"
 
@@ -21,12 +19,10 @@ bool plain(const at::Tensor& self, const at::Tensor& source) {
 
 void queue_copy(const at::Tensor& self, const at::Tensor& source, c10::Device device) {
   at::Tensor to = cpu_view(self), from = on_npu(source) ? cpu_view(source) : source.clone();
-  aclError code = enqueue(current_stream(device), "aten::copy_", [to, from]() -> aclError {
-    c10::InferenceMode guard(true);
+  launch("aten::copy_", device, [to, from]() -> aclError {
     to.copy_(from);
     return ACL_SUCCESS;
   });
-  TORCH_CHECK(code == ACL_SUCCESS, "copy_ on the software NPU: ", last_error(), " (error code ", code, ")");
 }
 
 }  // namespace

@@ -4,8 +4,6 @@
 // the calling thread; a graph cannot record that, and says so. An operator without CPU kernel raises, with its name.
 #include "ops/fallback.h"
 
-#include <c10/core/InferenceMode.h>
-
 #include <cstring>
 #include <mutex>
 #include <unordered_map>
@@ -115,7 +113,7 @@ std::vector<IValue> make_results(const Traits& traits, const std::vector<IValue>
 }
 
 // Queues the operator; its new results are copied into the memory that the caller already holds.
-void launch(const c10::OperatorHandle& op, const Traits& traits, const std::vector<IValue>& arguments, const std::vector<IValue>& results, c10::Device device) {
+void queue_operator(const c10::OperatorHandle& op, const Traits& traits, const std::vector<IValue>& arguments, const std::vector<IValue>& results, c10::Device device) {
   auto view = [](const at::Tensor& tensor) { return on_npu(tensor) || !tensor.defined() ? cpu_view(tensor) : tensor.clone(); };
   std::vector<IValue> views = map_arguments(op.schema(), arguments, c10::Device(at::kCPU), view);
   std::vector<std::pair<size_t, std::vector<at::Tensor>>> targets;
@@ -125,8 +123,7 @@ void launch(const c10::OperatorHandle& op, const Traits& traits, const std::vect
     for (const auto& tensor : tensors_of(results[index])) memory.push_back(cpu_view(tensor));
     targets.emplace_back(index, std::move(memory));
   }
-  aclError code = enqueue(current_stream(device), op.schema().name(), [op, views, targets]() -> aclError {
-    c10::InferenceMode guard(true);
+  launch(op.schema().name(), device, [op, views, targets]() -> aclError {
     Stack computed = call(op, views);
     for (const auto& [index, memory] : targets) {
       auto produced = tensors_of(computed[index]);
@@ -135,7 +132,6 @@ void launch(const c10::OperatorHandle& op, const Traits& traits, const std::vect
     }
     return ACL_SUCCESS;
   });
-  TORCH_CHECK(code == ACL_SUCCESS, op.schema().name(), " on the software NPU: ", last_error(), " (error code ", code, ")");
 }
 
 // A result of the synchronous way as a device tensor: an argument itself, a view of one, or new memory.
@@ -196,7 +192,7 @@ void run_operator(const c10::OperatorHandle& op, Stack* stack) {
   if (traits.needs_shapes ? !known.results : wrong && !capturing(current_stream(device)))
     return run_now(op, traits, arguments, device, known.reason, stack);
   auto results = make_results(traits, arguments, traits.needs_shapes ? known.results.get() : nullptr, device);
-  launch(op, traits, arguments, results, device);
+  queue_operator(op, traits, arguments, results, device);
   for (auto& result : results) stack->push_back(std::move(result));
 }
 

@@ -6,6 +6,7 @@
 
 #include "ops/attention.h"
 #include "ops/fallback.h"
+#include "ops/grouped_matmul.h"
 
 namespace {
 
@@ -71,5 +72,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("install_aten", &install_aten, "Puts CPU kernels behind the npu device's aten operators, but for `keep`.");
   module.def("refuse", &refuse, "Lets every other operator of namespace `space` raise NotImplementedError with its name.");
   module.def("attention", &attention, py::call_guard<py::gil_scoped_release>());
+  module.def("grouped_matmul", &grouped_matmul, py::call_guard<py::gil_scoped_release>());
   module.def("write_cache", &write_cache, py::call_guard<py::gil_scoped_release>());
 }

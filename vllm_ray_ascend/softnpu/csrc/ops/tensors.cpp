@@ -1,5 +1,7 @@
 #include "ops/tensors.h"
 
+#include <c10/core/InferenceMode.h>
+
 #include "torch_npu/csrc/core/npu/NPUStream.h"
 
 namespace softnpu::ops {
@@ -32,5 +34,13 @@ aclrtStream current_stream(c10::Device device) { return c10_npu::getCurrentNPUSt
 void synchronize(c10::Device device) { c10_npu::getCurrentNPUStream(device.index()).synchronize(); }
 
 c10::Device current_device() { return c10::Device(c10::DeviceType::PrivateUse1, c10_npu::getCurrentNPUStream().device_index()); }
+
+void launch(const std::string& name, c10::Device device, Task task) {
+  aclError code = enqueue(current_stream(device), name, [task = std::move(task)]() -> aclError {
+    c10::InferenceMode guard(true);
+    return task();
+  });
+  TORCH_CHECK(code == ACL_SUCCESS, name, " on the software NPU: ", last_error(), " (error code ", code, ")");
+}
 
 }  // namespace softnpu::ops

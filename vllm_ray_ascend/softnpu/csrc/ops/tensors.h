@@ -23,6 +23,9 @@ at::Tensor npu_like(const at::Tensor& like, c10::Device device);
 aclrtStream current_stream(c10::Device device);
 void synchronize(c10::Device device);
 
+// Queues a task of the operator library on that stream; it runs in inference mode. Raises where that is refused.
+void launch(const std::string& name, c10::Device device, Task task);
+
 c10::Device current_device();
 
 }  // namespace softnpu::ops
