@@ -48,6 +48,13 @@ def is_augmented(platform: type) -> bool:
     return _MARK in vars(platform)
 
 
+def platform_is_ours() -> bool:
+    """Whether vLLM's platform has our members. It resolves the platform, so it is not for use while plugins load."""
+    from vllm.platforms import current_platform
+
+    return is_augmented(type(current_platform))
+
+
 def _checked(upstream: Callable[[Any, Any], None]) -> classmethod[Any, [Any], None]:
     def check_and_update_config(cls: type, vllm_config: Any) -> None:
         upstream(cls, vllm_config)

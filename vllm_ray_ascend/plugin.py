@@ -90,7 +90,7 @@ def _augment(module: ModuleType) -> None:
 
 def _load_executor(_: ModuleType) -> None:
     """Import our executor, whose own hook then selects it. Half imported, it is what imports upstream's just now."""
-    from vllm_ray_ascend.compat.executor import platform_is_ours
+    from vllm_ray_ascend.augment import platform_is_ours
 
     if platform_is_ours():
         import_module(_EXECUTOR_MODULE)

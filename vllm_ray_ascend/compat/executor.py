@@ -5,16 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from vllm_ray_ascend.augment import is_augmented
-
 _UPSTREAM = "_vllm_ray_ascend_upstream"
-
-
-def platform_is_ours() -> bool:
-    """Whether vLLM's platform has our members. It resolves the platform, so it is not for use while plugins load."""
-    from vllm.platforms import current_platform
-
-    return is_augmented(type(current_platform))
 
 
 def select(executor: type) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm.v1.executor.ray_executor_v2 import RayWorkerProc
 
-from vllm_ray_ascend.compat.executor import platform_is_ours
+from vllm_ray_ascend.augment import platform_is_ours
 from vllm_ray_ascend.devices.visible import VARIABLE, complaint
 from vllm_ray_ascend.errors import NotActiveError, VisibleDevicesError
 
