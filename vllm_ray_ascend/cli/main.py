@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from vllm_ray_ascend import __version__
 from vllm_ray_ascend.errors import VllmRayAscendError
 
 _USAGE_ERROR = 2
+_BROKEN_PIPE = 141  # as a shell counts a process that SIGPIPE ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,10 +22,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        return int(args.func(args))
+        code = int(args.func(args))
+        sys.stdout.flush()
+        return code
     except VllmRayAscendError as error:
         print(f"vllm-ray-ascend: {error}", file=sys.stderr)
         return _USAGE_ERROR
+    except BrokenPipeError:  # the reader, `head` say, has seen enough; nor shall Python complain at its own exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
 
 
 def build_parser() -> argparse.ArgumentParser:
