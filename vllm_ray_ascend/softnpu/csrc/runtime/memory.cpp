@@ -70,6 +70,15 @@ Blocks& blocks() {
 
 size_t whole_pages(size_t bytes) { return (bytes + 4095) / 4096 * 4096; }
 
+bool drained(int visible) {
+  bool all = true;
+  for (auto& stream : streams_of(visible)) {
+    if (stream->runs_here()) continue;
+    all = stream->synchronize(10000) != ACL_ERROR_RT_STREAM_SYNC_TIMEOUT && all;
+  }
+  return all;
+}
+
 namespace {
 
 // Allowed during a capture: torch_npu's allocator grows its graph pool by it.
@@ -87,20 +96,10 @@ aclError allocate(void** out, size_t size) {
   return ACL_SUCCESS;
 }
 
-// Work that is queued may still use the memory: as on a device, freeing waits for it. A stream that hangs keeps its
-// addresses (a leak of address space) rather than crash.
-bool drained(int visible) {
-  bool all = true;
-  for (auto& stream : streams_of(visible)) {
-    if (stream->runs_here()) continue;
-    all = stream->synchronize(10000) != ACL_ERROR_RT_STREAM_SYNC_TIMEOUT && all;
-  }
-  return all;
-}
-
 aclError release(void* address) {
   Block block;
   if (!blocks().take(address, &block)) return fail(ACL_ERROR_RT_PARAM_INVALID, "aclrtFree of an address that aclrtMalloc did not give");
+  // A stream that hangs keeps its addresses (a leak of address space) rather than crash.
   if (drained(block.visible)) munmap(address, block.size);
   return ACL_SUCCESS;
 }

@@ -41,4 +41,8 @@ class Blocks {
 Blocks& blocks();
 size_t whole_pages(size_t bytes);
 
+// Work that is queued may still use memory that is given back: as on a device, that waits for it. False: some stream of the
+// device did not finish in time.
+bool drained(int visible);
+
 }  // namespace softnpu

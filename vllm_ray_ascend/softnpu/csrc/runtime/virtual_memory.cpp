@@ -90,8 +90,7 @@ aclError aclrtMapMem(void* address, size_t size, size_t offset, aclrtDrvMemHandl
 aclError aclrtUnmapMem(void* address) {
   Block block;
   if (!blocks().take(address, &block)) return fail(ACL_ERROR_RT_PARAM_INVALID, "aclrtUnmapMem of an address that is not mapped");
-  for (auto& stream : streams_of(block.visible))
-    if (!stream->runs_here()) stream->synchronize(10000);
+  drained(block.visible);
   mmap(address, block.size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
   return ACL_SUCCESS;
 }
