@@ -31,5 +31,13 @@ class VisibleDevicesError(VllmRayAscendError, RuntimeError):
     """ASCEND_RT_VISIBLE_DEVICES names an NPU that its node does not have."""
 
 
+class DeviceMappingError(VllmRayAscendError, ValueError):
+    """Ranks and NPUs do not fit one to one: too few NPUs, one NPU with two owners, an NPU outside the list."""
+
+
+class PlacementError(VllmRayAscendError, RuntimeError):
+    """An engine cannot be placed as asked: data parallel ranks that do not fit, bundles that are not there or not free."""
+
+
 class SoftNpuError(VllmRayAscendError, RuntimeError):
     """The software NPU cannot be built, started or used here."""
