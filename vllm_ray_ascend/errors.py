@@ -39,5 +39,9 @@ class PlacementError(VllmRayAscendError, RuntimeError):
     """An engine cannot be placed as asked: data parallel ranks that do not fit, bundles that are not there or not free."""
 
 
+class ShortageError(PlacementError):
+    """An engine cannot be placed now, but could be once NPUs are given back or nodes join."""
+
+
 class SoftNpuError(VllmRayAscendError, RuntimeError):
     """The software NPU cannot be built, started or used here."""

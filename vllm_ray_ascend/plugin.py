@@ -9,6 +9,7 @@ out.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -16,6 +17,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 from vllm_ray_ascend.compat.import_hook import when_imported
+from vllm_ray_ascend.compat.rebind import replace
 from vllm_ray_ascend.errors import NotActiveError
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import PREFIX, VARIABLES, is_off, load, unknown
@@ -25,6 +27,9 @@ ASCEND = "ascend"
 _PLATFORM = "vllm_ray_ascend.platform.RayAscendPlatform"
 _EXECUTOR_MODULE = "vllm_ray_ascend.executor.executor"
 _UPSTREAM_EXECUTOR_MODULE = "vllm.v1.executor.ray_executor_v2"
+_ENGINE_UTILS = "vllm.v1.engine.utils"
+_ENGINE_CORE = "vllm.v1.engine.core"
+_ASCENDS_PATCH = "vllm_ascend.patch.platform.patch_dp_device_ids"
 
 logger = get_logger(__name__)
 
@@ -102,9 +107,38 @@ def _load_executor(_: ModuleType) -> None:
 
 
 def _select_executor(module: ModuleType) -> None:
-    from vllm_ray_ascend.compat.executor import select
+    """Let the name RayExecutorV2 mean our executor, and arrange the like for data parallelism over Ray.
 
-    select(module.RayAscendExecutor)
+    Users say "ray", and vLLM's config and vllm-ascend's NPUWorker compare that very string, so a class or a qualified
+    name in its place misses their code for Ray. Executor.get_class looks the name up in its module at each call, in
+    vLLM 0.23 to 0.33. Removable when vLLM has a registry of executors.
+    """
+    replace(import_module(_UPSTREAM_EXECUTOR_MODULE), "RayExecutorV2", module.RayAscendExecutor)
+    when_imported(_ENGINE_UTILS, _select_manager)
+    when_imported(_ENGINE_CORE, _select_actors)
+    when_imported(_ASCENDS_PATCH, _select_device_ids)
+
+
+def _select_manager(module: ModuleType) -> None:
+    from vllm_ray_ascend.engine.manager import RayAscendEngineActorManager
+
+    replace(module, "CoreEngineActorManager", RayAscendEngineActorManager)
+    _select_device_ids(module)
+
+
+def _select_actors(module: ModuleType) -> None:
+    from vllm_ray_ascend.engine import actors
+
+    replace(module, "EngineCoreActor", actors.RayAscendEngineCoreActor)
+    replace(module, "DPMoEEngineCoreActor", actors.RayAscendDPMoEEngineCoreActor)
+    _select_device_ids(module)
+
+
+def _select_device_ids(_: ModuleType) -> None:
+    """Put ours over vLLM's and over vllm-ascend's patch, which wraps round and comes too late for Ray's actors."""
+    from vllm_ray_ascend.engine.device_ids import select
+
+    select([sys.modules[name] for name in (_ENGINE_UTILS, _ENGINE_CORE) if name in sys.modules])
 
 
 def _tell_vllm_our_switches() -> None:

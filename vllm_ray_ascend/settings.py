@@ -27,8 +27,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = "ours"
     npu_wait_s: Annotated[
         float,
-        Meta(ge=0, description="seconds to wait for a growing cluster to have the NPUs needed; 0 refuses at once"),
-    ] = 0.0
+        Meta(ge=0, description="seconds to wait for NPUs that are late or still held; 0 refuses at once"),
+    ] = 10.0
+    node_env: Annotated[
+        Literal["derive", "off"],
+        Meta(description="derive: set HCCL's and gloo's interface, address and ports on each node, where nobody did"),
+    ] = "derive"
 
 
 class Switch(NamedTuple):

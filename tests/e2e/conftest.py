@@ -46,9 +46,9 @@ def two_nodes_of_two() -> Iterator[Cluster]:
     yield from _cluster("e2e-two-two", 2, 2)
 
 
-def on_head(cluster: Cluster, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run Python on the cluster's head node, as a user would there."""
-    base = {**os.environ, **QUIET, "PYTHONPATH": str(ROOT)}
+def on_head(cluster: Cluster, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run Python on the cluster's head node, as a user would there, with further environment ``variables``."""
+    base = {**os.environ, **QUIET, "PYTHONPATH": str(ROOT), **variables}
     return subprocess.run(
         manager.node_command(cluster, 1, [sys.executable, *command]),
         env=manager.command_environment(cluster, 1, base),

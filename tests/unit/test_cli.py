@@ -64,3 +64,33 @@ def test_env_tells_a_misspelt_switch(monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setenv("VLLM_RAY_ASCEND_EXECUTER", "ours")
     assert main(["env"]) == 1
     assert "VLLM_RAY_ASCEND_EXECUTER is set, but is no switch" in capsys.readouterr().err
+
+
+def test_env_lists_variables_and_whose_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HCCL_IF_IP", "10.0.0.1")
+    monkeypatch.setenv("HCCL_NEW_SETTING", "7")
+    monkeypatch.setenv("VLLM_API_KEY", "sesame")
+    monkeypatch.setenv("ATB_STORE", "http://me:sesame@store:80")
+    monkeypatch.delenv("HCCL_EXEC_TIMEOUT", raising=False)
+    assert main(["env", "--variables", "--json"]) == 0
+    shown = capsys.readouterr().out
+    assert "sesame" not in shown
+    found = {entry["variable"]: (entry["belongs"], entry["value"]) for entry in json.loads(shown)}
+    assert found["HCCL_IF_IP"] == ("node", "10.0.0.1")
+    assert found["HCCL_NEW_SETTING"] == ("travels", "7")
+    assert found["HCCL_EXEC_TIMEOUT"] == ("travels", None)
+    assert found["VLLM_API_KEY"] == ("secret", "***")
+    assert found["ATB_STORE"] == ("travels", "http://***@store:80")
+    assert "PATH" not in found
+
+
+def test_env_lists_variables_as_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HCCL_IF_IP", "10.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", "sesame")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    assert main(["env", "--variables"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "  HCCL_IF_IP=10.0.0.1" in lines and "  GLOO_SOCKET_IFNAME   (not set)" in lines
+    assert lines.index("  HF_TOKEN=***") > lines.index("Secret: never shown.")

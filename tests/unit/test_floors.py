@@ -18,13 +18,14 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"settings", "devices"}),
     frozenset({"environment", "compat"}),
     frozenset({"augment", "cluster", "softnpu"}),
+    frozenset({"engine"}),
     frozenset({"executor", "platform"}),
     frozenset({"plugin"}),
     frozenset({"cli"}),
 )
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 HEAVY = {"torch", "torch_npu", "ray", "vllm", "vllm_ascend"}
-LATE = ("executor/", "platform.py", "softnpu/ops/", "softnpu/cluster/probe.py")
+LATE = ("engine/actors.py", "engine/manager.py", "executor/", "platform.py", "softnpu/ops/", "softnpu/cluster/probe.py")
 """Files that are imported only where those packages are in use."""
 
 

@@ -1,12 +1,17 @@
-"""Run an upstream function with some of its module's globals replaced, for that call only."""
+"""Upstream names, replaced: for one call of a function, or in their module for good."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from vllm_ray_ascend.errors import UpstreamChangedError
+
+_REMEDY = (
+    "Install a vLLM that this version supports (0.23 to 0.33), a newer vllm-ray-ascend, or set "
+    "VLLM_RAY_ASCEND_EXECUTOR=upstream."
+)
 
 
 def with_globals(function: FunctionType, **replacements: Any) -> FunctionType:
@@ -21,8 +26,7 @@ def with_globals(function: FunctionType, **replacements: Any) -> FunctionType:
     if lost:
         raise UpstreamChangedError(
             f"{function.__module__}.{function.__qualname__} no longer uses {', '.join(lost)}, which vllm-ray-ascend "
-            "replaces there. Install a vLLM that this version supports (0.23 to 0.33), a newer vllm-ray-ascend, or set "
-            "VLLM_RAY_ASCEND_EXECUTOR=upstream."
+            f"replaces there. {_REMEDY}"
         )
     rebound = FunctionType(
         function.__code__,
@@ -34,6 +38,27 @@ def with_globals(function: FunctionType, **replacements: Any) -> FunctionType:
     rebound.__kwdefaults__ = function.__kwdefaults__
     rebound.__qualname__ = function.__qualname__
     return rebound
+
+
+def replace(module: ModuleType, name: str, replacement: Any) -> None:
+    """Let ``module.name`` mean ``replacement``; `upstream` still finds what it was. May be called again.
+
+    Raises UpstreamChangedError where the module has no such name.
+    """
+    if not hasattr(module, name):
+        raise UpstreamChangedError(f"{module.__name__} no longer has {name}, which vllm-ray-ascend replaces. {_REMEDY}")
+    if not hasattr(module, _kept(name)):
+        setattr(module, _kept(name), getattr(module, name))
+    setattr(module, name, replacement)
+
+
+def upstream(module: ModuleType, name: str) -> Any:
+    """What ``module.name`` is without us."""
+    return getattr(module, _kept(name), None) or getattr(module, name)
+
+
+def _kept(name: str) -> str:
+    return f"_vllm_ray_ascend_upstream_{name}"
 
 
 def _global_names(code: CodeType) -> Iterator[str]:

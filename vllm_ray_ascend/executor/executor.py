@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
-from vllm.v1.executor.ray_utils import WORKER_SPECIFIC_ENV_VARS, initialize_ray_cluster
+from vllm.v1.executor.ray_utils import (
+    WORKER_SPECIFIC_ENV_VARS,
+    build_actor_name,
+    get_bundles_sorted_by_node,
+    initialize_ray_cluster,
+)
 
 from vllm_ray_ascend import __version__
-from vllm_ray_ascend.cluster.connect import connect, require_npus
+from vllm_ray_ascend.cluster.groups import release
+from vllm_ray_ascend.cluster.registry import EngineRecord, publish, withdraw
 from vllm_ray_ascend.compat.rebind import with_globals
 from vllm_ray_ascend.compat.versions import stack
-from vllm_ray_ascend.environment.table import early_variables, of_the_node
+from vllm_ray_ascend.engine.process import driver_variable, variables_that_stay
+from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, early_variables
+from vllm_ray_ascend.executor.placing import place
 from vllm_ray_ascend.executor.ranks import Rank, ready_line, report
+from vllm_ray_ascend.executor.record import check_owners, record_of
 from vllm_ray_ascend.executor.worker import RayAscendWorkerProc
 from vllm_ray_ascend.log import get_logger
-from vllm_ray_ascend.settings import load
 
 logger = get_logger(__name__)
 
@@ -29,40 +36,69 @@ class RayAscendExecutor(RayExecutorV2):
     ranks: list[Rank]
 
     def _init_executor(self) -> None:
-        own_placement = self.parallel_config.placement_group is None
+        self._own_group: Any = None
+        self._record: EngineRecord | None = None
         start = with_globals(
             super()._init_executor.__func__,
             RayWorkerProc=RayAscendWorkerProc,
-            WORKER_SPECIFIC_ENV_VARS=WORKER_SPECIFIC_ENV_VARS | of_the_node(os.environ),
-            initialize_ray_cluster=_initialize_ray_cluster,
+            WORKER_SPECIFIC_ENV_VARS=WORKER_SPECIFIC_ENV_VARS | variables_that_stay(),
+            initialize_ray_cluster=self._initialize_ray_cluster,
+            build_actor_name=self._actor_name,
+            get_bundles_sorted_by_node=self._bundles,
         )
         try:
             start(self)
             self.ranks = self.collective_rpc(report, timeout=_REPORT_LIMIT_S)
+            self._enter_registry()
         except BaseException:
-            self._undo_start(own_placement)
+            self.shutdown()
             raise
         logger.info("%s", ready_line(__version__, stack(), self.ranks))
 
     def _build_runtime_env(self) -> dict[str, Any]:
         runtime_env: dict[str, Any] = super()._build_runtime_env()
+        variables = runtime_env.setdefault("env_vars", {})
         for name, value in early_variables().items():
-            runtime_env.setdefault("env_vars", {}).setdefault(name, value)
+            variables.setdefault(name, value)
+        variables.setdefault(DRIVER_VARIABLE, driver_variable())
         return runtime_env
 
-    def _undo_start(self, own_placement: bool) -> None:
-        """Kill workers of a start that failed, and give their NPUs back where the placement was made for it."""
+    def shutdown(self) -> None:
+        """Kill the workers as upstream does, then leave the registry and give our own placement group's NPUs back."""
+        super().shutdown()
+        record, self._record = getattr(self, "_record", None), None
+        group, self._own_group = getattr(self, "_own_group", None), None
         import ray
 
-        self.shutdown()
-        placement = self.parallel_config.placement_group
-        if own_placement and placement is not None and ray.is_initialized():
-            ray.util.remove_placement_group(placement)
+        if not ray.is_initialized():
+            return
+        if record is not None:
+            withdraw(record)
+        if group is not None:
+            release([group])
             self.parallel_config.placement_group = None
 
+    def _initialize_ray_cluster(self, parallel_config: Any, ray_address: str | None = None, **options: Any) -> None:
+        """vLLM's, after our checks and with our placement group, so that vLLM neither waits for one nor keeps it."""
+        self._own_group = place(self.vllm_config, ray_address)
+        initialize_ray_cluster(parallel_config, ray_address, **options)
 
-def _initialize_ray_cluster(parallel_config: Any, ray_address: str | None = None, **options: Any) -> None:
-    """vLLM's, after our checks: what cannot work is refused before anything is placed."""
-    connect(parallel_config, ray_address)
-    require_npus(parallel_config, load().npu_wait_s)
-    initialize_ray_cluster(parallel_config, ray_address, **options)
+    def _bundles(self, placement_group: Any) -> list[Any]:
+        """vLLM's order of bundles, as many as there are ranks: its message queue waits for a reader in each bundle."""
+        bundles: list[Any] = get_bundles_sorted_by_node(placement_group)
+        return bundles[: self.world_size]
+
+    def _actor_name(self, instance_id: str, *sizes: int) -> str:
+        """vLLM's name of a worker, unique among data parallel engines in one Ray namespace whoever started them."""
+        dp_rank = self.parallel_config.data_parallel_index
+        suffix = f"_dp{dp_rank}"
+        if dp_rank and not instance_id.endswith(suffix):
+            instance_id += suffix
+        name: str = build_actor_name(instance_id, *sizes)
+        return name
+
+    def _enter_registry(self) -> None:
+        record = record_of(self)
+        check_owners(record)
+        self._record = record
+        publish(record)

@@ -1,9 +1,11 @@
-// Which address of this node HCCL uses, as CANN documents HCCL_IF_IP, HCCL_SOCKET_IFNAME and HCCL_IF_BASE_PORT.
+// Which address and port of this node HCCL uses, as CANN documents HCCL_IF_IP, HCCL_SOCKET_IFNAME, HCCL_IF_BASE_PORT and
+// HCCL_HOST_SOCKET_PORT_RANGE.
 #include <arpa/inet.h>
 #include <ifaddrs.h>
 #include <net/if.h>
 #include <netinet/in.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <sstream>
@@ -14,7 +16,8 @@
 namespace softnpu::hccl {
 namespace {
 
-constexpr int kPortRange = 32;
+constexpr int kPortsAfterBase = 32;
+constexpr int kLastPort = 65535;
 
 struct Interface {
   std::string name, ip;
@@ -67,6 +70,52 @@ std::string own_ip() {
                                  "): set it to one of these, or unset it");
 }
 
+struct Ports {
+  int first, last;
+};
+constexpr Ports kAnyPort{0, 0};
+
+// A decimal number, or -1: neither signs nor spaces, nor anything after it.
+int number(const std::string& text) {
+  bool digits = !text.empty() && text.size() <= 5 && text.find_first_not_of("0123456789") == std::string::npos;
+  return digits ? atoi(text.c_str()) : -1;
+}
+
+// Ports and ranges of ports, such as "60000,60050-60100".
+std::vector<Ports> parse_ports(const std::string& setting) {
+  std::vector<Ports> found;
+  bool good = setting.back() != ',';
+  std::stringstream entries(setting);
+  for (std::string entry; good && getline(entries, entry, ',');) {
+    size_t dash = entry.find('-');
+    Ports next{number(entry.substr(0, dash)), number(dash == std::string::npos ? entry : entry.substr(dash + 1))};
+    auto overlaps = [&](const Ports& other) { return next.first <= other.last && other.first <= next.last; };
+    good = next.first >= 1 && next.first <= next.last && next.last <= kLastPort &&
+           std::none_of(found.begin(), found.end(), overlaps);
+    found.push_back(next);
+  }
+  if (good) return found;
+  throw Failure(HCCL_E_PARA, "HCCL_HOST_SOCKET_PORT_RANGE=" + setting +
+                                 " is neither auto nor ports from 1 to 65535 that do not overlap: set it as in "
+                                 "61000-61063 or 61000,61050-61100, or unset it");
+}
+
+std::string port_range() {
+  const char* setting = getenv("HCCL_HOST_SOCKET_PORT_RANGE");
+  return setting ? setting : "";
+}
+
+// The ports to try, in this order. The range goes before the base port, and nothing outside it is used.
+std::vector<Ports> ports_to_try() {
+  std::string range = port_range();
+  if (range == "auto") return {kAnyPort};
+  if (!range.empty()) return parse_ports(range);
+  const char* setting = getenv("HCCL_IF_BASE_PORT");
+  int base = setting ? atoi(setting) : 0;
+  if (base <= 0) return {kAnyPort};
+  return {{base, std::min(base + kPortsAfterBase - 1, kLastPort)}, kAnyPort};
+}
+
 // A listening socket, or none and errno.
 Fd try_listen(const Address& address) {
   SocketAddress target = parse(address);
@@ -90,15 +139,16 @@ uint16_t bound_port(int fd) {
 
 Fd listen_here(Address& bound) {
   bound.ip = own_ip();
-  const char* setting = getenv("HCCL_IF_BASE_PORT");
-  int base = setting ? atoi(setting) : 0;
   Fd fd;
-  for (int port = base; base > 0 && !fd && port < base + kPortRange && port < 65536; port++)
-    fd = try_listen({bound.ip, static_cast<uint16_t>(port)});
-  if (!fd) fd = try_listen({bound.ip, 0});
+  for (const auto& [first, last] : ports_to_try())
+    for (int port = first; !fd && port <= last; port++) fd = try_listen({bound.ip, static_cast<uint16_t>(port)});
   if (!fd && errno == EADDRNOTAVAIL)
     throw Failure(HCCL_E_PARA, "HCCL_IF_IP=" + bound.ip + " is no address of this node (" + listing() +
                                    "): every node needs its own value; set it to one of these, or unset it");
+  if (!fd && !port_range().empty())
+    throw Failure(HCCL_E_UNAVAIL, "HCCL_HOST_SOCKET_PORT_RANGE=" + port_range() + ": no port of it can be had on " +
+                                      bound.ip + " (" + strerror(errno) + "): widen the range, or end the processes "
+                                      "that hold its ports (`ss -ltnp` lists them)");
   if (!fd) throw Failure(HCCL_E_UNAVAIL, "cannot listen on " + bound.ip + ": " + strerror(errno));
   bound.port = bound_port(fd.get());
   return fd;

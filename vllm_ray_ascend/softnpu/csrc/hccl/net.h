@@ -49,7 +49,8 @@ using Token = uint64_t;
 uint64_t random_number();
 
 // Listens on the address that HCCL_IF_IP or HCCL_SOCKET_IFNAME chooses, else on the first IPv4 interface that
-// is up, else on loopback; on a port from HCCL_IF_BASE_PORT on, where that is set and one of 32 is free.
+// is up, else on loopback; on a port of HCCL_HOST_SOCKET_PORT_RANGE, else one of 32 from HCCL_IF_BASE_PORT on, else any.
+// Throws HCCL_E_PARA for a setting that cannot be, HCCL_E_UNAVAIL when no port of the range can be had.
 Fd listen_here(Address& bound);
 
 // A connected, non-blocking socket; throws HCCL_E_TCP_CONNECT, with `purpose` in the text.

@@ -1,0 +1,70 @@
+"""Two engines in one placement group, as RLHF trainers place them: each an actor with its own VLLM_RAY_BUNDLE_INDICES.
+
+python -m tests.e2e.shared_group MODEL TP SHARE INDICES INDICES      run on a node of a cluster
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from tests.e2e.generate import MARKER
+
+
+class Engine:
+    """An engine in the process of an actor."""
+
+    def __init__(self, model: str, tp: int) -> None:
+        from vllm import LLM
+
+        self.llm = LLM(
+            model=model,
+            dtype="float32",
+            tensor_parallel_size=tp,
+            distributed_executor_backend="ray",
+            enforce_eager=True,
+            max_model_len=512,
+            max_num_seqs=4,
+            kv_cache_memory_bytes=16 << 20,
+            worker_extension_cls="tests.e2e.facts.WorkerFacts",
+        )
+
+    def text(self, prompt: str) -> str:
+        from vllm import SamplingParams
+
+        outputs = self.llm.generate([prompt], SamplingParams(temperature=0, max_tokens=100), use_tqdm=False)
+        return str(outputs[0].outputs[0].text)
+
+    def physical(self) -> list[int]:
+        return [fact["physical"] for fact in self.llm.collective_rpc("facts")]
+
+
+def main(model: str, tp: int, share: str, *indices: str) -> dict[str, Any]:
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    from demo.train.recitation import PROMPTS
+
+    ray.init("auto")
+    bundles = 1 + max(int(index) for chosen in indices for index in chosen.split(","))
+    group = ray.util.placement_group([{"NPU": 1.0, "CPU": 1.0}] * bundles, strategy="PACK")
+    ray.get(group.ready())
+    engines = []
+    for chosen in indices:
+        variables = {
+            "VLLM_RAY_BUNDLE_INDICES": chosen,
+            "VLLM_RAY_PER_WORKER_GPUS": share,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        }
+        strategy = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)
+        options = {"num_cpus": 0, "scheduling_strategy": strategy, "runtime_env": {"env_vars": variables}}
+        engines.append(ray.remote(Engine).options(**options).remote(model, tp))
+    return {
+        "physical": ray.get([engine.physical.remote() for engine in engines]),
+        "text": ray.get([engine.text.remote(PROMPTS[-1]) for engine in engines]),
+    }
+
+
+if __name__ == "__main__":
+    print(MARKER + json.dumps(main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])), flush=True)

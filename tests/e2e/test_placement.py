@@ -1,0 +1,132 @@
+"""Every rank on an NPU of its own, whatever lists the nodes and the driver have; and what happens without the plugin.
+
+The NPU of each rank is read from the device layer, never from our own tables, and those have to agree with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from demo.options import DemoError
+from demo.train.recitation import DENSE, MOE
+from tests.e2e.conftest import on_head
+from tests.e2e.placed import check_text, check_topology, cluster_of, npus_by_node, server_of
+from tests.e2e.test_bad_input import check_nothing_left
+from vllm_ray_ascend.softnpu.cluster.plan import Cluster
+
+VISIBLE = "ASCEND_RT_VISIBLE_DEVICES"
+ALL_EIGHT = "0,1,2,3,4,5,6,7"
+DP_RAY = ("--data-parallel-backend", "ray")
+
+START = """
+from vllm import LLM
+LLM(model={model!r}, dtype="float32", distributed_executor_backend="ray", enforce_eager=True, max_model_len=256,
+    kv_cache_memory_bytes=16 << 20, worker_extension_cls="tests.e2e.facts.WorkerFacts"
+    ).collective_rpc("facts")
+print("STARTED")
+"""
+
+
+def sizes(tp: int, dp: int) -> tuple[str, ...]:
+    return ("--tensor-parallel-size", str(tp), "--data-parallel-size", str(dp))
+
+
+def test_lists_that_differ_between_nodes(tmp_path: Path) -> None:
+    """Dense DP 2 x TP 2; the driver has the head's list, as an operator who exports it in one shell has."""
+    lists = {1: {VISIBLE: "4,5,6,7"}, 2: {VISIBLE: "0,1,2,3"}}
+    arguments = (*sizes(tp=2, dp=2), *DP_RAY, "--data-parallel-size-local", "1")
+    with (
+        cluster_of("e2e-lists", 2, 8, lists) as cluster,
+        server_of(cluster, DENSE, tmp_path / "log", *arguments, **{VISIBLE: "4,5,6,7"}) as server,
+    ):
+        server.wait_until_healthy()
+        assert npus_by_node(cluster) == {1: [4, 5], 2: [0, 1]}
+        check_text(server, DENSE, 2)
+        engines = check_topology(cluster)
+        assert [engine["dp_rank"] for engine in engines] == [0, 1]
+
+
+@pytest.fixture(scope="module")
+def one_list() -> Iterator[Cluster]:
+    """Two nodes, a list on the second one's raylet only; Ray hides NPUs from processes that have none, as before 2.50."""
+    hide = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
+    with cluster_of("e2e-one-list", 2, 4, {1: hide, 2: {**hide, VISIBLE: "3"}}) as cluster:
+        yield cluster
+
+
+MOE_DP2 = (*sizes(tp=1, dp=2), *DP_RAY, "--data-parallel-size-local", "1", "--enable-expert-parallel")
+
+
+def test_moe_with_expert_parallelism_and_a_list_on_one_raylet(one_list: Cluster, tmp_path: Path) -> None:
+    with server_of(one_list, MOE, tmp_path / "log", *MOE_DP2) as server:
+        server.wait_until_healthy()
+        assert npus_by_node(one_list) == {1: [0], 2: [3]}
+        check_text(server, MOE, 2)
+        check_topology(one_list)
+    check_nothing_left(one_list)
+
+
+def test_12942_without_the_plugin(one_list: Cluster, tmp_path: Path) -> None:
+    """Ray DP: the engine core's empty list reaches its workers, which then see no NPU at all."""
+    with (
+        server_of(one_list, MOE, tmp_path / "log", *MOE_DP2, VLLM_RAY_ASCEND="0") as server,
+        pytest.raises(DemoError),
+    ):
+        server.wait_until_healthy()
+    assert "AssertionError: Invalid device id" in (tmp_path / "log").read_text()
+
+
+def test_the_drivers_list_stays_with_the_driver(one_list: Cluster) -> None:
+    """The driver's list names an NPU that Ray did not assign; without the plugin the worker gets that list."""
+    code = START.format(model=str(DENSE))
+    done = on_head(one_list, "-c", code, **{VISIBLE: "2"})
+    assert done.returncode == 0 and "STARTED" in done.stdout, done.stderr[-3000:]
+    assert f"{VISIBLE}=2 is set here" in done.stdout + done.stderr
+    without = on_head(one_list, "-c", code, **{VISIBLE: "2", "VLLM_RAY_ASCEND": "0"})
+    assert without.returncode != 0
+    assert f"is not visible in {VISIBLE}=2" in without.stdout + without.stderr
+
+
+def test_ranks_that_span_nodes(tmp_path: Path) -> None:
+    """DP 2 x TP 2 on four nodes of one NPU each; a list on the driver only."""
+    arguments = (*sizes(tp=2, dp=2), *DP_RAY)
+    variables = {"VLLM_RAY_DP_PACK_STRATEGY": "span", VISIBLE: "0"}
+    with (
+        cluster_of("e2e-span", 4, 1) as cluster,
+        server_of(cluster, DENSE, tmp_path / "log", *arguments, **variables) as server,
+    ):
+        server.wait_until_healthy()
+        assert npus_by_node(cluster) == {1: [0], 2: [0], 3: [0], 4: [0]}
+        check_text(server, DENSE, 2)
+        for engine in check_topology(cluster):
+            assert len({rank["address"] for rank in engine["ranks"]}) == 2
+
+
+@pytest.fixture(scope="module")
+def two_nodes_of_eight() -> Iterator[Cluster]:
+    with cluster_of("e2e-2879", 2, 8) as cluster:
+        yield cluster
+
+
+def test_2879_without_the_plugin(two_nodes_of_eight: Cluster, tmp_path: Path) -> None:
+    variables = {VISIBLE: ALL_EIGHT, "VLLM_RAY_ASCEND": "0"}
+    with (
+        server_of(two_nodes_of_eight, DENSE, tmp_path / "log", *sizes(tp=4, dp=4), **variables) as server,
+        pytest.raises(DemoError),
+    ):
+        server.wait_until_healthy()
+    assert f'local range: [8, 12) base value: "{ALL_EIGHT}"' in (tmp_path / "log").read_text()
+
+
+def test_2879(two_nodes_of_eight: Cluster, tmp_path: Path) -> None:
+    """DP 4 x TP 4 over two nodes of 8 NPUs, with vLLM's default backend of data parallelism, as in the issue."""
+    variables = {VISIBLE: ALL_EIGHT}
+    with server_of(two_nodes_of_eight, DENSE, tmp_path / "log", *sizes(tp=4, dp=4), **variables) as server:
+        server.wait_until_healthy()
+        assert npus_by_node(two_nodes_of_eight) == {1: list(range(8)), 2: list(range(8))}
+        check_text(server, DENSE, 1)
+        assert len(check_topology(two_nodes_of_eight)) == 4
+    check_nothing_left(two_nodes_of_eight)

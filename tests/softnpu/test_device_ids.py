@@ -1,0 +1,49 @@
+"""Our device mapping wins over vllm-ascend's patch of it, in whatever order things are imported."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.softnpu.processes import check_python
+
+pytestmark = pytest.mark.softnpu
+
+BEGIN = """
+import os, sys
+os.environ["ASCEND_RT_VISIBLE_DEVICES"] = "0,1"
+from vllm.platforms import current_platform
+from vllm.plugins import load_general_plugins
+"""
+PATCH = "import vllm_ascend.patch.platform.patch_dp_device_ids\n"
+ENGINE = "import vllm.v1.engine.utils, vllm.v1.engine.core\n"
+PLUGINS = "load_general_plugins()\n"
+OURS = "import vllm.v1.executor.ray_executor_v2\n"
+ASK = """
+from vllm.v1.engine import core, utils
+for module in (utils, core):
+    try:
+        print(module.get_physical_gpu_ids_for_local_dp_rank("ASCEND_RT_VISIBLE_DEVICES", 1, 2))
+    except Exception as error:
+        print(type(error).__name__)
+print(utils.CoreEngineActorManager.__module__, core.EngineCoreActor.__module__)
+"""
+REFUSED = ["DeviceMappingError", "DeviceMappingError", "vllm_ray_ascend.engine.manager vllm_ray_ascend.engine.actors"]
+
+
+@pytest.mark.parametrize(
+    "order",
+    [PLUGINS + OURS + PATCH + ENGINE, PLUGINS + PATCH + ENGINE + OURS, ENGINE + PLUGINS + OURS + PATCH],
+    ids=["ours first", "ours last", "the engine first"],
+)
+def test_ours_wins_in_every_order(order: str) -> None:
+    assert _answers(BEGIN + order + ASK) == REFUSED
+
+
+def test_vllm_ascends_own_gives_two_ranks_the_same_npus() -> None:
+    """Without us: what the first rank has too, [0, 1]; and engine cores over Ray do not even get that."""
+    found = _answers(BEGIN + PLUGINS + PATCH + ENGINE + OURS + ASK, VLLM_RAY_ASCEND="0")
+    assert found == ["[0, 1]", "[0, 1]", "vllm.v1.engine.utils vllm.v1.engine.core"]
+
+
+def _answers(code: str, **variables: str) -> list[str]:
+    return [line for line in check_python(code, **variables).splitlines() if not line.startswith(("INFO", "WARNING"))]

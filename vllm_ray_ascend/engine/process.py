@@ -1,0 +1,45 @@
+"""What every process of an engine does on its node before anything else: take the node's variables, not the driver's."""
+
+from __future__ import annotations
+
+import os
+
+from vllm_ray_ascend.devices.visible import VARIABLE
+from vllm_ray_ascend.environment.driver import driver_settings, parse_driver_settings
+from vllm_ray_ascend.environment.node import prepare
+from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, of_the_node, on_request
+from vllm_ray_ascend.log import get_logger
+from vllm_ray_ascend.settings import load
+
+logger = get_logger(__name__)
+
+
+def prepare_process() -> None:
+    """Set the network variables of this node that nobody set; called in a Ray worker process."""
+    if load().node_env == "off":
+        return
+    for note in prepare(_address(), parse_driver_settings(os.environ.get(DRIVER_VARIABLE))).notes:
+        logger.warning("%s", note)
+
+
+def driver_variable() -> str:
+    """The value of DRIVER_VARIABLE for processes that this one starts. Ray must be joined."""
+    return driver_settings(_address(), os.environ)
+
+
+def variables_that_stay() -> set[str]:
+    """This process's variables that are its node's and go nowhere, unless the user wants some copied."""
+    wanted = on_request(os.environ)
+    if VARIABLE in wanted:
+        logger.warning(
+            "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY names %s, which is not copied: Ray counts NPUs by the list of each node. Set "
+            "it before `ray start` there.",
+            VARIABLE,
+        )
+    return of_the_node(os.environ, wanted)
+
+
+def _address() -> str:
+    import ray
+
+    return str(ray.util.get_node_ip_address())

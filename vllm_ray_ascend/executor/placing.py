@@ -1,0 +1,92 @@
+"""The placement group of one engine: given and checked, or made here."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Any
+
+from vllm import envs
+
+from vllm_ray_ascend.cluster.bundles import check_bundles
+from vllm_ray_ascend.cluster.connect import audit_nodes, connect, require_npus, sizes
+from vllm_ray_ascend.cluster.groups import Wanted, free_in_bundles, free_npus, reserve
+from vllm_ray_ascend.cluster.waiting import until
+from vllm_ray_ascend.engine.device_ids import refuse_device_ids
+from vllm_ray_ascend.errors import PlacementError
+from vllm_ray_ascend.settings import load
+
+_GRANT_LIMIT_S = 30.0
+_FRESH_S = 5.0
+"""What was just granted, or given back, Ray counts with a delay."""
+
+
+def place(vllm_config: Any, ray_address: str | None = None) -> Any:
+    """Join Ray, check what the engine needs, and make its placement group: returned, and set in the config.
+
+    None where a placement group is given (by data parallelism over Ray, or from outside): that one is checked.
+    Raises ClusterResourceError, PlacementError or DeviceMappingError before any actor is created.
+    """
+    config = vllm_config.parallel_config
+    connect(config, ray_address)
+    refuse_device_ids(config)
+    given = _given(config)
+    if given is not None:
+        _check(given, config)
+        return None
+    require_npus(config.world_size, sizes(config), load().npu_wait_s)
+    audit_nodes(None)
+    bundle = {"NPU": 1.0, **_pinned(config)}
+    wanted = Wanted(f"{vllm_config.instance_id}_dp{config.data_parallel_index}", [bundle] * config.world_size, "PACK")
+    (config.placement_group,) = reserve([wanted], _GRANT_LIMIT_S)
+    return config.placement_group
+
+
+def _given(config: Any) -> Any:
+    import ray
+
+    return config.placement_group or ray.util.get_current_placement_group()
+
+
+def _check(group: Any, config: Any) -> None:
+    """Raise PlacementError where the bundles of a group from outside cannot hold the engine."""
+    import ray
+
+    if not group.wait(_GRANT_LIMIT_S):
+        raise PlacementError(
+            f"Placement group {group.id.hex()} was not granted within {_GRANT_LIMIT_S:g} s: the cluster does not have "
+            f"what its bundles ask for ({group.bundle_specs}). `ray status` shows what is missing."
+        )
+    nodes = ray.util.placement_group_table(group)["bundles_to_node_id"]
+    of_bundle = [str(nodes[index]) for index in range(len(group.bundle_specs))]
+    driver = ray.get_runtime_context().get_node_id()
+    indices, share = envs.VLLM_RAY_BUNDLE_INDICES or None, envs.VLLM_RAY_PER_WORKER_GPUS
+
+    def check() -> None:
+        check_bundles(group.bundle_specs, free_in_bundles(group), config.world_size, indices, share, of_bundle, driver)
+
+    until(check, max(load().npu_wait_s, _FRESH_S))
+
+
+def _pinned(config: Any) -> dict[str, float]:
+    """What ties a data parallel MoE engine, which is a process here and no actor, to this node.
+
+    The workers of all ranks meet at --data-parallel-address, where the first worker of rank 0 listens: with the default
+    address, 127.0.0.1, all of them have to be on one node. Dense ranks never meet; for them vLLM has reset the size.
+    """
+    if config.data_parallel_size == 1 or config.data_parallel_backend == "ray":
+        return {}
+    everywhere = not ipaddress.ip_address(config.data_parallel_master_ip).is_loopback
+    if everywhere and config.data_parallel_index > 0:
+        return {}
+    import ray
+
+    address = ray.util.get_node_ip_address()
+    free = next((node.free for node in free_npus() if node.address == address), 0)
+    if free < config.world_size:
+        raise PlacementError(
+            f"Data parallel rank {config.data_parallel_index} of this MoE model needs {config.world_size} NPUs on this "
+            f"node ({address}), where {free} are free: with --data-parallel-backend mp the ranks meet at "
+            f"{config.data_parallel_master_ip}. Add --data-parallel-backend ray --data-parallel-size-local N, with N "
+            "ranks on this node; they may then be on several nodes."
+        )
+    return {f"node:{address}": 0.001}
