@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_ray_ascend import __version__
+from vllm_ray_ascend.cluster.node_facts import NOSET
 from vllm_ray_ascend.compat.versions import installed, require_ray
 from vllm_ray_ascend.errors import UpstreamChangedError
 
 _MARK = "_vllm_ray_ascend"
-_NOSET = "RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES"
 
 
 def augment(platform: type) -> None:
@@ -35,7 +35,7 @@ def augment(platform: type) -> None:
     members = {
         "ray_device_key": "NPU",
         "device_control_env_var": "ASCEND_RT_VISIBLE_DEVICES",
-        "ray_noset_device_env_vars": list(dict.fromkeys([*noset, _NOSET])),
+        "ray_noset_device_env_vars": list(dict.fromkeys([*noset, NOSET])),
         "check_and_update_config": _checked(platform.check_and_update_config.__func__),  # type: ignore[attr-defined]
         _MARK: __version__,
     }

@@ -36,7 +36,7 @@ class DeviceMappingError(VllmRayAscendError, ValueError):
 
 
 class PlacementError(VllmRayAscendError, RuntimeError):
-    """An engine cannot be placed as asked: data parallel ranks that do not fit, bundles that are not there or not free."""
+    """An engine cannot be placed as asked: ranks that do not fit, bundles that are not there or not free."""
 
 
 class ShortageError(PlacementError):

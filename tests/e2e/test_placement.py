@@ -18,7 +18,6 @@ from tests.e2e.test_bad_input import check_nothing_left
 from vllm_ray_ascend.softnpu.cluster.plan import Cluster
 
 VISIBLE = "ASCEND_RT_VISIBLE_DEVICES"
-ALL_EIGHT = "0,1,2,3,4,5,6,7"
 DP_RAY = ("--data-parallel-backend", "ray")
 
 START = """
@@ -51,7 +50,7 @@ def test_lists_that_differ_between_nodes(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def one_list() -> Iterator[Cluster]:
-    """Two nodes, a list on the second one's raylet only; Ray hides NPUs from processes that have none, as before 2.50."""
+    """Two nodes, a list on the second one's raylet only; Ray hides NPUs from processes without, as older ones do."""
     hide = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
     with cluster_of("e2e-one-list", 2, 4, {1: hide, 2: {**hide, VISIBLE: "3"}}) as cluster:
         yield cluster
@@ -90,19 +89,34 @@ def test_the_drivers_list_stays_with_the_driver(one_list: Cluster) -> None:
     assert f"is not visible in {VISIBLE}=2" in without.stdout + without.stderr
 
 
-def test_ranks_that_span_nodes(tmp_path: Path) -> None:
-    """DP 2 x TP 2 on four nodes of one NPU each; a list on the driver only."""
-    arguments = (*sizes(tp=2, dp=2), *DP_RAY)
-    variables = {"VLLM_RAY_DP_PACK_STRATEGY": "span", VISIBLE: "0"}
+SPAN = (*sizes(tp=2, dp=2), *DP_RAY)
+PACK = {"VLLM_RAY_DP_PACK_STRATEGY": "span"}
+
+
+@pytest.fixture(scope="module")
+def four_nodes_of_one() -> Iterator[Cluster]:
+    """Four nodes with a list of one NPU each: a rank of two workers has to span nodes."""
+    with cluster_of("e2e-span", 4, 1, {index: {VISIBLE: "0"} for index in (1, 2, 3, 4)}) as cluster:
+        yield cluster
+
+
+def test_ranks_that_span_nodes(four_nodes_of_one: Cluster, tmp_path: Path) -> None:
+    with server_of(four_nodes_of_one, DENSE, tmp_path / "log", *SPAN, **PACK) as server:
+        server.wait_until_healthy()
+        assert npus_by_node(four_nodes_of_one) == {1: [0], 2: [0], 3: [0], 4: [0]}
+        check_text(server, DENSE, 2)
+        for engine in check_topology(four_nodes_of_one):
+            assert len({rank["address"] for rank in engine["ranks"]}) == 2
+
+
+def test_2879_without_the_plugin(four_nodes_of_one: Cluster, tmp_path: Path) -> None:
+    """A data parallel rank's range is computed over its own node's list, and runs past its end."""
     with (
-        cluster_of("e2e-span", 4, 1) as cluster,
-        server_of(cluster, DENSE, tmp_path / "log", *arguments, **variables) as server,
+        server_of(four_nodes_of_one, DENSE, tmp_path / "log", *SPAN, **PACK, VLLM_RAY_ASCEND="0") as server,
+        pytest.raises(DemoError),
     ):
         server.wait_until_healthy()
-        assert npus_by_node(cluster) == {1: [0], 2: [0], 3: [0], 4: [0]}
-        check_text(server, DENSE, 2)
-        for engine in check_topology(cluster):
-            assert len({rank["address"] for rank in engine["ranks"]}) == 2
+    assert 'local range: [0, 2) base value: "0"' in (tmp_path / "log").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -111,19 +125,26 @@ def two_nodes_of_eight() -> Iterator[Cluster]:
         yield cluster
 
 
-def test_2879_without_the_plugin(two_nodes_of_eight: Cluster, tmp_path: Path) -> None:
-    variables = {VISIBLE: ALL_EIGHT, "VLLM_RAY_ASCEND": "0"}
+def test_2879_says_what_fits(two_nodes_of_eight: Cluster, tmp_path: Path) -> None:
+    """The issue's sizes over Ray actors: vLLM puts all four ranks on the first node by default."""
+    arguments = (*sizes(tp=4, dp=4), *DP_RAY)
     with (
-        server_of(two_nodes_of_eight, DENSE, tmp_path / "log", *sizes(tp=4, dp=4), **variables) as server,
+        server_of(two_nodes_of_eight, DENSE, tmp_path / "log", *arguments, VLLM_RAY_ASCEND_NPU_WAIT_S="0") as server,
         pytest.raises(DemoError),
     ):
         server.wait_until_healthy()
-    assert f'local range: [8, 12) base value: "{ALL_EIGHT}"' in (tmp_path / "log").read_text()
+    head, second = (node.address for node in two_nodes_of_eight.nodes)
+    assert (
+        f"Cannot place 4 data parallel ranks of 4 NPUs, 4 on the master {head} (--data-parallel-size 4, "
+        f"--data-parallel-size-local 4, VLLM_RAY_DP_PACK_STRATEGY=strict). Free NPUs: {head}: 8 of 8, {second}: 8 of 8. "
+        "The master fits 2 ranks. The request fits with: --data-parallel-size-local 2"
+    ) in (tmp_path / "log").read_text()
+    check_nothing_left(two_nodes_of_eight)
 
 
 def test_2879(two_nodes_of_eight: Cluster, tmp_path: Path) -> None:
-    """DP 4 x TP 4 over two nodes of 8 NPUs, with vLLM's default backend of data parallelism, as in the issue."""
-    variables = {VISIBLE: ALL_EIGHT}
+    """DP 4 x TP 4 over two nodes of 8 NPUs, with the default backend of data parallelism, as in the issue."""
+    variables = {VISIBLE: "0,1,2,3,4,5,6,7"}
     with server_of(two_nodes_of_eight, DENSE, tmp_path / "log", *sizes(tp=4, dp=4), **variables) as server:
         server.wait_until_healthy()
         assert npus_by_node(two_nodes_of_eight) == {1: list(range(8)), 2: list(range(8))}

@@ -91,14 +91,12 @@ def growing() -> dict[str, Any]:
 
     from vllm_ray_ascend.cluster.connect import connect, require_npus
 
-    sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 1}
-    wanted = SimpleNamespace(world_size=2, placement_group=None, ray_runtime_env=None, **sizes)
     node = {"num_cpus": 1, "resources": {"NPU": 1}}
     cluster = Cluster(initialize_head=True, head_node_args=node)
     try:
-        connect(wanted, cluster.address)
+        connect(SimpleNamespace(ray_runtime_env=None), cluster.address)
         with ThreadPoolExecutor() as threads:
-            check = threads.submit(require_npus, wanted, 120.0)
+            check = threads.submit(require_npus, 2, {"--tensor-parallel-size": 2}, 120.0)
             time.sleep(2)
             waits = not check.done()
             cluster.add_node(**node)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vllm_ray_ascend.cluster.registry import EngineRecord, RankRecord, claims, is_alive
+from vllm_ray_ascend.cluster.registry import EngineRecord, RankRecord, claims, is_alive, unheeded_list
 from vllm_ray_ascend.cluster.topology import NodeInput, lines, topology
 
 pytestmark = pytest.mark.unit
@@ -64,7 +64,10 @@ def test_text() -> None:
         "  1 of the NPUs without a rank are held by others",
         "node 10.0.0.2 (h): 1 NPUs, 0 free",
         "  NPU 3   engine e1 rank 1 (bundle 1, pid 101)",
-        "engine e1: zen, data parallel rank 1, 2 ranks on 10.0.0.1, 10.0.0.2; driver 10.0.0.1 pid 7; placement group aa",
+        (
+            "engine e1: zen, data parallel rank 1, 2 ranks on 10.0.0.1, 10.0.0.2; driver 10.0.0.1 pid 7; "
+            "placement group aa"
+        ),
         "placement group bb (trainer): 1 NPUs, no engine of ours",
     ]
 
@@ -95,3 +98,16 @@ def test_every_rank_is_an_owner() -> None:
     assert [(c.owner, c.address, c.physical, c.share) for c in claimed] == [
         ("rank 0 of engine e1 (data parallel rank 1, zen)", HEAD, 5, 0.5)
     ]
+
+
+@pytest.mark.parametrize("visible", [None, "", "4,5", "5"])
+def test_a_list_that_the_ranks_here_follow_is_no_news(visible: str | None) -> None:
+    assert unheeded_list(visible, HEAD, [engine(rank(0, HEAD, 5), rank(1, SECOND, 0))]) is None
+
+
+def test_a_list_that_ray_did_not_heed() -> None:
+    assert unheeded_list("4,6", HEAD, [engine(rank(0, HEAD, 5), rank(1, HEAD, 4))]) == (
+        "ASCEND_RT_VISIBLE_DEVICES=4,6 is set here, but Ray has assigned NPU 4, 5 of this node: it counts by the list "
+        "with which it was started. To have this one: `ray stop` here, then "
+        "`ASCEND_RT_VISIBLE_DEVICES=4,6 ray start ...`."
+    )

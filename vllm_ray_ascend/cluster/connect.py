@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,8 @@ from vllm_ray_ascend.devices.visible import VARIABLE
 from vllm_ray_ascend.environment.table import early_variables
 from vllm_ray_ascend.errors import ClusterResourceError
 from vllm_ray_ascend.log import get_logger
+
+_CONNECT_S = 5.0
 
 logger = get_logger(__name__)
 _logged: set[str] = set()
@@ -46,13 +49,23 @@ def join(address: str = "auto") -> None:
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", address)
     try:
+        _check_listening(address)
         ray.init(address=address, log_to_driver=False, logging_level="error")
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # ConnectionError is an OSError
         raise ClusterResourceError(
             f"Cannot join a Ray cluster at {address} ({error}). Run this on a node of the cluster, or give "
             "--address=HEAD:6379; `ray start --head` starts one."
         ) from error
+
+
+def _check_listening(address: str) -> None:
+    """Raise OSError where nothing listens at HOST:PORT: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "//" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
 
 
 def require_npus(needed: int, sizes: Mapping[str, int], wait_s: float) -> None:

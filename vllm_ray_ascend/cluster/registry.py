@@ -12,6 +12,7 @@ import msgspec
 
 from vllm_ray_ascend.compat.ray_state import kept_values
 from vllm_ray_ascend.devices.owners import Claim
+from vllm_ray_ascend.devices.visible import VARIABLE, entries
 
 _NAMESPACE = b"vllm_ray_ascend"
 _PREFIX = b"engine/"
@@ -31,7 +32,7 @@ class RankRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One running engine. ``share`` is the part of an NPU that each worker has; ``started`` is in seconds of the epoch."""
+    """One running engine. ``share`` is the part of an NPU that each worker has, ``started`` in seconds since 1970."""
 
     engine: str
     dp_rank: int
@@ -60,6 +61,22 @@ def claims(record: EngineRecord) -> list[Claim]:
         )
         for rank in record.ranks
     ]
+
+
+def unheeded_list(visible: str | None, address: str, records: Iterable[EngineRecord]) -> str | None:
+    """Why ``visible``, the driver's list, is not what the engine's ranks on its node ``address`` have; None if it is.
+
+    Ray assigns NPUs by the list with which it was started there (vllm-ascend #4929: a visible list that is ignored).
+    """
+    listed = entries(visible)
+    got = sorted({rank.physical for record in records for rank in record.ranks if rank.address == address})
+    if listed is None or all(str(physical) in listed for physical in got):
+        return None
+    return (
+        f"{VARIABLE}={visible} is set here, but Ray has assigned NPU {', '.join(map(str, got))} of this node: it "
+        "counts by the list with which it was started. To have this one: `ray stop` here, then "
+        f"`{VARIABLE}={visible} ray start ...`."
+    )
 
 
 def is_alive(record: EngineRecord, actors: Collection[str]) -> bool:

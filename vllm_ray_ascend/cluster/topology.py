@@ -87,10 +87,10 @@ def lines(found: Topology) -> Iterator[str]:
         if node.others:
             yield f"  {node.others:g} of the NPUs without a rank are held by others"
     for engine in found.engines:
+        places = ", ".join(sorted({rank.address for rank in engine.ranks}))
         yield (
-            f"engine {engine.engine}: {engine.model}, data parallel rank {engine.dp_rank}, {len(engine.ranks)} ranks on "
-            f"{', '.join(sorted({rank.address for rank in engine.ranks}))}; driver {engine.address} pid {engine.pid}; "
-            f"placement group {engine.group}"
+            f"engine {engine.engine}: {engine.model}, data parallel rank {engine.dp_rank}, {len(engine.ranks)} ranks "
+            f"on {places}; driver {engine.address} pid {engine.pid}; placement group {engine.group}"
         )
     for group in found.groups:
         yield f"placement group {group.group} ({group.name or 'no name'}): {group.npus:g} NPUs, no engine of ours"

@@ -16,8 +16,8 @@ def available_per_node() -> dict[str, dict[str, float]]:
         from ray._private.state import available_resources_per_node
     except ImportError as error:
         raise UpstreamChangedError(
-            "ray._private.state no longer has available_resources_per_node, which vLLM and vllm-ray-ascend use. Install "
-            "a Ray from 2.48 to 2.60, or a newer vllm-ray-ascend."
+            "ray._private.state no longer has available_resources_per_node, which vLLM and vllm-ray-ascend use. "
+            "Install a Ray from 2.48 to 2.60, or a newer vllm-ray-ascend."
         ) from error
     found: dict[str, Any] = available_resources_per_node()
     return found

@@ -1,4 +1,4 @@
-"""Engine cores as Ray actors, one per data parallel rank. Imported by name on the rank's node, before its __init__ runs.
+"""Engine cores as Ray actors, one per data parallel rank. Imported by name on the rank's node, before __init__ runs.
 
 That import and __init__ come before vLLM loads general plugins in the actor, which is why vllm-ascend's own patches of
 device mapping are not in force here, and why these are subclasses and not patches.

@@ -20,8 +20,8 @@ def refuse_device_ids(parallel_config: Any) -> None:
     if ids is not None:
         listed = ",".join(map(str, ids))
         raise DeviceMappingError(
-            f"--device-ids (NPUs {listed}) cannot choose NPUs over Ray, which assigns them itself. Leave --device-ids out "
-            f"and give Ray the list on that node: `ray stop`, then `ASCEND_RT_VISIBLE_DEVICES={listed} ray start ...`."
+            f"--device-ids (NPUs {listed}) cannot choose NPUs over Ray, which assigns them itself. Leave "
+            f"--device-ids out, give Ray the list on that node: `ray stop`, then `{VARIABLE}={listed} ray start ...`."
         )
 
 

@@ -14,12 +14,17 @@ from vllm.v1.engine.utils import CoreEngineActorManager, get_env_vars_to_copy
 from vllm_ray_ascend.cluster.connect import audit_nodes, connect
 from vllm_ray_ascend.cluster.groups import Wanted, free_npus, release, reserve
 from vllm_ray_ascend.cluster.placement import DpRequest, Placed, RankPlacement, plan, plan_scale_up
+from vllm_ray_ascend.cluster.registry import running, unheeded_list
 from vllm_ray_ascend.cluster.waiting import until
 from vllm_ray_ascend.compat.rebind import with_globals
+from vllm_ray_ascend.devices.visible import VARIABLE
 from vllm_ray_ascend.engine.device_ids import refuse_device_ids
 from vllm_ray_ascend.engine.process import driver_variable, variables_that_stay
 from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, travelling
+from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import load
+
+logger = get_logger(__name__)
 
 _GRANT_LIMIT_S = 60.0
 
@@ -41,10 +46,9 @@ class RayAscendEngineActorManager(CoreEngineActorManager):
         except BaseException:
             self._undo_start()
             raise
+        self._compare_own_list(vllm_config)
 
-    def add_dp_placement_groups(
-        self, old_vllm_config: Any, new_data_parallel_size: int
-    ) -> tuple[list[Any], list[int]]:
+    def add_dp_placement_groups(self, old_vllm_config: Any, new_data_parallel_size: int) -> tuple[list[Any], list[int]]:
         """Groups of ranks that elastic scale-up adds, each pinned to the node for which its local rank was computed.
 
         Raises PlacementError where they do not fit; then none is made.
@@ -74,6 +78,16 @@ class RayAscendEngineActorManager(CoreEngineActorManager):
         audit_nodes({address for placement in self.placements for address in placement.bundle_addresses})
         groups = reserve(_wanted(vllm_config, self.placements), _GRANT_LIMIT_S)
         return groups, [placement.local_dp_rank for placement in self.placements]
+
+    def _compare_own_list(self, vllm_config: Any) -> None:
+        """Say so where this process's ASCEND_RT_VISIBLE_DEVICES is not what its engines on this node have."""
+        import ray
+
+        ours = {f"{vllm_config.instance_id}{suffix}" for suffix in ("", *(f"_dp{p.dp_rank}" for p in self.placements))}
+        records = [record for record in running() if record.engine in ours]
+        note = unheeded_list(os.environ.get(VARIABLE), ray.util.get_node_ip_address(), records)
+        if note:
+            logger.warning("%s", note)
 
     def _undo_start(self) -> None:
         """Kill the engine cores that were started, whose workers die with them, and give their NPUs back."""

@@ -1,4 +1,4 @@
-"""What every process of an engine does on its node before anything else: take the node's variables, not the driver's."""
+"""What every process of an engine does on its node first: take the node's variables, not the driver's."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def variables_that_stay() -> set[str]:
     wanted = on_request(os.environ)
     if VARIABLE in wanted:
         logger.warning(
-            "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY names %s, which is not copied: Ray counts NPUs by the list of each node. Set "
-            "it before `ray start` there.",
+            "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY names %s, which is not copied: Ray counts NPUs by the list of each node. "
+            "Set it before `ray start` there.",
             VARIABLE,
         )
     return of_the_node(os.environ, wanted)

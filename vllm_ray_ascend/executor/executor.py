@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
@@ -14,9 +15,10 @@ from vllm.v1.executor.ray_utils import (
 
 from vllm_ray_ascend import __version__
 from vllm_ray_ascend.cluster.groups import release
-from vllm_ray_ascend.cluster.registry import EngineRecord, publish, withdraw
+from vllm_ray_ascend.cluster.registry import EngineRecord, publish, unheeded_list, withdraw
 from vllm_ray_ascend.compat.rebind import with_globals
 from vllm_ray_ascend.compat.versions import stack
+from vllm_ray_ascend.devices.visible import VARIABLE
 from vllm_ray_ascend.engine.process import driver_variable, variables_that_stay
 from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, early_variables
 from vllm_ray_ascend.executor.placing import place
@@ -102,3 +104,5 @@ class RayAscendExecutor(RayExecutorV2):
         check_owners(record)
         self._record = record
         publish(record)
+        if note := unheeded_list(os.environ.get(VARIABLE), record.address, [record]):
+            logger.warning("%s", note)
