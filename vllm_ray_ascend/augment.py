@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 from vllm_ray_ascend import __version__
 from vllm_ray_ascend.cluster.node_facts import NOSET
 from vllm_ray_ascend.compat.versions import installed, require_ray
+from vllm_ray_ascend.devices.numbering import visible_of_physical
+from vllm_ray_ascend.devices.visible import VARIABLE, entries
 from vllm_ray_ascend.errors import UpstreamChangedError
 
 _MARK = "_vllm_ray_ascend"
+_TO_VISIBLE = "logical_device_id_to_visible_device_id"
 
 
 def augment(platform: type) -> None:
@@ -18,6 +22,7 @@ def augment(platform: type) -> None:
 
     - ray_device_key, device_control_env_var, ray_noset_device_env_vars: what Ray calls an NPU, and how it hides them.
       vllm-ascend 0.23 and later say the same; a worker that believed anything else would run on a wrong card.
+    - logical_device_id_to_visible_device_id (vLLM 0.24 and later): the same answer, or an error that says what helps.
     - check_and_update_config: vllm-ascend's own, then our checks of an engine over Ray.
 
     Raises UpstreamChangedError when one of these names is gone from vLLM's platform interface.
@@ -39,6 +44,8 @@ def augment(platform: type) -> None:
         "check_and_update_config": _checked(platform.check_and_update_config.__func__),  # type: ignore[attr-defined]
         _MARK: __version__,
     }
+    if hasattr(platform, _TO_VISIBLE):
+        members[_TO_VISIBLE] = classmethod(_logical_to_visible)
     for name, value in members.items():
         setattr(platform, name, value)
 
@@ -53,6 +60,13 @@ def platform_is_ours() -> bool:
     from vllm.platforms import current_platform
 
     return is_augmented(type(current_platform))
+
+
+def _logical_to_visible(cls: Any, device_id: int) -> int:
+    """Visible number of the NPU with local rank ``device_id``, what torch_npu opens. Raises DeviceMappingError."""
+    physical: int = cls.device_id_to_physical_device_id(device_id)
+    listed = entries(os.environ.get(VARIABLE))
+    return physical if listed is None else visible_of_physical([int(entry) for entry in listed], physical)
 
 
 def _checked(upstream: Callable[[Any, Any], None]) -> classmethod[Any, [Any], None]:

@@ -90,6 +90,8 @@ def check_topology(cluster: Cluster) -> list[dict[str, Any]]:
     engines: list[dict[str, Any]] = topology_of(cluster)["engines"]
     said = {(rank["address"], rank["pid"]): [rank["physical"]] for engine in engines for rank in engine["ranks"]}
     assert said == opened(cluster)
+    actors = [rank["actor"] for engine in engines for rank in engine["ranks"]]
+    assert len(set(actors)) == len(actors)
     return engines
 
 

@@ -5,6 +5,7 @@ The NPU of each rank is read from the device layer, never from our own tables, a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,7 +87,46 @@ def test_the_drivers_list_stays_with_the_driver(one_list: Cluster) -> None:
     assert f"{VISIBLE}=2 is set here" in done.stdout + done.stderr
     without = on_head(one_list, "-c", code, **{VISIBLE: "2", "VLLM_RAY_ASCEND": "0"})
     assert without.returncode != 0
-    assert f"is not visible in {VISIBLE}=2" in without.stdout + without.stderr
+    assert "Physical NPU 0 is not visible here: this process sees physical NPUs 2" in without.stdout + without.stderr
+
+
+FAILING = """
+import json, os, sys, time
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+from vllm import LLM, AsyncEngineArgs
+from vllm.v1.engine.async_llm import AsyncLLM
+
+options = dict(model=sys.argv[1], dtype="float32", distributed_executor_backend="ray", enforce_eager=True,
+               max_model_len=256, kv_cache_memory_bytes=4 << 30)
+parallel = dict(data_parallel_size=2, data_parallel_size_local=1, data_parallel_backend="ray")
+left = []
+for start in (lambda: LLM(**options), lambda: AsyncLLM.from_engine_args(AsyncEngineArgs(**options, **parallel))):
+    try:
+        start()
+    except Exception as error:
+        left.append(type(error).__name__)
+    import ray
+    from ray._private import state
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        actors = [each["Name"] for each in state.actors().values() if each["State"] != "DEAD"]
+        groups = [each["name"] for each in ray.util.placement_group_table().values() if each["state"] != "REMOVED"]
+        if not actors and not groups:
+            break
+        time.sleep(0.2)
+    left += [actors, groups]
+print("LEFT", json.dumps(left))
+"""
+
+
+def test_a_start_that_fails_on_the_way_leaves_nothing_in_a_driver_that_goes_on(one_list: Cluster) -> None:
+    """Workers run out of memory, after their actors and placement groups were made: one engine, then two."""
+    done = on_head(one_list, "-c", FAILING, str(DENSE))
+    found = [line for line in done.stdout.splitlines() if line.startswith("LEFT ")]
+    assert found, (done.stdout + done.stderr)[-3000:]
+    error, *left, dp_error, dp_actors, dp_groups = json.loads(found[0].removeprefix("LEFT "))
+    assert error and dp_error
+    assert [*left, dp_actors, dp_groups] == [[], [], [], []]
 
 
 SPAN = (*sizes(tp=2, dp=2), *DP_RAY)
@@ -136,10 +176,61 @@ def test_2879_says_what_fits(two_nodes_of_eight: Cluster, tmp_path: Path) -> Non
     head, second = (node.address for node in two_nodes_of_eight.nodes)
     assert (
         f"Cannot place 4 data parallel ranks of 4 NPUs, 4 on the master {head} (--data-parallel-size 4, "
-        f"--data-parallel-size-local 4, VLLM_RAY_DP_PACK_STRATEGY=strict). Free NPUs: {head}: 8 of 8, {second}: 8 of 8. "
-        "The master fits 2 ranks. The request fits with: --data-parallel-size-local 2"
+        f"--data-parallel-size-local 4, VLLM_RAY_DP_PACK_STRATEGY=strict). Free NPUs: {head}: 8 of 8, "
+        f"{second}: 8 of 8. The master fits 2 ranks. The request fits with: --data-parallel-size-local 2"
     ) in (tmp_path / "log").read_text()
     check_nothing_left(two_nodes_of_eight)
+
+
+SCALE_UP = """
+import json, sys
+from types import SimpleNamespace
+import ray
+from vllm_ray_ascend.cluster.placement import RankPlacement
+from vllm_ray_ascend.engine.manager import RayAscendEngineActorManager
+from vllm_ray_ascend.errors import ShortageError
+
+head, second = sys.argv[1:]
+ray.init("auto")
+group = ray.util.placement_group
+held = [group([{"NPU": 1, "node:" + head: 0.001}] * 5), group([{"NPU": 1, "node:" + second: 0.001}] * 4)]
+ray.get([each.ready() for each in held])
+manager = object.__new__(RayAscendEngineActorManager)
+manager.placements = [RankPlacement(0, 0, (second,) * 4)]
+manager.created_placement_groups = held[1:]
+config = SimpleNamespace(instance_id="e", parallel_config=SimpleNamespace(world_size=4, data_parallel_master_ip=head))
+def groups():
+    return sum(each["state"] != "REMOVED" for each in ray.util.placement_group_table().values())
+try:
+    manager.add_dp_placement_groups(config, 3)
+except ShortageError as error:
+    refused = str(error)
+before = groups()
+added, local_ranks = manager.add_dp_placement_groups(config, 2)
+addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+placed = {addresses[node] for node in ray.util.placement_group_table(added[0])["bundles_to_node_id"].values()}
+print("SCALED", json.dumps([refused, before, sorted(placed), local_ranks, groups()]))
+"""
+
+
+def test_scale_up_pins_a_rank_to_the_node_of_its_local_rank(two_nodes_of_eight: Cluster) -> None:
+    """The second node has local rank 0 already, and NPUs of the first are held by somebody else.
+
+    vLLM would take local rank 1 for the first node, from its five NPUs in use, and 1 for the second, unpinned.
+    """
+    head, second = (node.address for node in two_nodes_of_eight.nodes)
+    done = on_head(two_nodes_of_eight, "-c", SCALE_UP, head, second)
+    found = [line for line in done.stdout.splitlines() if line.startswith("SCALED ")]
+    assert found, (done.stdout + done.stderr)[-3000:]
+    refused, before, placed, local_ranks, after = json.loads(found[0].removeprefix("SCALED "))
+    assert refused == (
+        f"Cannot scale from 1 to 3 data parallel ranks of 4 NPUs. Free NPUs: {head}: 3 of 8, {second}: 4 of 8. The "
+        "nodes fit 1 rank more. 4 NPUs more must be free: stop other engines, add nodes "
+        "(`ray start --address=HEAD:PORT`), or "
+        'scale to: {"new_data_parallel_size": 2}'
+    )
+    assert (before, after) == (2, 3)
+    assert (placed, local_ranks) == ([second], [1])
 
 
 def test_2879(two_nodes_of_eight: Cluster, tmp_path: Path) -> None:

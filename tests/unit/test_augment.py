@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vllm_ray_ascend.augment import augment, is_augmented
-from vllm_ray_ascend.errors import UpstreamChangedError
+from vllm_ray_ascend.errors import DeviceMappingError, UpstreamChangedError
 
 pytestmark = pytest.mark.unit
 
@@ -61,6 +61,24 @@ def test_an_augmented_parent_does_not_make_its_subclass_ours() -> None:
     parent = platform_class()
     augment(parent)
     assert not is_augmented(type("Child", (parent,), {}))
+
+
+def test_a_logical_number_becomes_a_visible_one_or_an_error_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    platform = platform_class()
+    platform.device_id_to_physical_device_id = classmethod(lambda _, device_id: [5, 7][device_id])
+    platform.logical_device_id_to_visible_device_id = classmethod(lambda _, device_id: -1)
+    augment(platform)
+    assert platform.logical_device_id_to_visible_device_id(1) == 7
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "4,5")
+    assert platform.logical_device_id_to_visible_device_id(0) == 1
+    with pytest.raises(DeviceMappingError, match="Physical NPU 7 is not visible here"):
+        platform.logical_device_id_to_visible_device_id(1)
+
+
+def test_vllm_0_23_has_no_such_function_and_gets_none() -> None:
+    platform = platform_class()
+    augment(platform)
+    assert not hasattr(platform, "logical_device_id_to_visible_device_id")
 
 
 @pytest.mark.parametrize("name", ["ray_device_key", "check_and_update_config"])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from vllm_ray_ascend.cluster.registry import EngineRecord, RankRecord, claims, is_alive, unheeded_list
 from vllm_ray_ascend.cluster.topology import NodeInput, lines, topology
+from vllm_ray_ascend.devices.cards import Die
 
 pytestmark = pytest.mark.unit
 
@@ -111,3 +113,15 @@ def test_a_list_that_ray_did_not_heed() -> None:
         "with which it was started. To have this one: `ray stop` here, then "
         "`ASCEND_RT_VISIBLE_DEVICES=4,6 ray start ...`."
     )
+
+
+def test_dies_of_one_card_with_different_engines() -> None:
+    dies = tuple(Die(card=number // 2, chip=number % 2, physical=number, name="Ascend910") for number in range(4))
+    other = msgspec.structs.replace(engine(rank(0, HEAD, 3)), engine="e2")
+    given = NodeInput(address=HEAD, hostname="h", declared=4, free=2, visible="2,3", usable=(2, 3), dies=dies)
+    assert list(lines(topology([given], [engine(rank(0, HEAD, 2)), other], {})))[:4] == [
+        "node 10.0.0.1 (h): 4 NPUs, 2 free, ASCEND_RT_VISIBLE_DEVICES=2,3",
+        "  NPU 2 (card 1, die 0) engine e1 rank 0 (bundle 0, pid 100)",
+        "  NPU 3 (card 1, die 1) engine e2 rank 0 (bundle 0, pid 100)",
+        "  card 1 is shared by engine e1 and engine e2, and so is its bandwidth",
+    ]

@@ -37,7 +37,16 @@ def executor() -> ast.Module:
     return source("vllm", "v1/executor/ray_executor_v2.py")
 
 
-@pytest.mark.parametrize("name", ["RayWorkerProc", "WORKER_SPECIFIC_ENV_VARS", "initialize_ray_cluster"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "RayWorkerProc",
+        "WORKER_SPECIFIC_ENV_VARS",
+        "initialize_ray_cluster",
+        "build_actor_name",
+        "get_bundles_sorted_by_node",
+    ],
+)
 def test_the_executors_start_looks_up_what_we_replace(executor: ast.Module, name: str) -> None:
     assert name in names(method(executor, "RayExecutorV2", "_init_executor"))
 
@@ -85,3 +94,34 @@ def test_vllm_keeps_its_known_variables_in_a_dictionary() -> None:
     tree = source("vllm", "envs.py")
     assigned = [node.target for node in tree.body if isinstance(node, ast.AnnAssign)]
     assert any(isinstance(target, ast.Name) and target.id == "environment_variables" for target in assigned)
+
+
+@pytest.fixture(scope="module")
+def engine_utils() -> ast.Module:
+    return source("vllm", "v1/engine/utils.py")
+
+
+@pytest.mark.parametrize("name", ["get_env_vars_to_copy", "CoreEngineActorManager"])
+def test_the_managers_start_looks_up_what_we_replace(engine_utils: ast.Module, name: str) -> None:
+    assert name in names(method(engine_utils, "CoreEngineActorManager", "__init__"))
+
+
+def test_the_manager_asks_itself_for_the_groups_of_scale_up(engine_utils: ast.Module) -> None:
+    scale_up = method(engine_utils, "CoreEngineActorManager", "scale_up_elastic_ep")
+    assert "self.add_dp_placement_groups" in {
+        ast.unparse(node.func) for node in ast.walk(scale_up) if isinstance(node, ast.Call)
+    }
+
+
+def test_a_function_assigns_devices_to_engine_processes(engine_utils: ast.Module) -> None:
+    defined = {node.name for node in engine_utils.body if isinstance(node, ast.FunctionDef)}
+    assert {"set_assigned_physical_gpu_ids_for_dp_rank", "set_device_control_env_var"} & defined
+
+
+@pytest.mark.parametrize("name", ["EngineCoreActor", "DPMoEEngineCoreActor"])
+def test_engine_core_actors_ask_the_method_that_we_override(name: str) -> None:
+    tree = source("vllm", "v1/engine/core.py")
+    actor = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    assert "EngineCoreActorMixin" in [ast.unparse(base) for base in actor.bases]
+    calls = ast.unparse(method(tree, "EngineCoreActorMixin", "__init__"))
+    assert "self._set_visible_devices(vllm_config, local_dp_rank)" in calls

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ray_ascend.devices.visible import caution, complaint, entries, listed, parse, physical, rejected
+from vllm_ray_ascend.devices.visible import caution, complaint, entries, listed, parse, rejected
 
 pytestmark = pytest.mark.unit
 
@@ -86,18 +86,6 @@ def test_parse_reads_what_listed_writes(drawn: tuple[list[int], int, int]) -> No
 )
 def test_caution(visible: str | None, expected: str | None) -> None:
     assert caution(visible, 8) == expected
-
-
-@given(st.lists(st.integers(0, 63), unique=True, min_size=1))
-def test_physical_follows_the_list(numbers: list[int]) -> None:
-    visible = ",".join(map(str, numbers))
-    assert [physical(visible, index) for index in range(len(numbers))] == numbers
-    with pytest.raises(IndexError):
-        physical(visible, len(numbers))
-
-
-def test_physical_without_a_list_is_the_index() -> None:
-    assert physical(None, 5) == 5
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ def _nodes() -> list[NodeInput]:
                 declared=float(row["Resources"].get("NPU", 0)),
                 free=float(available.get(row["NodeID"], {}).get("NPU", 0)),
                 visible=fact.visible if fact else None,
+                dies=fact.dies if fact else (),
                 usable=tuple(parse(fact.visible, count)) if fact and count is not None else None,
             )
         )

@@ -18,7 +18,7 @@ from typing import Any
 
 from vllm_ray_ascend import __version__
 from vllm_ray_ascend.compat.versions import installed
-from vllm_ray_ascend.devices.cards import parse_npu_smi
+from vllm_ray_ascend.devices.cards import Die, parse_npu_smi
 from vllm_ray_ascend.devices.visible import VARIABLE
 from vllm_ray_ascend.settings import PREFIX
 
@@ -56,6 +56,8 @@ class NodeFacts:
     """Numbers of /dev/davinci*. A container may have 4 to 7 only, which CANN then numbers 0 to 3."""
     npu_smi: int | None = None
     """NPUs that `npu-smi info -m` lists; None without npu-smi."""
+    dies: tuple[Die, ...] = ()
+    """The same NPUs with their cards."""
     acl_importable: bool = False
     """Whether Ray finds NPUs through CANN's Python module `acl`."""
     switches: Mapping[str, str] = field(default_factory=dict)
@@ -68,7 +70,8 @@ def facts_of(values: Mapping[str, Any]) -> NodeFacts:
     """NodeFacts from a dictionary that another version of this package may have made."""
     known = {entry.name for entry in fields(NodeFacts)}
     kept = {name: value for name, value in values.items() if name in known}
-    return NodeFacts(**{**kept, "device_files": tuple(kept.get("device_files", ()))})
+    dies = tuple(Die(**die) for die in kept.get("dies", ()))
+    return NodeFacts(**{**kept, "device_files": tuple(kept.get("device_files", ())), "dies": dies})
 
 
 def collect(address: str = "", limit_s: float = _LIMIT_S) -> NodeFacts:
@@ -82,6 +85,7 @@ def collect(address: str = "", limit_s: float = _LIMIT_S) -> NodeFacts:
     cann = _start([sys.executable, "-c", _ASK_CANN], own)  # both at once: each can take long on a real node
     smi = _start(["npu-smi", "info", "-m"], own)
     answer, complaint = _finish(cann, deadline)
+    dies = tuple(parse_npu_smi(_finish(smi, deadline)[0]))
     devices, error, acl = read_cann(answer, complaint)
     return NodeFacts(
         address=address,
@@ -91,7 +95,8 @@ def collect(address: str = "", limit_s: float = _LIMIT_S) -> NodeFacts:
         cann_devices=devices,
         cann_error=error,
         device_files=_device_files(),
-        npu_smi=len(parse_npu_smi(_finish(smi, deadline)[0])) or None,
+        npu_smi=len(dies) or None,
+        dies=dies,
         acl_importable=acl,
         switches={name: started[name] for name in SWITCHES if name in started},
         versions={"vllm-ray-ascend": __version__, "vllm-ascend": installed("vllm-ascend")},

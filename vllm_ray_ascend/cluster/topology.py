@@ -8,6 +8,8 @@ from typing import Any
 import msgspec
 
 from vllm_ray_ascend.cluster.registry import EngineRecord, RankRecord
+from vllm_ray_ascend.devices.cards import Die, cards_shared, die_name
+from vllm_ray_ascend.devices.owners import Claim
 
 
 class Owner(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,9 +23,13 @@ class Owner(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Npu(msgspec.Struct, frozen=True, kw_only=True):
-    """One NPU of a node by its physical number, and its owners: none, one, or several that share it."""
+    """One NPU of a node by its physical number, and its owners: none, one, or several that share it.
+
+    ``name`` also says its card, where a card has several dies.
+    """
 
     physical: int
+    name: str
     owners: tuple[Owner, ...]
 
 
@@ -37,6 +43,7 @@ class NodeTopology(msgspec.Struct, frozen=True, kw_only=True):
     visible: str | None
     others: float
     npus: tuple[Npu, ...]
+    shared_cards: dict[int, list[str]]
 
 
 class Group(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,6 +71,7 @@ class NodeInput(msgspec.Struct, frozen=True, kw_only=True):
     free: float
     visible: str | None
     usable: tuple[int, ...] | None
+    dies: tuple[Die, ...] = ()
 
 
 def topology(
@@ -83,7 +91,9 @@ def lines(found: Topology) -> Iterator[str]:
         visible = "" if node.visible is None else f", ASCEND_RT_VISIBLE_DEVICES={node.visible}"
         yield f"node {node.address} ({node.hostname}): {node.declared:g} NPUs, {node.free:g} free{visible}"
         for npu in node.npus:
-            yield f"  NPU {npu.physical:<3} {' + '.join(map(_owner_text, npu.owners)) or '-'}"
+            yield f"  {npu.name:<7} {' + '.join(map(_owner_text, npu.owners)) or '-'}"
+        for card, owners in node.shared_cards.items():
+            yield f"  card {card} is shared by {' and '.join(owners)}, and so is its bandwidth"
         if node.others:
             yield f"  {node.others:g} of the NPUs without a rank are held by others"
     for engine in found.engines:
@@ -106,6 +116,11 @@ def _node(node: NodeInput, engines: Sequence[EngineRecord]) -> NodeTopology:
             if rank.address == node.address:
                 owners.setdefault(rank.physical, []).append(_owner(engine, rank))
                 held += engine.share
+    claimed = [
+        Claim(owner=f"engine {owner.engine}", address=node.address, physical=physical)
+        for physical, found in owners.items()
+        for owner in found
+    ]
     return NodeTopology(
         address=node.address,
         hostname=node.hostname,
@@ -113,7 +128,11 @@ def _node(node: NodeInput, engines: Sequence[EngineRecord]) -> NodeTopology:
         free=node.free,
         visible=node.visible,
         others=max(0.0, node.declared - node.free - held),
-        npus=tuple(Npu(physical=physical, owners=tuple(owners[physical])) for physical in sorted(owners)),
+        npus=tuple(
+            Npu(physical=physical, name=die_name(node.dies, physical), owners=tuple(owners[physical]))
+            for physical in sorted(owners)
+        ),
+        shared_cards=cards_shared(node.dies, claimed),
     )
 
 

@@ -1,8 +1,8 @@
 """ASCEND_RT_VISIBLE_DEVICES: which NPUs a process sees, and what CANN makes of a wrong list.
 
 A list that is set but blank names no NPU for CANN, and is as good as unset for vLLM. Ray writes such a list into actors
-without NPUs (RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=1). `parse` and `rejected` read it as CANN does, `entries`, `physical`
-and `complaint` as vLLM does.
+without NPUs (RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=1). `parse` and `rejected` read it as CANN does, `entries` and
+`complaint` as vLLM does.
 """
 
 from __future__ import annotations
@@ -52,12 +52,6 @@ def caution(visible: str | None, count: int) -> str | None:
 def listed(physical: Sequence[int]) -> str:
     """The list that names these NPUs, in this order."""
     return ",".join(map(str, physical))
-
-
-def physical(visible: str | None, index: int) -> int:
-    """Physical number of the NPU with visible index ``index``. Raises IndexError or ValueError where there is none."""
-    found = entries(visible)
-    return index if found is None else int(found[index])
 
 
 def complaint(visible: str | None, seen: int) -> str | None:

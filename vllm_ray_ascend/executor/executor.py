@@ -68,6 +68,8 @@ class RayAscendExecutor(RayExecutorV2):
     def shutdown(self) -> None:
         """Kill the workers as upstream does, then leave the registry and give our own placement group's NPUs back."""
         super().shutdown()
+        if getattr(self.parallel_config, "assigned_physical_gpu_ids", None) is not None:
+            self.parallel_config.assigned_physical_gpu_ids = None  # Ray's choice for these workers, not the user's
         record, self._record = getattr(self, "_record", None), None
         group, self._own_group = getattr(self, "_own_group", None), None
         import ray

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_ray_ascend.devices.visible import VARIABLE, physical
+from vllm_ray_ascend.devices.numbering import physical_of_visible
+from vllm_ray_ascend.devices.visible import VARIABLE, entries
 
 _ACL = "libascendcl.so"
 
@@ -72,4 +73,5 @@ def _physical(visible: int) -> int:
     found = ctypes.c_int32(-1)
     if ask is not None and ask(ctypes.c_int32(visible), ctypes.byref(found)) == 0:
         return found.value
-    return physical(os.environ.get(VARIABLE), visible)
+    listed = entries(os.environ.get(VARIABLE))
+    return visible if listed is None else physical_of_visible([int(entry) for entry in listed], visible)

@@ -12,6 +12,7 @@ from vllm.v1.executor.ray_executor_v2 import RayWorkerProc
 
 from vllm_ray_ascend.augment import platform_is_ours
 from vllm_ray_ascend.compat.ascend import has_port_ranges
+from vllm_ray_ascend.devices.numbering import physical_of_logical
 from vllm_ray_ascend.devices.owners import check_assigned
 from vllm_ray_ascend.devices.visible import VARIABLE, complaint, entries
 from vllm_ray_ascend.engine.process import prepare_process
@@ -79,8 +80,8 @@ def _prepare(given: dict[str, Any]) -> None:
 
 def _own_npu(given: dict[str, Any]) -> int:
     """Physical NPU of this worker: of the engine's on this node (vLLM 0.23: a variable) the one at its local rank."""
-    assigned = given.get("assigned_physical_gpu_ids") or entries(given["env_vars"][VARIABLE]) or []
-    return int(assigned[given["local_rank"]])
+    assigned = given.get("assigned_physical_gpu_ids") or entries(given["env_vars"].get(VARIABLE)) or []
+    return physical_of_logical([int(physical) for physical in assigned], given["local_rank"])
 
 
 def _address() -> str:
