@@ -48,7 +48,7 @@ def main(model: str, tp: int, share: str, *indices: str) -> dict[str, Any]:
 
     ray.init("auto")
     bundles = 1 + max(int(index) for chosen in indices for index in chosen.split(","))
-    group = ray.util.placement_group([{"NPU": 1.0, "CPU": 1.0}] * bundles, strategy="PACK")
+    group = ray.util.placement_group([{"NPU": 1.0}] * bundles, strategy="PACK")
     ray.get(group.ready())
     engines = []
     for chosen in indices:

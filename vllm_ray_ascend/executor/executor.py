@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
@@ -30,12 +32,20 @@ from vllm_ray_ascend.log import get_logger
 logger = get_logger(__name__)
 
 _REPORT_LIMIT_S = 60.0
+_START_PHASES = (
+    "get_kv_cache_specs",
+    "determine_available_memory",
+    "initialize_from_config",
+    "compile_or_warm_up_model",
+)
+"""What vLLM asks of an executor after it was made and before the engine serves; the last since vLLM 0.28."""
 
 
 class RayAscendExecutor(RayExecutorV2):
     """vLLM's RayExecutorV2 on NPUs. Its start is upstream's, with our worker, our checks and our rule for variables."""
 
     ranks: list[Rank]
+    ray_worker_handles: list[Any]
 
     def _init_executor(self) -> None:
         self._own_group: Any = None
@@ -66,14 +76,20 @@ class RayAscendExecutor(RayExecutorV2):
         return runtime_env
 
     def shutdown(self) -> None:
-        """Kill the workers as upstream does, then leave the registry and give our own placement group's NPUs back."""
+        """Kill the workers as upstream does, then leave the registry and give our own placement group's NPUs back.
+
+        Where Ray is shut down already, as when the interpreter ends, its actors are gone: asking for them would make
+        Ray join the cluster anew.
+        """
+        import ray
+
+        if not ray.is_initialized():
+            self.ray_worker_handles = []
         super().shutdown()
         if getattr(self.parallel_config, "assigned_physical_gpu_ids", None) is not None:
             self.parallel_config.assigned_physical_gpu_ids = None  # Ray's choice for these workers, not the user's
         record, self._record = getattr(self, "_record", None), None
         group, self._own_group = getattr(self, "_own_group", None), None
-        import ray
-
         if not ray.is_initialized():
             return
         if record is not None:
@@ -108,3 +124,22 @@ class RayAscendExecutor(RayExecutorV2):
         publish(record)
         if note := unheeded_list(os.environ.get(VARIABLE), record.address, [record]):
             logger.warning("%s", note)
+
+
+def _or_shut_down(phase: Callable[..., Any]) -> Callable[..., Any]:
+    """``phase`` of a start; where it fails nobody else stops the workers, and a driver that goes on would keep them."""
+
+    @functools.wraps(phase)
+    def guarded(self: RayAscendExecutor, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return phase(self, *args, **kwargs)
+        except BaseException:
+            self.shutdown()
+            raise
+
+    return guarded
+
+
+for _name in _START_PHASES:
+    if hasattr(RayExecutorV2, _name):
+        setattr(RayAscendExecutor, _name, _or_shut_down(getattr(RayExecutorV2, _name)))
