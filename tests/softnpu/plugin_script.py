@@ -112,7 +112,7 @@ def engine() -> dict[str, Any]:
     import ray
 
     _local_cluster(npus=2)
-    os.environ.update(HCCL_IF_IP="203.0.113.9", HCCL_CONNECT_TIMEOUT="321", SOFTNPU_STREAMS="77")
+    os.environ.update(HCCL_IF_IP="127.0.0.1", HCCL_CONNECT_TIMEOUT="321", SOFTNPU_STREAMS="77")
     llm = _llm(tensor_parallel_size=2)
     from vllm import SamplingParams
 
@@ -130,12 +130,13 @@ def engine() -> dict[str, Any]:
 def _worker_facts(worker: Any) -> dict[str, Any]:
     import torch
 
+    names = ("HCCL_IF_IP", "HCCL_SOCKET_IFNAME", "HCCL_CONNECT_TIMEOUT", "SOFTNPU_STREAMS", "VLLM_HOST_IP")
     return {
         "worker": type(worker.worker).__qualname__,
         "platform": platform(),
         "pid": os.getpid(),
         "device": torch.npu.current_device(),
-        "variables": {name: os.environ.get(name) for name in ("HCCL_IF_IP", "HCCL_CONNECT_TIMEOUT", "SOFTNPU_STREAMS")},
+        "variables": {name: os.environ.get(name) for name in names},
     }
 
 

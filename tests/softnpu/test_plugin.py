@@ -145,9 +145,17 @@ def test_the_text_is_right(healthy: tuple[dict[str, Any], str]) -> None:
     assert "Beautiful is better than ugly." in healthy[0]["text"]
 
 
-def test_variables_of_the_node_stay_and_others_travel(healthy: tuple[dict[str, Any], str]) -> None:
-    for worker in healthy[0]["workers"]:
-        assert worker["variables"] == {"HCCL_IF_IP": None, "HCCL_CONNECT_TIMEOUT": "321", "SOFTNPU_STREAMS": None}
+def test_variables_travel_or_stay_or_are_derived(healthy: tuple[dict[str, Any], str]) -> None:
+    """The driver's address for HCCL holds on its own node; beside it no interface is derived. Others are derived."""
+    found, _ = healthy
+    for worker in found["workers"]:
+        assert worker["variables"] == {
+            "HCCL_IF_IP": "127.0.0.1",
+            "HCCL_SOCKET_IFNAME": None,
+            "HCCL_CONNECT_TIMEOUT": "321",
+            "SOFTNPU_STREAMS": None,
+            "VLLM_HOST_IP": found["address"],
+        }
 
 
 def test_a_growing_cluster_is_waited_for() -> None:
@@ -162,5 +170,6 @@ def test_more_npus_than_the_cluster_has_are_refused_at_once() -> None:
 
 def test_a_visible_list_with_an_npu_that_is_not_there() -> None:
     found, log = answer("refused", "2", "2", "0,9")
-    assert "ASCEND_RT_VISIBLE_DEVICES=0,9 names NPU '9', which is not there: 1 of its 2 are usable" in found["error"]
+    list_ = "ASCEND_RT_VISIBLE_DEVICES=0,9 names NPU '9', which is not there"
+    assert f"Ray was told of 2 NPUs, but 1 of 2 can be used: {list_}" in found["error"]
     assert found["free"] == 2 and set(found["placements"]) <= {"REMOVED"}, log[-2000:]
