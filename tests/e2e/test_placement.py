@@ -186,9 +186,10 @@ SCALE_UP = """
 import json, sys
 from types import SimpleNamespace
 import ray
+from vllm_ray_ascend.cluster.groups import Wanted, reserve
 from vllm_ray_ascend.cluster.placement import RankPlacement
 from vllm_ray_ascend.engine.manager import RayAscendEngineActorManager
-from vllm_ray_ascend.errors import ShortageError
+from vllm_ray_ascend.errors import PlacementError, ShortageError
 
 head, second = sys.argv[1:]
 ray.init("auto")
@@ -209,7 +210,12 @@ before = groups()
 added, local_ranks = manager.add_dp_placement_groups(config, 2)
 addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
 placed = {addresses[node] for node in ray.util.placement_group_table(added[0])["bundles_to_node_id"].values()}
-print("SCALED", json.dumps([refused, before, sorted(placed), local_ranks, groups()]))
+after = groups()
+try:
+    reserve([Wanted("small", [{"CPU": 1}], "PACK"), Wanted("big", [{"NPU": 9, "CPU": 1}, {"CPU": 1}], "PACK")], 1)
+except PlacementError as error:
+    not_granted = str(error)
+print("SCALED", json.dumps([refused, before, sorted(placed), local_ranks, after, not_granted, groups()]))
 """
 
 
@@ -222,14 +228,19 @@ def test_scale_up_pins_a_rank_to_the_node_of_its_local_rank(two_nodes_of_eight: 
     done = on_head(two_nodes_of_eight, "-c", SCALE_UP, head, second)
     found = [line for line in done.stdout.splitlines() if line.startswith("SCALED ")]
     assert found, (done.stdout + done.stderr)[-3000:]
-    refused, before, placed, local_ranks, after = json.loads(found[0].removeprefix("SCALED "))
+    refused, before, placed, local_ranks, after, not_granted, at_last = json.loads(found[0].removeprefix("SCALED "))
     assert refused == (
         f"Cannot scale from 1 to 3 data parallel ranks of 4 NPUs. Free NPUs: {head}: 3 of 8, {second}: 4 of 8. The "
         "nodes fit 1 rank more. 4 NPUs more must be free: stop other engines, add nodes "
         "(`ray start --address=HEAD:PORT`), or "
         'scale to: {"new_data_parallel_size": 2}'
     )
-    assert (before, after) == (2, 3)
+    assert (before, after, at_last) == (2, 3, 3)
+    assert not_granted == (
+        "Ray did not grant placement group big ({NPU: 9, CPU: 1} + {CPU: 1}, PACK) within 1 s, although its NPUs were "
+        "free a moment before: another engine took them, or the nodes lack CPUs. `ray status` and "
+        "`vllm-ray-ascend topology` show who holds what; start again."
+    )
     assert (placed, local_ranks) == ([second], [1])
 
 
@@ -249,3 +260,14 @@ def test_2879(tp: int, tmp_path: Path) -> None:
         assert npus_by_node(cluster) == {1: npus, 2: npus}
         check_text(server, DENSE, 4)
         assert len(check_topology(cluster)) == 4
+
+
+@pytest.mark.slow
+def test_moe_ranks_that_are_processes_stay_on_their_node(tmp_path: Path) -> None:
+    """With vLLM's default backend of data parallelism their workers meet at 127.0.0.1."""
+    arguments = (*sizes(tp=1, dp=2), "--enable-expert-parallel")
+    with cluster_of("e2e-moe-mp", 2, 2) as cluster, server_of(cluster, MOE, tmp_path / "log", *arguments) as server:
+        server.wait_until_healthy()
+        assert npus_by_node(cluster) == {1: [0, 1]}
+        check_text(server, MOE, 2)
+        check_topology(cluster)

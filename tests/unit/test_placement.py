@@ -11,8 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ray_ascend.cluster.placement import DpRequest, NodeNpus, Placed, RankPlacement, plan, plan_scale_up
-from vllm_ray_ascend.errors import PlacementError
+from vllm_ray_ascend.cluster.placement import (
+    DpRequest,
+    NodeNpus,
+    Placed,
+    RankPlacement,
+    node_of_process,
+    plan,
+    plan_scale_up,
+)
+from vllm_ray_ascend.errors import PlacementError, ShortageError
 
 pytestmark = pytest.mark.unit
 
@@ -401,3 +409,21 @@ def test_laws_of_scale_up(nodes: list[NodeNpus], taken: set[tuple[str, int]], mo
     ranks = plan_scale_up(current, len(current) + more, world_size, MASTER, nodes)
     assert [rank.dp_rank for rank in ranks] == list(range(len(current), len(current) + more))
     hold(ranks, nodes, sorted(taken))
+
+
+def test_processes_of_an_moe_engine_meet_on_their_node() -> None:
+    here = {"node:10.0.0.1": 0.001}
+    assert node_of_process(0, 2, "127.0.0.1", "10.0.0.1", free=2) == here
+    assert node_of_process(1, 2, "127.0.0.1", "10.0.0.1", free=2) == here
+    assert node_of_process(0, 2, "10.0.0.1", "10.0.0.1", free=2) == here
+    assert node_of_process(1, 2, "10.0.0.1", "10.0.0.1", free=0) == {}
+
+
+def test_processes_of_an_moe_engine_that_do_not_fit_on_their_node() -> None:
+    with pytest.raises(ShortageError) as raised:
+        node_of_process(1, 4, "127.0.0.1", "10.0.0.1", free=3)
+    assert str(raised.value) == (
+        "Data parallel rank 1 of this MoE model needs 4 NPUs on this node (10.0.0.1), where 3 are free: with "
+        "--data-parallel-backend mp the ranks meet at 127.0.0.1. Add --data-parallel-backend ray "
+        "--data-parallel-size-local N, with N ranks on this node; the others may then be on other nodes."
+    )

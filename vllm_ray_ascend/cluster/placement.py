@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -125,6 +126,25 @@ def plan_scale_up(
     return [
         RankPlacement(rank, local, (address,) * world_size) for rank, (address, local) in zip(new, places, strict=False)
     ]
+
+
+def node_of_process(dp_rank: int, world_size: int, meeting: str, address: str, free: int) -> dict[str, float]:
+    """What a bundle of an MoE engine asks for besides its NPU with --data-parallel-backend mp: its node, or nothing.
+
+    The workers of all ranks meet at --data-parallel-address (``meeting``), where the first worker of rank 0 listens: at
+    a loopback address, vLLM's default, all of them have to be on the node of the process (``address``), of whose NPUs
+    ``free`` are free; at another one, those of rank 0. Dense ranks never meet; for them vLLM has reset the size.
+    Raises ShortageError where they do not fit there.
+    """
+    if dp_rank > 0 and not ipaddress.ip_address(meeting).is_loopback:
+        return {}
+    if free < world_size:
+        raise ShortageError(
+            f"Data parallel rank {dp_rank} of this MoE model needs {_npus(world_size)} on this node ({address}), where "
+            f"{free} are free: with --data-parallel-backend mp the ranks meet at {meeting}. Add --data-parallel-backend "
+            "ray --data-parallel-size-local N, with N ranks on this node; the others may then be on other nodes."
+        )
+    return {f"node:{address}": 0.001}
 
 
 def _attempt(request: DpRequest, nodes: Sequence[NodeNpus]) -> _Attempt:

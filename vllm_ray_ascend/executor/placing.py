@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from typing import Any
 
 from vllm import envs
@@ -10,6 +9,7 @@ from vllm import envs
 from vllm_ray_ascend.cluster.bundles import check_bundles
 from vllm_ray_ascend.cluster.connect import audit_nodes, connect, require_npus, sizes
 from vllm_ray_ascend.cluster.groups import Wanted, free_in_bundles, free_npus, reserve
+from vllm_ray_ascend.cluster.placement import node_of_process
 from vllm_ray_ascend.cluster.waiting import until
 from vllm_ray_ascend.engine.device_ids import refuse_device_ids
 from vllm_ray_ascend.errors import PlacementError
@@ -68,25 +68,12 @@ def _check(group: Any, config: Any) -> None:
 
 
 def _pinned(config: Any) -> dict[str, float]:
-    """What ties a data parallel MoE engine, which is a process here and no actor, to this node.
-
-    The workers of all ranks meet at --data-parallel-address, where the first worker of rank 0 listens: with the default
-    address, 127.0.0.1, all of them have to be on one node. Dense ranks never meet; for them vLLM has reset the size.
-    """
+    """What ties an engine that is a process here, and no actor, to this node; nothing for most."""
     if config.data_parallel_size == 1 or config.data_parallel_backend == "ray":
-        return {}
-    everywhere = not ipaddress.ip_address(config.data_parallel_master_ip).is_loopback
-    if everywhere and config.data_parallel_index > 0:
         return {}
     import ray
 
-    address = ray.util.get_node_ip_address()
+    address = str(ray.util.get_node_ip_address())
     free = next((node.free for node in free_npus() if node.address == address), 0)
-    if free < config.world_size:
-        raise PlacementError(
-            f"Data parallel rank {config.data_parallel_index} of this MoE model needs {config.world_size} NPUs on this "
-            f"node ({address}), where {free} are free: with --data-parallel-backend mp the ranks meet at "
-            f"{config.data_parallel_master_ip}. Add --data-parallel-backend ray --data-parallel-size-local N, with N "
-            "ranks on this node; they may then be on several nodes."
-        )
-    return {f"node:{address}": 0.001}
+    meeting = config.data_parallel_master_ip
+    return node_of_process(config.data_parallel_index, config.world_size, meeting, address, free)
