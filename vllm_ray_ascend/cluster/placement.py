@@ -142,8 +142,8 @@ def node_of_process(dp_rank: int, world_size: int, meeting: str, address: str, f
         raise ShortageError(
             f"Data parallel rank {dp_rank} of this MoE model needs {_npus(world_size)} on this node ({address}), where "
             f"{free} are free: with --data-parallel-backend mp the ranks meet at {meeting}. Add "
-            "--data-parallel-backend ray --data-parallel-size-local N, with N ranks on this node; the others may then be "
-            "on other nodes."
+            "--data-parallel-backend ray --data-parallel-size-local N, with N ranks on this node; the others may then "
+            "be on other nodes."
         )
     return {f"node:{address}": 0.001}
 
