@@ -58,13 +58,13 @@ def release(groups: Iterable[PlacementGroup]) -> None:
 
 
 def free_npus() -> list[NodeNpus]:
-    """Every live node's whole NPUs, free and in all, as Ray counts them now; the order is Ray's."""
+    """Every live node's whole NPUs, free and in all, as Ray counts them now, by address: Ray's own order varies."""
     import ray
 
     from vllm_ray_ascend.compat.ray_state import available_per_node
 
     available = available_per_node()
-    return [
+    nodes = [
         NodeNpus(
             address=str(node["NodeManagerAddress"]),
             free=int(available.get(node["NodeID"], {}).get(_NPU, 0)),
@@ -73,6 +73,7 @@ def free_npus() -> list[NodeNpus]:
         for node in ray.nodes()
         if node["Alive"]
     ]
+    return sorted(nodes, key=lambda node: node.address)
 
 
 def free_in_bundles(group: PlacementGroup) -> list[float]:
