@@ -50,8 +50,10 @@ def main(model: str, tp: int, share: str, *indices: str) -> dict[str, Any]:
     bundles = 1 + max(int(index) for chosen in indices for index in chosen.split(","))
     group = ray.util.placement_group([{"NPU": 1.0}] * bundles, strategy="PACK")
     ray.get(group.ready())
-    engines = []
-    for chosen in indices:
+    engines: list[Any] = []
+    for number, chosen in enumerate(indices):
+        if chosen in indices[:number]:  # what the first one holds is known once it runs
+            ray.get(engines[0].physical.remote())
         variables = {
             "VLLM_RAY_BUNDLE_INDICES": chosen,
             "VLLM_RAY_PER_WORKER_GPUS": share,
