@@ -212,7 +212,7 @@ addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
 placed = {addresses[node] for node in ray.util.placement_group_table(added[0])["bundles_to_node_id"].values()}
 after = groups()
 try:
-    reserve([Wanted("small", [{"CPU": 1}], "PACK"), Wanted("big", [{"NPU": 9, "CPU": 1}, {"CPU": 1}], "PACK")], 1)
+    reserve([Wanted("small", [{"CPU": 1}], "PACK"), Wanted("big", [{"NPU": 9, "CPU": 1}, {"CPU": 1}], "PACK")], 5)
 except PlacementError as error:
     not_granted = str(error)
 print("SCALED", json.dumps([refused, before, sorted(placed), local_ranks, after, not_granted, groups()]))
@@ -237,7 +237,7 @@ def test_scale_up_pins_a_rank_to_the_node_of_its_local_rank(two_nodes_of_eight: 
     )
     assert (before, after, at_last) == (2, 3, 3)
     assert not_granted == (
-        "Ray did not grant placement group big ({NPU: 9, CPU: 1} + {CPU: 1}, PACK) within 1 s, although its NPUs were "
+        "Ray did not grant placement group big ({NPU: 9, CPU: 1} + {CPU: 1}, PACK) within 5 s, although its NPUs were "
         "free a moment before: another engine took them, or the nodes lack CPUs. `ray status` and "
         "`vllm-ray-ascend topology` show who holds what; start again."
     )
