@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,7 +37,8 @@ def reserve(wanted: Sequence[Wanted], limit_s: float) -> list[PlacementGroup]:
         for name, bundles, strategy in wanted:
             groups.append(ray.util.placement_group(bundles, strategy=strategy, name=name))
         for group, each in zip(groups, wanted, strict=True):
-            if not group.wait(max(deadline - time.monotonic(), 0.001)):
+            left = max(1, math.ceil(deadline - time.monotonic()))  # Ray cuts off fractions of a second
+            if not group.wait(left):
                 raise PlacementError(
                     f"Ray did not grant placement group {each.name} ({_text(each.bundles)}, {each.strategy}) within "
                     f"{limit_s:g} s, although its NPUs were free a moment before: another engine took them, or the "
