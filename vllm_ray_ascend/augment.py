@@ -39,7 +39,7 @@ def augment(platform: type) -> None:
     noset: list[str] = platform.ray_noset_device_env_vars  # type: ignore[attr-defined]
     members = {
         "ray_device_key": "NPU",
-        "device_control_env_var": "ASCEND_RT_VISIBLE_DEVICES",
+        "device_control_env_var": VARIABLE,
         "ray_noset_device_env_vars": list(dict.fromkeys([*noset, NOSET])),
         "check_and_update_config": _checked(platform.check_and_update_config.__func__),  # type: ignore[attr-defined]
         _MARK: __version__,

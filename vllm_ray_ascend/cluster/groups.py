@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_ray_ascend.cluster.placement import NodeNpus
+from vllm_ray_ascend.cluster.resources import live_nodes
 from vllm_ray_ascend.errors import PlacementError
 
 if TYPE_CHECKING:
@@ -65,17 +66,8 @@ def free_npus() -> list[NodeNpus]:
 
     from vllm_ray_ascend.compat.ray_state import available_per_node
 
-    available = available_per_node()
-    nodes = [
-        NodeNpus(
-            address=str(node["NodeManagerAddress"]),
-            free=int(available.get(node["NodeID"], {}).get(_NPU, 0)),
-            total=int(node["Resources"].get(_NPU, 0)),
-        )
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
-    return sorted(nodes, key=lambda node: node.address)
+    nodes = live_nodes(ray.nodes(), available_per_node())
+    return [NodeNpus(node.address, free=int(node.free), total=int(node.npus)) for node in nodes]
 
 
 def free_in_bundles(group: PlacementGroup) -> list[float]:
