@@ -43,5 +43,9 @@ class ShortageError(PlacementError):
     """An engine cannot be placed now, but could be once NPUs are given back or nodes join."""
 
 
+class WorkerDiedError(VllmRayAscendError, RuntimeError):
+    """A worker process of an engine is gone, and with it the engine."""
+
+
 class SoftNpuError(VllmRayAscendError, RuntimeError):
     """The software NPU cannot be built, started or used here."""

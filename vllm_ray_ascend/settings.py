@@ -29,6 +29,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         float,
         Meta(ge=0, description="seconds to wait for NPUs that are late or still held; 0 refuses at once"),
     ] = 10.0
+    silence_s: Annotated[
+        float,
+        Meta(
+            ge=1,
+            description="seconds without an answer after which a node is lost; a process's end is seen at once",
+        ),
+    ] = 30.0
+    stop_grace_s: Annotated[
+        float,
+        Meta(
+            ge=0, description="seconds for an orderly end of workers, which then are killed; vLLM itself gives 5 in all"
+        ),
+    ] = 4.0
     node_env: Annotated[
         Literal["derive", "off"],
         Meta(description="derive: set HCCL's and gloo's interface, address and ports on each node, where nobody did"),

@@ -13,7 +13,9 @@ pytestmark = pytest.mark.unit
 
 
 def test_nothing_set_gives_the_defaults() -> None:
-    assert load({}) == Settings(active="auto", executor="ours", npu_wait_s=10.0, node_env="derive")
+    assert load({}) == Settings(
+        active="auto", executor="ours", npu_wait_s=10.0, silence_s=30.0, stop_grace_s=4.0, node_env="derive"
+    )
 
 
 def test_an_empty_value_counts_as_unset() -> None:

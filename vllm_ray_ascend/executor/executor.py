@@ -23,7 +23,11 @@ from vllm_ray_ascend.compat.versions import stack
 from vllm_ray_ascend.devices.visible import VARIABLE
 from vllm_ray_ascend.engine.process import driver_variable, variables_that_stay
 from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, early_variables
+from vllm_ray_ascend.errors import WorkerDiedError
+from vllm_ray_ascend.executor import lifeline
+from vllm_ray_ascend.executor.life import Life
 from vllm_ray_ascend.executor.placing import place
+from vllm_ray_ascend.executor.queues import CancellableQueue
 from vllm_ray_ascend.executor.ranks import Rank, ready_line, report
 from vllm_ray_ascend.executor.record import check_owners, record_of
 from vllm_ray_ascend.executor.worker import RayAscendWorkerProc
@@ -50,11 +54,13 @@ class RayAscendExecutor(RayExecutorV2):
     def _init_executor(self) -> None:
         self._own_group: Any = None
         self._record: EngineRecord | None = None
+        self._life = Life(self)
         start = with_globals(
             super()._init_executor.__func__,
             RayWorkerProc=RayAscendWorkerProc,
             WORKER_SPECIFIC_ENV_VARS=WORKER_SPECIFIC_ENV_VARS | variables_that_stay(),
             initialize_ray_cluster=self._initialize_ray_cluster,
+            MessageQueue=CancellableQueue,
             build_actor_name=self._actor_name,
             get_bundles_sorted_by_node=self._bundles,
         )
@@ -62,8 +68,10 @@ class RayAscendExecutor(RayExecutorV2):
             start(self)
             self.ranks = self.collective_rpc(report, timeout=_REPORT_LIMIT_S)
             self._enter_registry()
-        except BaseException:
+        except BaseException as error:
             self.shutdown()
+            if self._life.first_death and not isinstance(error, WorkerDiedError):
+                raise WorkerDiedError(self._life.first_death) from error
             raise
         logger.info("%s", ready_line(__version__, stack(), self.ranks))
 
@@ -73,16 +81,23 @@ class RayAscendExecutor(RayExecutorV2):
         for name, value in early_variables().items():
             variables.setdefault(name, value)
         variables.setdefault(DRIVER_VARIABLE, driver_variable())
+        variables[lifeline.VARIABLE] = self._life.hub_text()
         return runtime_env
 
+    def start_worker_monitor(self, inline: bool = False) -> None:
+        """Watch the workers by their connections, and by Ray where one has none. Upstream polls Ray alone."""
+        self._life.watch(inline)
+
     def shutdown(self) -> None:
-        """Kill the workers as upstream does, then leave the registry and give our own placement group's NPUs back.
+        """End the workers in order, kill what is left as upstream does, leave the registry, give our group's NPUs back.
 
         Where Ray is shut down already, as when the interpreter ends, its actors are gone: asking for them would make
         Ray join the cluster anew.
         """
         import ray
 
+        if getattr(self, "_life", None) is not None:
+            self._life.end_workers()
         if not ray.is_initialized():
             self.ray_worker_handles = []
         super().shutdown()

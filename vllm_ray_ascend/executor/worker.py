@@ -12,13 +12,22 @@ from vllm.v1.executor.ray_executor_v2 import RayWorkerProc
 
 from vllm_ray_ascend.augment import platform_is_ours
 from vllm_ray_ascend.compat.ascend import has_port_ranges
+from vllm_ray_ascend.compat.rebind import with_globals
 from vllm_ray_ascend.devices.numbering import physical_of_logical
 from vllm_ray_ascend.devices.owners import check_assigned
 from vllm_ray_ascend.devices.visible import VARIABLE, complaint, entries
 from vllm_ray_ascend.engine.process import prepare_process
 from vllm_ray_ascend.environment.ports import port_variables
 from vllm_ray_ascend.errors import NotActiveError, VisibleDevicesError
+from vllm_ray_ascend.executor import lifeline
+from vllm_ray_ascend.executor.lifeline import Lifeline
+from vllm_ray_ascend.executor.queues import CancellableQueue
+from vllm_ray_ascend.executor.settle import settle
+from vllm_ray_ascend.executor.shared_memory import mapped, remove
+from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import load
+
+logger = get_logger(__name__)
 
 
 class RayAscendWorkerProc(RayWorkerProc):
@@ -28,6 +37,51 @@ class RayAscendWorkerProc(RayWorkerProc):
         if not platform_is_ours():
             raise NotActiveError(_not_active())
         super().__init__(*args, **kwargs)
+        self._stopping = False
+        self._lifeline = self._connect()
+
+    def _connect(self) -> Lifeline | None:
+        """The connection to the executor; without it the worker is watched by Ray alone."""
+        text = os.environ.get(lifeline.VARIABLE)
+        if not text:
+            return None
+        rank: int = self._init_kwargs["rank"]
+        try:
+            return Lifeline(text, rank, os.getpid(), load().silence_s, self._stop, self._end)
+        except OSError as error:
+            logger.warning("rank %d on node %s cannot reach its executor at %s: %s", rank, _address(), text, error)
+            return None
+
+    def _stop(self) -> None:
+        """Leave the busy loop after the present step; SystemExit is how an actor ends its process on purpose."""
+        self._stopping = True
+        queue = getattr(self, "rpc_broadcast_mq", None)
+        if queue is None:  # still starting: there is no loop to leave
+            self._end(lost=False)
+        else:
+            queue.cancel(SystemExit(0))
+
+    def _end(self, lost: bool) -> None:
+        """End at once, from the lifeline's thread: the main one may be stuck in HCCL with a peer that is gone.
+
+        The executor's own shared memory is its to remove, unless it is ``lost``.
+        """
+        queue = getattr(self, "rpc_broadcast_mq", None)
+        kept = set() if lost or queue is None or queue.buffer is None else {queue.buffer.shared_memory.name}
+        remove(mapped() - kept)
+        os._exit(1)
+
+    def _init_message_queues(self, *args: Any, **kwargs: Any) -> None:
+        """vLLM's queues, with reads that `_stop` can end."""
+        with_globals(super()._init_message_queues.__func__, MessageQueue=CancellableQueue)(self, *args, **kwargs)
+
+    def shutdown(self) -> None:
+        """After the busy loop: settle what is under way on the NPU, then vllm-ascend's groups, then as upstream."""
+        if self._stopping:
+            settle(self.worker)
+        super().shutdown()
+        if self._stopping and self._lifeline is not None:
+            self._lifeline.close()
 
     def get_node_and_physical_gpu_ids(self) -> tuple[str, list[int]]:
         """The node's id and the physical NPU that Ray assigned to this worker (vLLM 0.24 and later)."""

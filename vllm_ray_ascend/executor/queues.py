@@ -1,0 +1,71 @@
+"""vLLM's message queue, with reads that another thread can end, over shared memory and over TCP alike.
+
+vLLM 0.23 to 0.33 can end an idle read over shared memory only: a request whose worker died on another node hangs for
+300 s, vLLM's limit of an execution.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import zmq
+from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
+
+
+class CancellableQueue(MessageQueue):
+    """A MessageQueue whose readers end with the exception given to `cancel`."""
+
+    _cancelled: BaseException | None = None
+    _cancel_writer: Any = None
+    _cancel_reader: Any = None
+    _poller: Any = None
+
+    @staticmethod
+    def create_from_handle(handle: Any, rank: int) -> CancellableQueue:
+        """The reading end, as vLLM's."""
+        queue: Any = MessageQueue.create_from_handle(handle, rank)
+        queue.__class__ = CancellableQueue
+        if queue._is_remote_reader:
+            context = zmq.Context()
+            address = f"inproc://cancel-{id(queue)}"
+            queue._cancel_reader, queue._cancel_writer = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+            queue._cancel_reader.bind(address)
+            queue._cancel_writer.connect(address)
+            queue._poller = zmq.Poller()
+            for socket in (queue.remote_socket, queue._cancel_reader):
+                queue._poller.register(socket, zmq.POLLIN)
+        reading: CancellableQueue = queue
+        return reading
+
+    def cancel(self, error: BaseException) -> None:
+        """End this and every later read with ``error``; for one other thread than the reader's."""
+        if self._cancelled is not None:
+            return
+        self._cancelled = error
+        if self._cancel_writer is not None:
+            self._cancel_writer.send(b"")
+        self.shutdown()
+
+    def dequeue(self, timeout: float | None = None, indefinite: bool = False) -> Any:
+        """The next object, as vLLM's; raises what `cancel` was given."""
+        try:
+            if self._poller is not None:
+                timeout = self._wait_for_either(timeout)
+            if self._cancelled is not None:
+                raise self._cancelled
+            return super().dequeue(timeout, indefinite)
+        except RuntimeError:
+            if self._cancelled is not None:
+                raise self._cancelled from None
+            raise
+
+    def _wait_for_either(self, timeout: float | None) -> float | None:
+        """Return when there is something to read, or the queue is cancelled, or ``timeout`` seconds are over: what is
+        left of them."""
+        if timeout is None:
+            self._poller.poll()
+            return None
+        deadline = time.monotonic() + timeout
+        self._poller.poll(max(0.0, timeout) * 1000)
+        return max(0.0, deadline - time.monotonic())

@@ -1,0 +1,23 @@
+"""Shared memory segments of Python, which outlive a process that is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+_FOLDER = Path("/dev/shm")
+_MAPPED = re.compile(rf"{_FOLDER}/(psm_\w+)")
+
+
+def mapped() -> set[str]:
+    """Names of the segments that this process has open, its own and others': in a worker, those of its engine."""
+    return set(_MAPPED.findall(Path("/proc/self/maps").read_text()))
+
+
+def remove(names: Iterable[str]) -> None:
+    """Remove segments, as far as they are still there. Processes that have them open keep them until they end."""
+    for name in names:
+        with contextlib.suppress(OSError):
+            (_FOLDER / name).unlink()
