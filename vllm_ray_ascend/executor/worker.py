@@ -20,7 +20,7 @@ from vllm_ray_ascend.compat.rebind import replace, with_globals
 from vllm_ray_ascend.devices.numbering import physical_of_logical
 from vllm_ray_ascend.devices.owners import check_assigned
 from vllm_ray_ascend.devices.visible import VARIABLE, complaint, entries
-from vllm_ray_ascend.engine.process import prepare_process
+from vllm_ray_ascend.engine.process import node_address, prepare_process
 from vllm_ray_ascend.environment.ports import port_variables
 from vllm_ray_ascend.errors import NotActiveError, VisibleDevicesError
 from vllm_ray_ascend.executor.queues import CancellableQueue
@@ -60,14 +60,14 @@ class RayAscendWorkerProc(RayWorkerProc):
             return Lifeline(
                 text,
                 rank,
-                _address(),
+                node_address(),
                 load().silence_s,
                 on_stop=self._stop,
                 on_end=self._end,
                 activity=self._activity,
             )
         except OSError as error:
-            logger.warning("rank %d on node %s cannot reach its executor at %s: %s", rank, _address(), text, error)
+            logger.warning("rank %d on node %s cannot reach its executor at %s: %s", rank, node_address(), text, error)
             return None
 
     def _tell(self, message: Message) -> None:
@@ -148,7 +148,7 @@ class RayAscendWorkerProc(RayWorkerProc):
         listed = entries(os.environ.get(VARIABLE))
         usable = None if listed is None else [int(entry) for entry in listed if entry.isdigit()]
         owner = f"rank {self._init_kwargs['rank']}"
-        return node_id, check_assigned(owner, ids, envs.VLLM_RAY_PER_WORKER_GPUS, usable, _address())
+        return node_id, check_assigned(owner, ids, envs.VLLM_RAY_PER_WORKER_GPUS, usable, node_address())
 
     def initialize_worker(self, *args: Any, **kwargs: Any) -> None:
         """Open the NPU and make the worker. Arguments are the parent's, which differ between vLLM 0.23 and 0.33.
@@ -177,7 +177,7 @@ class RayAscendWorkerProc(RayWorkerProc):
             reason = complaint(os.environ.get(VARIABLE), torch.npu.device_count())
             if reason is None:
                 raise
-            raise VisibleDevicesError(f"node {_address()}: {reason}. {_REMEDY}") from error
+            raise VisibleDevicesError(f"node {node_address()}: {reason}. {_REMEDY}") from error
 
 
 def announcing(tell: Callable[[Message], None]) -> type[WorkerWrapperBase]:
@@ -222,17 +222,11 @@ def _own_npu(given: dict[str, Any]) -> int:
     return physical_of_logical([int(physical) for physical in assigned], given["local_rank"])
 
 
-def _address() -> str:
-    import ray
-
-    return str(ray.util.get_node_ip_address())
-
-
 def _not_active() -> str:
     from vllm.platforms import current_platform
 
     return (
-        f"node {_address()}: vLLM's platform is {type(current_platform).__qualname__}, not the NPU platform with "
+        f"node {node_address()}: vLLM's platform is {type(current_platform).__qualname__}, not the NPU platform with "
         f"vllm-ray-ascend (VLLM_PLUGINS={os.environ.get('VLLM_PLUGINS', 'unset')}). Install the same vllm-ascend and "
         "vllm-ray-ascend on that node, and start Ray there without VLLM_RAY_ASCEND=0, and without a VLLM_PLUGINS that "
         "lacks `ray_ascend`."
