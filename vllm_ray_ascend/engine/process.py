@@ -46,4 +46,4 @@ def node_address() -> str:
     """The address by which Ray knows this node."""
     import ray
 
-    return str(ray.util.get_node_ipnode_address())
+    return str(ray.util.get_node_ip_address())
