@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ _DIGITS = 7  # a tenth of a microsecond
 def main(arguments: Sequence[str]) -> int:
     """Measure, write NAME.json, NAME.md and NAME.png, print the tables; the exit code."""
     options = read_options(arguments)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # on the way out, clusters are removed
     started = time.monotonic()
     run: dict[str, Any] = {
         **facts(),

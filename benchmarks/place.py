@@ -65,7 +65,7 @@ def place_for(case: Case, options: Options) -> Iterator[Place]:
     name = f"bench-{os.getpid() % 100000}"
     over_ray = case.world_size * sum(map(_over_ray, options.executors))
     npus = over_ray + case.world_size
-    shape = Shape(nodes=2 if case.tcp else 1, npus_per_node=npus, cpus_per_node=8, kind=manager.best_kind()[0])
+    shape = Shape(nodes=2 if case.tcp else 1, npus_per_node=npus, cpus_per_node=2, kind=manager.best_kind()[0])
     seen = ",".join(map(str, range(max(1, over_ray))))
     settings = {1: {VARIABLE: "0"}, 2: {VARIABLE: seen}} if case.tcp else {1: {VARIABLE: seen}}
     cluster, _ = manager.up(name, shape, settings=settings, report=lambda _: None)
