@@ -36,6 +36,7 @@ from vllm_ray_ascend.log import get_logger
 logger = get_logger(__name__)
 
 _REPORT_LIMIT_S = 60.0
+_NICENESS = "RAY_worker_niceness"
 _START_PHASES = (
     "get_kv_cache_specs",
     "determine_available_memory",
@@ -82,6 +83,8 @@ class RayAscendExecutor(RayExecutorV2):
             variables.setdefault(name, value)
         variables.setdefault(DRIVER_VARIABLE, driver_variable())
         variables[lifeline.VARIABLE] = self._life.hub_text()
+        # Ray runs workers at niceness 15: on busy cores the spinning driver, and everybody else, would go before them.
+        variables.setdefault(_NICENESS, os.environ.get(_NICENESS, "0"))
         return runtime_env
 
     def start_worker_monitor(self, inline: bool = False) -> None:
