@@ -98,9 +98,7 @@ def cases() -> list[Any]:
     found = []
     for start in (*STARTS, *SLOW):
         marks = [pytest.mark.slow] if start in SLOW else []
-        found += [
-            pytest.param(start, feature, id=f"{start.name}-{feature}", marks=marks) for feature in start.features
-        ]
+        found += [pytest.param(start, feature, id=f"{start.name}-{feature}", marks=marks) for feature in start.features]
     return found
 
 
@@ -115,7 +113,7 @@ def test_feature(start: Start, feature: str, request: pytest.FixtureRequest) -> 
     "start", [pytest.param(each, id=each.name, marks=[pytest.mark.slow] * (each in SLOW)) for each in (*STARTS, *SLOW)]
 )
 def test_no_secret_in_any_log(start: Start, request: pytest.FixtureRequest) -> None:
-    """Neither the driver's log nor Ray's logs of any node's processes show what a variable with a secret's name holds."""
+    """Neither the driver's log nor Ray's logs of any node's processes show what secret variables hold."""
     result, log = run_of(start, request)
     assert result["features"], log[-6000:]
     cluster: Cluster = request.getfixturevalue(start.cluster)

@@ -18,20 +18,20 @@ CHUNK = 64
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2]}
 
 
-class Wrong(AssertionError):
+class WrongError(AssertionError):
     """The engine did not do what it should; the message says what it did."""
 
 
 def same(got: object, wanted: object, what: str) -> None:
-    """Raise Wrong unless both are equal. A plain assert says little outside pytest."""
+    """Raise WrongError unless both are equal. A plain assert says little outside pytest."""
     if got != wanted:
-        raise Wrong(f"{what}: {got!r} instead of {wanted!r}")
+        raise WrongError(f"{what}: {got!r} instead of {wanted!r}")
 
 
 def holds(truth: object, what: str) -> None:
-    """Raise Wrong unless it is true."""
+    """Raise WrongError unless it is true."""
     if not truth:
-        raise Wrong(what)
+        raise WrongError(what)
 
 
 class Engine:
