@@ -41,22 +41,13 @@ from vllm_ray_ascend.settings import load
 logger = get_logger(__name__)
 
 _REPORT_LIMIT_S = 60.0
-<<<<<<< HEAD
+_NICENESS = "RAY_worker_niceness"
 _START_PHASES = {
     "get_kv_cache_specs": "KV cache layout",
     "determine_available_memory": "profile run",
     "initialize_from_config": "KV cache",
     "compile_or_warm_up_model": "graphs and warm-up",
 }
-=======
-_NICENESS = "RAY_worker_niceness"
-_START_PHASES = (
-    "get_kv_cache_specs",
-    "determine_available_memory",
-    "initialize_from_config",
-    "compile_or_warm_up_model",
-)
->>>>>>> h-bench
 """What vLLM asks of an executor after it was made and before the engine serves; the last since vLLM 0.28."""
 
 
