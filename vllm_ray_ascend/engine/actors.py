@@ -69,7 +69,9 @@ class _OnItsNode:
 
     def _end(self) -> None:
         """The driver is gone: end in order, and at once where that takes too long."""
-        threading.Timer(load().stop_grace_s + 1, os._exit, (1,)).start()
+        limit = threading.Timer(load().stop_grace_s + 1, os._exit, (1,))
+        limit.daemon = True
+        limit.start()
         self._stop()
 
     def _set_visible_devices(self, vllm_config: Any, local_dp_rank: int) -> None:

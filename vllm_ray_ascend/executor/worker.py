@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -92,13 +93,20 @@ class RayAscendWorkerProc(RayWorkerProc):
             queue.cancel(SystemExit(0))
 
     def _end(self, lost: bool) -> None:
-        """End at once, from the lifeline's thread: the main one may be stuck in HCCL with a peer that is gone.
+        """A sibling is gone, for which the main thread may be waiting in HCCL: end at once. With the executor ``lost``
+        all siblings are there, and end in order: at once only where that takes too long.
 
-        The executor's own shared memory is its to remove, unless it is ``lost``.
+        The executor's own shared memory is its to remove, unless it is lost.
         """
         queue = getattr(self, "rpc_broadcast_mq", None)
-        kept = set() if lost or queue is None else {queue.segment()}
-        remove(mapped() - kept)
+        if lost and queue is not None:
+            remove(mapped())
+            limit = threading.Timer(load().stop_grace_s, os._exit, (1,))
+            limit.daemon = True
+            limit.start()
+            self._stop()
+            return
+        remove(mapped() - (set() if lost or queue is None else {queue.segment()}))
         os._exit(1)
 
     def _init_message_queues(self, *args: Any, **kwargs: Any) -> None:
