@@ -8,7 +8,7 @@ from vllm_ray_ascend.compat.rebind import replace, upstream
 from vllm_ray_ascend.settings import load
 
 _NAME = "get_engine_process_shutdown_timeout"
-_ENGINES_OWN_S = 3.0
+_ENGINES_OWN_S = 12.0
 """Seconds beside those that its workers have."""
 
 
