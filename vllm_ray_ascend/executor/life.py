@@ -125,6 +125,9 @@ class Life:
             remove(segments)
         if late:
             logger.warning("ranks %s did not end in time and are killed", late)
+        broadcast = getattr(self._executor, "rpc_broadcast_mq", None)
+        if broadcast is not None:
+            broadcast.release()
         self._hub.close()
         self._hub = None
 

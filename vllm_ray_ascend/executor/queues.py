@@ -6,6 +6,7 @@ vLLM 0.23 to 0.33 can end an idle read over shared memory only: a request whose 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -49,6 +50,15 @@ class CancellableQueue(MessageQueue):
         """Name of the shared memory of this queue; None over TCP."""
         buffer = getattr(self, "buffer", None)
         return None if buffer is None else str(buffer.shared_memory.name)
+
+    def release(self) -> None:
+        """Remove the shared memory that this end has made; who has it open keeps it. vLLM leaves that to the garbage
+        collector, which a process that is killed while it ends does not reach."""
+        buffer = getattr(self, "buffer", None)
+        if buffer is not None and buffer.is_creator:
+            buffer.is_creator = False
+            with contextlib.suppress(FileNotFoundError):
+                buffer.shared_memory.unlink()
 
     def cancel(self, error: BaseException) -> None:
         """End this and every later read, and a wait for the other ends, with ``error``; for one other thread than the

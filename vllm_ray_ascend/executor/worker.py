@@ -139,6 +139,8 @@ class RayAscendWorkerProc(RayWorkerProc):
         """After the busy loop: settle what is under way on the NPU, then vllm-ascend's groups, then as upstream."""
         if self._stopping:
             settle(self.worker)
+        if isinstance(self.worker_response_mq, CancellableQueue):
+            self.worker_response_mq.release()
         super().shutdown()
         if self._stopping and self._lifeline is not None:
             self._lifeline.close()
