@@ -24,7 +24,7 @@ from vllm_ray_ascend.devices.visible import VARIABLE, complaint, entries
 from vllm_ray_ascend.engine.process import node_address, prepare_process
 from vllm_ray_ascend.environment.ports import port_variables
 from vllm_ray_ascend.errors import NotActiveError, VisibleDevicesError
-from vllm_ray_ascend.executor.queues import CancellableQueue
+from vllm_ray_ascend.executor.queues import CancellableQueue, drop_name, drop_names
 from vllm_ray_ascend.executor.settle import settle
 from vllm_ray_ascend.lifecycle.deadlines import DEVICE, EXECUTE, HCCL, MODEL, step_limits
 from vllm_ray_ascend.lifecycle.lifeline import Lifeline
@@ -139,8 +139,7 @@ class RayAscendWorkerProc(RayWorkerProc):
         """After the busy loop: settle what is under way on the NPU, then vllm-ascend's groups, then as upstream."""
         if self._stopping:
             settle(self.worker)
-        if isinstance(self.worker_response_mq, CancellableQueue):
-            self.worker_response_mq.release()
+        drop_name(self.worker_response_mq)
         super().shutdown()
         if self._stopping and self._lifeline is not None:
             self._lifeline.close()
@@ -168,6 +167,7 @@ class RayAscendWorkerProc(RayWorkerProc):
         given = inspect.signature(super().initialize_worker).bind(*args, **kwargs).arguments
         self._tell(Holds(_own_npu(given)))
         _prepare(given)
+        drop_names()
         replace(multiproc_executor, "WorkerWrapperBase", announcing(self._tell))
         try:
             self._initialize(super().initialize_worker, *args, **kwargs)
