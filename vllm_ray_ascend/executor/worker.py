@@ -10,9 +10,11 @@ from typing import Any
 from vllm import envs
 from vllm.v1.executor.ray_executor_v2 import RayWorkerProc
 
+from vllm_ray_ascend.accelerators.choose import current
 from vllm_ray_ascend.augment import platform_is_ours
 from vllm_ray_ascend.compat.ascend import has_port_ranges
 from vllm_ray_ascend.compat.rebind import with_globals
+from vllm_ray_ascend.devices.kind import NPU
 from vllm_ray_ascend.devices.numbering import physical_of_logical
 from vllm_ray_ascend.devices.owners import check_assigned
 from vllm_ray_ascend.devices.visible import VARIABLE, complaint, entries
@@ -93,10 +95,13 @@ class RayAscendWorkerProc(RayWorkerProc):
 
     def _checked(self, ask: Callable[[], tuple[str, list[int]]]) -> tuple[str, list[int]]:
         node_id, ids = ask()
-        listed = entries(os.environ.get(VARIABLE))
+        kind = current().kind
+        listed = entries(os.environ.get(kind.variable))
         usable = None if listed is None else [int(entry) for entry in listed if entry.isdigit()]
+        if kind is not NPU and usable is not None and len(usable) < len(listed or ()):
+            usable = None  # a list of UUIDs: vLLM has translated what Ray assigned
         owner = f"rank {self._init_kwargs['rank']}"
-        return node_id, check_assigned(owner, ids, envs.VLLM_RAY_PER_WORKER_GPUS, usable, _address())
+        return node_id, check_assigned(owner, ids, envs.VLLM_RAY_PER_WORKER_GPUS, usable, _address(), kind)
 
     def initialize_worker(self, *args: Any, **kwargs: Any) -> None:
         """Open the NPU and make the worker. Arguments are the parent's, which differ between vLLM 0.23 and 0.33.
@@ -108,10 +113,10 @@ class RayAscendWorkerProc(RayWorkerProc):
         try:
             super().initialize_worker(*args, **kwargs)
         except Exception as error:
-            import torch
-
+            if current().kind is not NPU:
+                raise
             # Only now: asking before would fix the list before vLLM 0.23 has set it.
-            reason = complaint(os.environ.get(VARIABLE), torch.npu.device_count())
+            reason = complaint(os.environ.get(VARIABLE), current().device_count())
             if reason is None:
                 raise
             raise VisibleDevicesError(f"node {_address()}: {reason}. {_REMEDY}") from error
@@ -126,7 +131,7 @@ _REMEDY = (
 def _prepare(given: dict[str, Any]) -> None:
     """Have this node's variables, not the driver's, before HCCL or gloo read them."""
     prepare_process()
-    if load().node_env != "off":
+    if load().node_env != "off" and current().kind is NPU:
         copied: dict[str, str] = given.get("driver_env_vars") or {}
         share = float(copied.get("VLLM_RAY_PER_WORKER_GPUS", envs.VLLM_RAY_PER_WORKER_GPUS))
         os.environ.update(port_variables(_own_npu(given), share, os.environ, ranges=has_port_ranges()))
@@ -149,7 +154,7 @@ def _not_active() -> str:
 
     return (
         f"node {_address()}: vLLM's platform is {type(current_platform).__qualname__}, not the NPU platform with "
-        f"vllm-ray-ascend (VLLM_PLUGINS={os.environ.get('VLLM_PLUGINS', 'unset')}). Install the same vllm-ascend and "
-        "vllm-ray-ascend on that node, and start Ray there without VLLM_RAY_ASCEND=0, and without a VLLM_PLUGINS that "
+        f"vllm-ray-ascend, nor CUDA's with VLLM_RAY_ASCEND=1 (VLLM_PLUGINS={os.environ.get('VLLM_PLUGINS', 'unset')}). "
+        "Install the same vllm-ascend and vllm-ray-ascend on that node, and start Ray there without VLLM_RAY_ASCEND=0, and without a VLLM_PLUGINS that "
         "lacks `ray_ascend`."
     )
