@@ -66,8 +66,21 @@ class Npu(Accelerator):
         destroy_ascend_model_parallel()
 
     def _drop_graphs(self, model_runner: Any) -> None:
-        """By what vllm-ascend's sleep mode has for it, in 0.23 to 0.33."""
+        """By what vllm-ascend's sleep mode has for it, in 0.23 to 0.33, and with a new pool of graph memory.
+
+        A capture that could not begin, for want of a stream, leaves torch_npu's pool as if it went on: every later one
+        in that pool fails with "already recording to mempool_id" (seen with torch_npu 2.13).
+        """
+        from vllm.platforms import current_platform
+        from vllm_ascend.compilation import acl_graph
         from vllm_ascend.device_allocator.sleep_mem_optimized import AclGraphSleepWakeupManager
 
         AclGraphSleepWakeupManager.reset_all_graph_params()
         AclGraphSleepWakeupManager.reset_model_runner_graph_manager(model_runner)
+        type(current_platform)._global_graph_pool = None
+        pool = current_platform.get_global_graph_pool()
+        manager = getattr(model_runner, "cudagraph_manager", None)
+        if getattr(manager, "pool", None) is not None:
+            manager.pool = pool
+        for wrapper in list(acl_graph._acl_graph_wrappers):
+            wrapper.graph_pool = pool

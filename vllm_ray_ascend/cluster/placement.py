@@ -145,8 +145,8 @@ def node_of_process(
         return {}
     if free < world_size:
         raise ShortageError(
-            f"Data parallel rank {dp_rank} of this MoE model needs {kind.counted(world_size)} on this node ({address}), "
-            f"where {free} are free: with --data-parallel-backend mp the ranks meet at {meeting}. Add "
+            f"Data parallel rank {dp_rank} of this MoE model needs {kind.counted(world_size)} on this node "
+            f"({address}), where {free} are free: with --data-parallel-backend mp the ranks meet at {meeting}. Add "
             "--data-parallel-backend ray --data-parallel-size-local N, with N ranks on this node; the others may then "
             "be on other nodes."
         )

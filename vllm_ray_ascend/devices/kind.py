@@ -33,3 +33,4 @@ class Kind(NamedTuple):
 
 NPU = Kind("NPU", VARIABLE, "npu-smi info")
 GPU = Kind("GPU", "CUDA_VISIBLE_DEVICES", "nvidia-smi -L")
+KINDS = {kind.key: kind for kind in (NPU, GPU)}

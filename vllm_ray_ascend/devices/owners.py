@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from vllm_ray_ascend.devices.kind import GPU, NPU, Kind
+from vllm_ray_ascend.devices.kind import KINDS, NPU, Kind
 from vllm_ray_ascend.devices.visible import listed
 from vllm_ray_ascend.errors import DeviceMappingError
 
@@ -35,13 +35,13 @@ def check_claims(claims: Iterable[Claim]) -> None:
     if not crowded:
         return
     told = "; ".join(f"{device} {number} of node {node}: {_and(shares)}" for (node, device, number), shares in crowded)
-    kind = NPU if crowded[0][0][1] == NPU.key else GPU
+    kind = KINDS[crowded[0][0][1]]
     most = max(len(shares) for _, shares in crowded)
     part = math.floor(10**_DIGITS / most) / 10**_DIGITS
     raise DeviceMappingError(
         f"{kind.key}s with more than one owner: {told}. Stop all but one (`vllm-ray-ascend topology` shows them). "
-        f"See that each of these nodes runs one Ray only, started with no more {kind.key}s than its {kind.variable} has. To "
-        f"share {kind.one} on purpose, start every owner with VLLM_RAY_PER_WORKER_GPUS={part:g}."
+        f"See that each of these nodes runs one Ray only, started with no more {kind.key}s than its {kind.variable} "
+        f"has. To share {kind.one} on purpose, start every owner with VLLM_RAY_PER_WORKER_GPUS={part:g}."
     )
 
 

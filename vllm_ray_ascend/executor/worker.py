@@ -155,6 +155,6 @@ def _not_active() -> str:
     return (
         f"node {_address()}: vLLM's platform is {type(current_platform).__qualname__}, not the NPU platform with "
         f"vllm-ray-ascend, nor CUDA's with VLLM_RAY_ASCEND=1 (VLLM_PLUGINS={os.environ.get('VLLM_PLUGINS', 'unset')}). "
-        "Install the same vllm-ascend and vllm-ray-ascend on that node, and start Ray there without VLLM_RAY_ASCEND=0, and without a VLLM_PLUGINS that "
-        "lacks `ray_ascend`."
+        "Install the same vllm-ascend and vllm-ray-ascend on that node, and start Ray there without VLLM_RAY_ASCEND=0, "
+        "and without a VLLM_PLUGINS that lacks `ray_ascend`."
     )
