@@ -51,5 +51,13 @@ class WorkerDiedError(VllmRayAscendError, RuntimeError):
     """A worker process of an engine is gone, and with it the engine."""
 
 
+class WorkerFailedError(VllmRayAscendError, RuntimeError):
+    """A worker raised an error that ends its engine: while it started, or in a step."""
+
+
+class WorkerLateError(VllmRayAscendError, TimeoutError):
+    """Workers did not finish a part of the start, or a step, in the time that it may take."""
+
+
 class SoftNpuError(VllmRayAscendError, RuntimeError):
     """The software NPU cannot be built, started or used here."""

@@ -79,7 +79,7 @@ class Npu(Accelerator):
         AclGraphSleepWakeupManager.reset_model_runner_graph_manager(model_runner)
         type(current_platform)._global_graph_pool = None
         pool = current_platform.get_global_graph_pool()
-        manager = getattr(model_runner, "cudagraph_manager", None)
+        manager: Any = getattr(model_runner, "cudagraph_manager", None)
         if getattr(manager, "pool", None) is not None:
             manager.pool = pool
         for wrapper in list(acl_graph._acl_graph_wrappers):
