@@ -23,7 +23,7 @@ from vllm_ray_ascend.cluster.groups import release
 from vllm_ray_ascend.cluster.registry import EngineRecord, publish, unheeded_list, withdraw
 from vllm_ray_ascend.compat.rebind import with_globals
 from vllm_ray_ascend.compat.versions import stack
-from vllm_ray_ascend.engine.process import driver_variable, variables_that_stay
+from vllm_ray_ascend.engine.process import driver_variable, end_without_collecting, variables_that_stay
 from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, early_variables
 from vllm_ray_ascend.errors import WorkerLateError
 from vllm_ray_ascend.executor.life import Life
@@ -58,6 +58,7 @@ class RayAscendExecutor(RayExecutorV2):
     ray_worker_handles: list[Any]
 
     def _init_executor(self) -> None:
+        end_without_collecting()
         self._own_group: Any = None
         self._record: EngineRecord | None = None
         self._life = Life(self)
