@@ -196,7 +196,11 @@ class RayAscendExecutor(RayExecutorV2):
             self.shutting_down = False  # a failure has set it, and upstream's part is still to come
         if not ray.is_initialized():
             self.ray_worker_handles = []
+        queues = [getattr(self, "rpc_broadcast_mq", None), *getattr(self, "response_mqs", ())]
         super().shutdown()
+        for queue in queues:
+            if queue is not None:
+                queue.close()
         if getattr(self.parallel_config, "assigned_physical_gpu_ids", None) is not None:
             self.parallel_config.assigned_physical_gpu_ids = None  # Ray's choice for these workers, not the user's
         record, self._record = getattr(self, "_record", None), None

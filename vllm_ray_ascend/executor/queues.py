@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,8 @@ from vllm_ray_ascend.settings import load
 _POLL_MS = 100
 _WORD_S = 1.0
 """How long the executor's word may be late, that says why an end of a queue is gone."""
+_NOTIFYING = ("local_notify_socket", "write_cancel_socket", "read_cancel_socket")
+"""Sockets of vLLM's SpinCondition."""
 _WIRE = "vllm_ray_ascend_wire"
 """On the handle of a queue: its writer's address."""
 
@@ -67,7 +70,8 @@ class CancellableQueue(MessageQueue):
         super().__init__(n_reader, n_local_reader, *args, connect_ip=connect_ip, **kwargs)
         self._heard = threading.Event()
         if self.n_remote_reader > 0:
-            writer = Writer(connect_ip or get_ip(), load().silence_s, self._check)
+            check = weakref.WeakMethod(self._check)  # a cycle would leave ZeroMQ's sockets to the garbage collector
+            writer = Writer(connect_ip or get_ip(), load().silence_s, lambda: _call(check))
             self._take_wire(writer)
             setattr(self.handle, _WIRE, writer.address)
 
@@ -101,6 +105,18 @@ class CancellableQueue(MessageQueue):
         super().shutdown()
         if isinstance(self.remote_socket, Reader | Writer):
             self.remote_socket.close()
+
+    def close(self) -> None:
+        """Close all sockets; for the thread that used the queue, which it does no more.
+
+        Left to the garbage collector, ZeroMQ's context may come before its sockets, and then waits for them for good.
+        """
+        self.shutdown()
+        condition = self._spin_condition
+        for holder, names in ((self, ("local_socket",)), (condition, _NOTIFYING)):
+            for name in names:
+                if (socket := getattr(holder, name, None)) is not None:
+                    socket.close(linger=0)
 
     def wait_until_ready(self) -> None:
         """Wait for the other ends, as vLLM's; raises what `cancel` was given."""
@@ -148,6 +164,11 @@ class CancellableQueue(MessageQueue):
         """Use ``wire`` between nodes."""
         self.remote_socket.close(linger=0)
         self.remote_socket = wire
+
+
+def _call(method: weakref.WeakMethod[Callable[[], None]]) -> None:
+    if (alive := method()) is not None:
+        alive()
 
 
 class _Patient:
