@@ -94,9 +94,9 @@ class Life:
             if self._ending or self.cause is not None:
                 return
             self.cause = cause
+            executor = self._executor
+            executor.is_failed = executor.shutting_down = True  # both, before the callback, as upstream's watch
             self._changed.notify_all()
-        executor = self._executor
-        executor.is_failed = executor.shutting_down = True  # both, before the callback, as upstream's watch
         callback, executor.failure_callback = getattr(executor, "failure_callback", None), None
         if self._hub is not None:
             self._hub.order(DIE, but)
