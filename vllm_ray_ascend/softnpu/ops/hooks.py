@@ -87,7 +87,7 @@ def _leave_at_end(leave: Callable[[], None]) -> None:
 def _ascend_c(module: ModuleType) -> None:
     from vllm_ray_ascend.softnpu.ops import ascend_c
 
-    ascend_c.install()
+    ascend_c.install(module)
 
 
 def _no_meta(module: ModuleType) -> None:
