@@ -102,7 +102,7 @@ def start(options: dict[str, Any]) -> Engine:
         dtype="float32",
         tensor_parallel_size=options["tp"],
         pipeline_parallel_size=options["pp"],
-        distributed_executor_backend="ray",
+        distributed_executor_backend=options.get("backend", "ray"),
         compilation_config=GRAPHS,
         max_model_len=1024,
         max_num_seqs=16,

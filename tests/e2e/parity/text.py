@@ -108,7 +108,7 @@ async def structured_output(engine: Engine) -> None:
         "json": StructuredOutputsParams(json={"type": "object", "properties": {"ok": {"type": "boolean"}},
                                               "required": ["ok"], "additionalProperties": False}),
     }  # fmt: skip
-    allowing = StructuredOutputsParams(regex="(?s)" + "".join(f"({letter}|#)" for letter in right))
+    allowing = StructuredOutputsParams(choice=["Guido", right])
     names = [*forbidding, "allowed", "free"]
     answers = await asyncio.gather(
         *(engine.ask(prompt, structured_outputs=each, max_tokens=60) for each in forbidding.values()),
