@@ -6,6 +6,8 @@ import functools
 from types import ModuleType
 from typing import Any
 
+_MENDED = "_vllm_ray_ascend_keeps_fence"
+
 
 def has_port_ranges() -> bool:
     """Whether HCCL may be given port ranges: not on Atlas A2, where CANN's fused communication does not take them."""
@@ -27,6 +29,8 @@ def keep_fence(module: ModuleType) -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     patched = Scheduler.update_from_output
+    if hasattr(patched, _MENDED):
+        return
 
     @functools.wraps(patched)
     def update_from_output(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -39,4 +43,5 @@ def keep_fence(module: ModuleType) -> None:
                 request.next_decode_eligible_step = max(request.next_decode_eligible_step, fence)
         return outputs
 
+    setattr(update_from_output, _MENDED, True)
     Scheduler.update_from_output = update_from_output
