@@ -50,8 +50,10 @@ SLEEPING: dict[str, Any] = {"enable_sleep_mode": True}
 ADAPTED: dict[str, Any] = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
 SPECULATIVE = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 
-STARTS = (Start("pp2", "one_node", 1, 2, (*TEXT, *CONTROL), SLEEPING),)
+STARTS: tuple[Start, ...] = ()
+"""Those of the default run."""
 SLOW = (
+    Start("pp2", "one_node", 1, 2, (*TEXT, *CONTROL), SLEEPING),
     Start("tp2-pp2-two-nodes", "two_nodes_of_two", 2, 2, (*TEXT, *CONTROL), SLEEPING),
     Start("tp2-synchronous", "one_node", 2, 1, (*TEXT, *CONTROL), {**SLEEPING, "async_scheduling": False}),
     Start("lora-tp2", "one_node", 2, 1, ("lora", "tokens", "abort"), ADAPTED),

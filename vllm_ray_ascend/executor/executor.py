@@ -26,6 +26,7 @@ from vllm_ray_ascend.compat.versions import stack
 from vllm_ray_ascend.engine.process import driver_variable, variables_that_stay
 from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, early_variables
 from vllm_ray_ascend.errors import WorkerLateError
+from vllm_ray_ascend.executor.answers import AnsweringExecutor
 from vllm_ray_ascend.executor.life import Life
 from vllm_ray_ascend.executor.pairs import connect_pairs
 from vllm_ray_ascend.executor.placing import place
@@ -51,7 +52,7 @@ _START_PHASES = {
 """What vLLM asks of an executor after it was made and before the engine serves; the last since vLLM 0.28."""
 
 
-class RayAscendExecutor(RayExecutorV2):
+class RayAscendExecutor(AnsweringExecutor):
     """vLLM's RayExecutorV2 on NPUs. Its start is upstream's, with our worker, our checks and our rule for variables."""
 
     ranks: list[Rank]
