@@ -34,7 +34,7 @@ from vllm_ray_ascend.executor.queues import CancellableQueue
 from vllm_ray_ascend.executor.ranks import Rank, ready_line, report
 from vllm_ray_ascend.executor.record import check_owners, record_of
 from vllm_ray_ascend.executor.start import Start, hung_text, late_text
-from vllm_ray_ascend.executor.worker import LIFELINE, STEPS, RayAscendWorkerProc
+from vllm_ray_ascend.executor.worker import STEPS, RayAscendWorkerProc
 from vllm_ray_ascend.lifecycle.deadlines import PAIRS, step_limits
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import load
@@ -129,7 +129,6 @@ class RayAscendExecutor(AnsweringExecutor):
         for name, value in early_variables().items():
             variables.setdefault(name, value)
         variables.setdefault(DRIVER_VARIABLE, driver_variable())
-        variables[LIFELINE] = self._life.hub_text()
         # Ray runs workers at niceness 15: on busy cores the spinning driver, and everybody else, would go before them.
         variables.setdefault(_NICENESS, os.environ.get(_NICENESS, "0"))
         return runtime_env
