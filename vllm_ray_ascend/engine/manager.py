@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm import envs
 from vllm.v1.engine.utils import CoreEngineActorManager, get_env_vars_to_copy
+from vllm.v1.executor.ray_utils import WORKER_SPECIFIC_ENV_VARS
 
 from vllm_ray_ascend.accelerators.choose import current
 from vllm_ray_ascend.cluster.connect import audit_nodes, connect
@@ -40,6 +41,8 @@ class RayAscendEngineActorManager(CoreEngineActorManager):
     def __init__(self, vllm_config: Any, addresses: Any, *args: Any, **kwargs: Any) -> None:
         self.placements: list[RankPlacement] = []
         self._kind = current().kind
+        names = _variables_to_copy()
+        secrets = {name: os.environ[name] for name in names if is_secret(name) and name in os.environ}
         start = with_globals(
             CoreEngineActorManager.__init__,
             get_env_vars_to_copy=lambda **options: names - secrets.keys(),
@@ -48,8 +51,6 @@ class RayAscendEngineActorManager(CoreEngineActorManager):
         connect(vllm_config.parallel_config)
         self._hub = Hub(node_address(), load().silence_s, _lost)
         try:
-            names = _variables_to_copy()
-            secrets = {name: os.environ[name] for name in names if is_secret(name) and name in os.environ}
             addresses.confided = Confided(self._hub.text(), secrets)
             with _variables({DRIVER_VARIABLE: driver_variable()}):
                 start(self, vllm_config, addresses, *args, **kwargs)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import time
-from collections import Counter
+import uuid
 from typing import Any
 
 from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
@@ -14,61 +15,34 @@ class AnsweringExecutor(RayExecutorV2):
 
     vLLM 0.23 to 0.33 read the ranks' answers in turn and stop at the first error or at a time-out. The others' answers
     stay in their queues, and every later call gets the answer to the one before: wrong results, or the engine's end.
+    Calls that are not waited for are an engine's steps, of which none comes after one that failed.
     """
 
-    _asked: Counter[int] | None = None
-    _read: Counter[int]
+    _left_behind = False
 
-    def collective_rpc(self, *args: Any, **kwargs: Any) -> Any:
+    def collective_rpc(self, method: Any, timeout: float | None = None, *args: Any, **kwargs: Any) -> Any:
         """As upstream's."""
-        if self._asked is None:
-            self._asked, self._read = Counter(), Counter()
-        return super().collective_rpc.__func__(_Call(self), *args, **kwargs)
+        if self._left_behind:
+            self._skip_answers(timeout)
+        try:
+            return super().collective_rpc(method, timeout, *args, **kwargs)
+        except Exception:
+            self._left_behind = True
+            raise
 
-    def asked(self, rank: int) -> int:
-        """Note that ``rank`` owes an answer; the answer's number."""
-        assert self._asked is not None
-        self._asked[rank] += 1
-        return self._asked[rank]
-
-    def answer(self, queue: Any, rank: int, number: int, timeout: float | None) -> Any:
-        """The answer with that number, within ``timeout`` seconds. Those before it belong to calls that have ended."""
+    def _skip_answers(self, timeout: float | None) -> None:
+        """Have every rank repeat a word that nobody else says, and read on until it comes. Raises TimeoutError."""
+        word = uuid.uuid4().hex
         deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            found = queue.dequeue(timeout=left)
-            self._read[rank] += 1
-            if self._read[rank] == number:
-                return found
+        self.rpc_broadcast_mq.enqueue((pickle.dumps(_repeat), (word,), {}, None))
+        for queue in self.response_mqs:
+            answer: Any = None
+            while not (isinstance(answer, str) and answer == word):
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                _, answer = queue.dequeue(timeout=left)
+        self._left_behind = False
 
 
-class _Call:
-    """The executor as one call sees it: a queue for the question, and of each rank's answers the one to it."""
-
-    def __init__(self, executor: AnsweringExecutor) -> None:
-        self._executor = executor
-        self._numbers: dict[int, int] = {}
-        self.rpc_broadcast_mq = executor.rpc_broadcast_mq and self
-        self.response_mqs = [
-            _Reader(executor, self._numbers, rank, queue) for rank, queue in enumerate(executor.response_mqs)
-        ]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._executor, name)
-
-    def enqueue(self, question: tuple[Any, ...]) -> None:
-        """Send it. Only then is an answer owed: a question that cannot be pickled was never asked."""
-        self._executor.rpc_broadcast_mq.enqueue(question)
-        only = question[-1]
-        ranks = range(len(self.response_mqs)) if only is None else (only,)
-        self._numbers.update((rank, self._executor.asked(rank)) for rank in ranks)
-
-
-class _Reader:
-    """A rank's answer to one call."""
-
-    def __init__(self, executor: AnsweringExecutor, numbers: dict[int, int], rank: int, queue: Any) -> None:
-        self._executor, self._numbers, self._rank, self._queue = executor, numbers, rank, queue
-
-    def dequeue(self, timeout: float | None = None) -> Any:
-        return self._executor.answer(self._queue, self._rank, self._numbers[self._rank], timeout)
+def _repeat(_: Any, word: str) -> str:
+    """Called in a worker."""
+    return word

@@ -101,7 +101,7 @@ async def structured_output(engine: Engine) -> None:
     from vllm.sampling_params import StructuredOutputsParams
 
     prompt = PROMPTS[1]
-    right = zen_after(prompt)[:20]
+    right, _, _ = zen_after(prompt).partition("\n")
     forbidding = {
         "regex": StructuredOutputsParams(regex="[0-9]{4}"),
         "choice": StructuredOutputsParams(choice=["Guido", "Barry"]),
