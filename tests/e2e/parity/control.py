@@ -14,7 +14,7 @@ from typing import Any
 
 from demo.train.recitation import PROMPTS, zen_after
 from tests.e2e.parity.engine import Engine, holds, same
-from tests.e2e.parity.reference import ADAPTERS, FACTORS
+from tests.e2e.parity.reference import ADAPTERS, FACTORS, SCALED
 
 _METRIC = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
 _LABEL = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
@@ -43,7 +43,7 @@ async def collective_rpc(engine: Engine) -> None:
 
 async def weight_update(engine: Engine) -> None:
     """Weights changed in place give what Transformers says with the same weights; changed back, the old answers."""
-    changed, before = engine.changed["scaled"], engine.probes()
+    changed, before = engine.changed[SCALED], engine.probes()
     holds([e["tokens"] for e in changed] != [e["tokens"] for e in before], "the change of weights changes nothing")
     loaded = await engine.workers("load_scaled", FACTORS)
     same(sum(loaded), len(FACTORS) * engine.options["tp"], "weights loaded")

@@ -109,6 +109,7 @@ def start(options: dict[str, Any]) -> Engine:
         max_num_batched_tokens=CHUNK,
         kv_cache_memory_bytes=64 << 20,
         worker_extension_cls="tests.e2e.parity.worker.ParityWorker",
+        structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},  # it would write blanks only
         additional_config={"weight_nz_mode": 0},  # vllm-ascend refuses to wake up otherwise
         seed=0,
         **options.get("arguments", {}),

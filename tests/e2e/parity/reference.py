@@ -1,8 +1,9 @@
 """What Transformers says on the CPU of a model whose weights were changed: scaled in place, or with an adapter merged.
 
-    python -m tests.e2e.parity.reference MODEL FOLDER
+    python -m tests.e2e.parity.reference MODEL FOLDER [scaled] [north] [south]
 
-writes FOLDER/changed.json and the adapters that vLLM shall load. A process of its own, for torch_npu must stay out.
+writes FOLDER/changed.json and the adapters that vLLM shall load, of the changes that are named. A process of its own,
+for torch_npu must stay out.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 FACTORS = {"model.layers.1.mlp.down_proj.weight": -1.0, "model.layers.3.self_attn.o_proj.weight": -0.5}
 """Weights of the first and of the last pipeline stage, split over tensor parallel ranks; all factors are exact."""
 
+SCALED = "scaled"
 ADAPTERS = ("north", "south")
 RANK, ALPHA = 8, 16
 MODULES = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
@@ -46,16 +48,18 @@ def make_adapter(model: Any, folder: Path, seed: int) -> dict[str, torch.Tensor]
     return added
 
 
-def main(model_dir: Path, folder: Path) -> None:
+def main(model_dir: Path, folder: Path, names: list[str]) -> None:
     from demo.train.reference import greedy, load, stored_reference
 
     probes = stored_reference(model_dir, "float32", "probe")
     _, model = load(model_dir, "float32")
     weights = dict(model.named_parameters())
-    changes = {"scaled": {name: weights[name].data * (factor - 1) for name, factor in FACTORS.items()}}
-    changes |= {name: make_adapter(model, folder / name, seed) for seed, name in enumerate(ADAPTERS)}
     found: dict[str, list[dict[str, Any]]] = {}
-    for change, added in changes.items():
+    for change in names:
+        if change == SCALED:
+            added = {name: weights[name].data * (factor - 1) for name, factor in FACTORS.items()}
+        else:
+            added = make_adapter(model, folder / change, ADAPTERS.index(change))
         kept = {name: weights[name].data.clone() for name in added}
         for name, value in added.items():
             weights[name].data.add_(value)
@@ -69,4 +73,4 @@ def main(model_dir: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
