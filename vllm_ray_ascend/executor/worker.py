@@ -44,7 +44,7 @@ STEPS = ("execute_model", "sample_tokens", "execute_dummy_batch")
 class RayAscendWorkerProc(RayWorkerProc):
     """vLLM's worker for Ray, which refuses a node that cannot work and explains a start that failed."""
 
-    def __init__(self, *args: Any, lifeline: str, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, lifeline: str = "", **kwargs: Any) -> None:
         """As upstream's; ``lifeline`` says where the executor is."""
         if not platform_is_ours():
             raise NotActiveError(_not_active())
@@ -54,6 +54,8 @@ class RayAscendWorkerProc(RayWorkerProc):
 
     def _connect(self, text: str) -> Lifeline | None:
         """The connection to the executor; without it the worker is watched by Ray alone."""
+        if not text:
+            return None
         rank: int = self._init_kwargs["rank"]
         try:
             return Lifeline(
