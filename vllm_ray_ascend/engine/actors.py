@@ -25,7 +25,7 @@ class _OnItsNode:
     """An engine core with its own node's environment, whose NPUs Ray assigns, and which ends in order when told."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        confided: Confided = kwargs["addresses"].confided
+        confided: Confided = getattr(kwargs["addresses"], "confided", Confided("", {}))
         os.environ.update(confided.secrets)
         prepare_process()
         self._lifeline = self._connect(confided.lifeline, kwargs.get("dp_rank", 0))
@@ -45,6 +45,8 @@ class _OnItsNode:
 
     def _connect(self, text: str, dp_rank: int) -> Lifeline | None:
         """The connection to the driver; without it the engine is ended by Ray alone."""
+        if not text:
+            return None
         try:
             return Lifeline(
                 text,
