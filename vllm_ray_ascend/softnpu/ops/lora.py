@@ -37,9 +37,10 @@ def bgmv_expand(x: Tensor, weight: Tensor, indices: Tensor, y: Tensor, slice_off
 
 
 def _per_token(lora_indices: Tensor, seq_len: Tensor, tokens: int) -> Tensor:
-    """An index a token, -1 for those behind the last sequence. Synchronises: lengths are data, so never captured."""
-    found = torch.repeat_interleave(lora_indices, seq_len.to(lora_indices.dtype))
-    return torch.nn.functional.pad(found, (0, tokens - found.shape[0]), value=-1)
+    """An index a token, -1 for those behind the last sequence. Lengths are data: a graph has them at its replay."""
+    places = torch.arange(tokens, device=seq_len.device).unsqueeze(1)
+    sequence = (places >= seq_len.cumsum(0)).sum(1)
+    return torch.cat([lora_indices, torch.full_like(lora_indices[:1], -1)]).index_select(0, sequence)
 
 
 def sgmv_shrink(x: Tensor, weight: Tensor, lora_indices: Tensor, seq_len: Tensor, y: Tensor, scale: float) -> None:
