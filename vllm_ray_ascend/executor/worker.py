@@ -28,7 +28,7 @@ from vllm_ray_ascend.environment.ports import port_variables
 from vllm_ray_ascend.errors import NotActiveError, VisibleDevicesError
 from vllm_ray_ascend.executor.queues import CancellableQueue, drop_name, drop_names
 from vllm_ray_ascend.executor.settle import settle
-from vllm_ray_ascend.lifecycle.deadlines import DEVICE, EXECUTE, HCCL, MODEL, step_limits
+from vllm_ray_ascend.lifecycle.deadlines import DEVICE, EXECUTE, HCCL, MODEL, STEPS, step_limits
 from vllm_ray_ascend.lifecycle.lifeline import Lifeline
 from vllm_ray_ascend.lifecycle.messages import Doing, Holds, Message, Segment
 from vllm_ray_ascend.lifecycle.shared_memory import mapped, remove
@@ -36,9 +36,6 @@ from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import load
 
 logger = get_logger(__name__)
-
-STEPS = ("execute_model", "sample_tokens", "execute_dummy_batch")
-"""What vLLM asks of workers while it serves: when one of these fails, the engine is at its end."""
 
 
 class RayAscendWorkerProc(RayWorkerProc):
