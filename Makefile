@@ -2,14 +2,16 @@
 #   make serve   the main job: `vllm serve` over Ray on NPUs (MODEL=, SERVE_ARGS=, PORT=, SERVE_ONCE=1)
 #   make test    all tests; make test-matrix: also the slow combinations
 #   make test-faults  faults of every kind in every phase, or FAULTS_COUNT random ones (FAULTS_SEED)
+#   make test-upstream   vLLM's own tests of its Ray executor and its message queue, against ours (GROUPS=)
 #   make lint    ruff and mypy
 #   make bench   compare executors (BENCH_ARGS='--quick'); see benchmarks/README.md
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.10 python3,$(if $(shell command -v $(name)),$(name))))
 RUN := .venv/bin
 ON_SOFTWARE_NPUS := $(RUN)/vllm-ray-ascend softnpu exec --
 PYTEST_ARGS ?=
+GROUPS ?=
 
-.PHONY: serve test test-matrix test-faults lint format bench clean
+.PHONY: serve test test-matrix test-faults test-upstream lint format bench clean
 
 serve:
 	@$(PYTHON) demo/install.py
@@ -31,6 +33,10 @@ test-matrix:
 test-faults:
 	@$(PYTHON) demo/install.py test
 	$(RUN)/python -m pytest tests/faults $(PYTEST_ARGS)
+
+test-upstream:
+	@$(PYTHON) demo/install.py test upstream
+	$(RUN)/python -m ci.upstream $(GROUPS) -- $(PYTEST_ARGS)
 
 lint:
 	@$(PYTHON) demo/install.py test lint

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_ray_ascend.errors import SettingError
+from vllm_ray_ascend.executor.pairs import connect_pairs
 from vllm_ray_ascend.executor.recovery import Recovery, obstacle, refuse_unrecoverable
 
 pytestmark = pytest.mark.unit
@@ -28,6 +29,12 @@ def test_calls_that_make_ready_are_kept_in_order_with_their_arguments() -> None:
         ("compile_or_warm_up_model", ()),
     ]
     assert recovery.obstacle() == ""
+
+
+def test_our_own_calls_are_made_by_every_start_anyway() -> None:
+    recovery = Recovery()
+    recovery.note(connect_pairs, (), {})
+    assert recovery.calls == [] and recovery.obstacle() == ""
 
 
 def test_workers_that_somebody_changed_are_not_replaced() -> None:

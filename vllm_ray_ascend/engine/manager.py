@@ -46,7 +46,7 @@ class RayAscendEngineActorManager(CoreEngineActorManager):
         start = with_globals(
             CoreEngineActorManager.__init__,
             get_env_vars_to_copy=lambda **options: names - secrets.keys(),
-            CoreEngineActorManager=SimpleNamespace(create_dp_placement_groups=self._create_groups),
+            CoreEngineActorManager=SimpleNamespace(create_dp_placement_groups=self.create_dp_placement_groups),
         )
         connect(vllm_config.parallel_config)
         self._hub = Hub(node_address(), load().silence_s, _lost)
@@ -92,7 +92,11 @@ class RayAscendEngineActorManager(CoreEngineActorManager):
         self.placements[len(current) :] = added
         return groups, [placement.local_dp_rank for placement in added]
 
-    def _create_groups(self, vllm_config: Any) -> tuple[list[Any], list[int]]:
+    def create_dp_placement_groups(self, vllm_config: Any) -> tuple[list[Any], list[int]]:
+        """Groups of all ranks and their local ranks, as vLLM's static method of this name; who replaces it is heeded.
+
+        Raises PlacementError where they do not fit; then none is made.
+        """
         config = vllm_config.parallel_config
         refuse_device_ids(config, self._kind)
         request = _request(config, self._kind)
@@ -106,6 +110,8 @@ class RayAscendEngineActorManager(CoreEngineActorManager):
         """Say so where this process's visible list is not what its engines on this node have."""
         import ray
 
+        if not self.placements:  # groups that the caller made
+            return
         ours = {f"{vllm_config.instance_id}{suffix}" for suffix in ("", *(f"_dp{p.dp_rank}" for p in self.placements))}
         records = [record for record in running() if record.engine in ours]
         note = unheeded_list(os.environ.get(self._kind.variable), ray.util.get_node_ip_address(), records, self._kind)

@@ -192,8 +192,8 @@ class RayAscendExecutor(AnsweringExecutor):
         """
         import ray
 
-        if getattr(self, "_life", None) is not None:
-            self._life.end_workers()
+        if getattr(self, "_life", None) is not None and self._life.end_workers():
+            self.shutting_down = False  # a failure has set it, and upstream's part is still to come
         if not ray.is_initialized():
             self.ray_worker_handles = []
         super().shutdown()

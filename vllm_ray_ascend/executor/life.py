@@ -96,7 +96,7 @@ class Life:
             self.cause = cause
             self._changed.notify_all()
         executor = self._executor
-        executor.is_failed = True
+        executor.is_failed = executor.shutting_down = True  # both, before the callback, as upstream's watch
         callback, executor.failure_callback = getattr(executor, "failure_callback", None), None
         if self._hub is not None:
             self._hub.order(DIE, but)
@@ -107,14 +107,17 @@ class Life:
             callback()
         logger.error("%s", cause)
 
-    def end_workers(self) -> None:
-        """End all workers: in order where all of them live, else at once. What does not end is left to be killed."""
+    def end_workers(self) -> bool:
+        """End all workers: in order where all of them live, else at once. What does not end is left to be killed.
+
+        Whether this call did it, and no earlier one.
+        """
         with self._changed:
             if self._ending:
-                return
+                return False
             self._ending = True
         if self._hub is None:
-            return
+            return True
         late = self._hub.ranks()
         if self.cause is None:
             self._hub.order(STOP)
@@ -129,6 +132,7 @@ class Life:
         drop_name(getattr(self._executor, "rpc_broadcast_mq", None))
         self._hub.close()
         self._hub = None
+        return True
 
     def _lost(self, loss: Loss) -> None:
         remove(loss.segments)

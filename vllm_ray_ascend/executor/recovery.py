@@ -61,7 +61,9 @@ class Recovery:
         """When workers were restarted, as time.monotonic() has it."""
 
     def note(self, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A call is made of all workers."""
+        """A call is made of all workers; our own, which every start makes, do not count."""
+        if getattr(method, "__module__", "").startswith("vllm_ray_ascend."):
+            return
         name = method if isinstance(method, str) else getattr(method, "__qualname__", "a function")
         if name in MAKES_READY:
             self.calls.append(Call(name, args, kwargs))
