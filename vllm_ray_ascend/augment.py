@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_ray_ascend import __version__
 from vllm_ray_ascend.cluster.node_facts import NOSET
+from vllm_ray_ascend.compat.start_method import spawn_beside_ray
 from vllm_ray_ascend.compat.versions import installed, require_ray
 from vllm_ray_ascend.devices.numbering import visible_of_physical
 from vllm_ray_ascend.devices.visible import VARIABLE, entries
@@ -78,5 +79,6 @@ def _checked(upstream: Callable[[Any, Any], None]) -> classmethod[Any, [Any], No
         upstream(cls, vllm_config)
         if vllm_config.parallel_config.distributed_executor_backend == "ray":
             require_ray(installed("ray"))
+            spawn_beside_ray()
 
     return classmethod(check_and_update_config)

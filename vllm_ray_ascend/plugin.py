@@ -17,7 +17,9 @@ from importlib.util import find_spec
 from types import ModuleType
 
 from vllm_ray_ascend.accelerators.choose import current, unsupported
+from vllm_ray_ascend.compat.ascend import keep_fence
 from vllm_ray_ascend.compat.import_hook import when_imported
+from vllm_ray_ascend.compat.ray_metrics import without_serve
 from vllm_ray_ascend.compat.rebind import replace
 from vllm_ray_ascend.errors import NotActiveError
 from vllm_ray_ascend.log import get_logger
@@ -28,6 +30,8 @@ ASCEND = "ascend"
 _PLATFORM = "vllm_ray_ascend.platform.RayAscendPlatform"
 _EXECUTOR_MODULE = "vllm_ray_ascend.executor.executor"
 _UPSTREAM_EXECUTOR_MODULE = "vllm.v1.executor.ray_executor_v2"
+_ASCENDS_PIPELINES = "vllm_ascend.patch.platform.patch_pp_mtp"
+_RAY_METRICS = "vllm.v1.metrics.ray_wrappers"
 _ENGINE_UTILS = "vllm.v1.engine.utils"
 _ENGINE_CORE = "vllm.v1.engine.core"
 _ASCENDS_PATCH = "vllm_ascend.patch.platform.patch_dp_device_ids"
@@ -62,6 +66,8 @@ def general() -> None:
     if selected_alone() and _has_vllm_ascend():
         for plugin in left_out(entry_points(group="vllm.general_plugins"), os.environ):
             plugin.load()()
+    when_imported(_ASCENDS_PIPELINES, keep_fence)
+    when_imported(_RAY_METRICS, without_serve)
     if settings.executor == "ours":
         when_imported(_UPSTREAM_EXECUTOR_MODULE, _load_executor)
         when_imported(_EXECUTOR_MODULE, _select_executor)

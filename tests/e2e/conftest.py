@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from vllm_ray_ascend.softnpu.cluster.plan import Cluster, Shape
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE_LIMIT_S = 400
+LIFELINE = r"token\W+[0-9a-f]{16}"
+"""The secret part of a lifeline's address, however often quoted."""
 
 
 def _cluster(name: str, nodes: int, npus_per_node: int) -> Iterator[Cluster]:
@@ -57,6 +60,16 @@ def on_head(cluster: Cluster, *command: str, **variables: str) -> subprocess.Com
         text=True,
         timeout=ENGINE_LIMIT_S,
     )
+
+
+def showing(cluster: Cluster, pattern: str, log: str = "") -> set[str]:
+    """Names of the logs in which ``pattern`` is found: those of Ray's processes on every node, and "" for ``log``."""
+    texts = {Path(): log}
+    for node in cluster.nodes:
+        files = [path for path in cluster.temp_dir(node).glob("session_*/logs/**/*") if path.is_file()]
+        assert any("worker-" in path.name for path in files), f"no logs of workers in {cluster.temp_dir(node)}"
+        texts |= {path: path.read_text(errors="replace") for path in files}
+    return {path.name for path, text in texts.items() if re.search(pattern, text)}
 
 
 def generated(cluster: Cluster, options: dict[str, Any]) -> tuple[dict[str, Any], str]:

@@ -13,7 +13,7 @@ import pytest
 
 from demo.options import DemoError
 from demo.train.recitation import DENSE, MOE
-from tests.e2e.conftest import on_head
+from tests.e2e.conftest import LIFELINE, on_head, showing
 from tests.e2e.placed import check_text, check_topology, cluster_of, npus_by_node, server_of
 from tests.e2e.test_bad_input import check_nothing_left
 from vllm_ray_ascend.softnpu.cluster.plan import Cluster
@@ -61,11 +61,12 @@ MOE_DP2 = (*sizes(tp=1, dp=2), *DP_RAY, "--data-parallel-size-local", "1", "--en
 
 
 def test_moe_with_expert_parallelism_and_a_list_on_one_raylet(one_list: Cluster, tmp_path: Path) -> None:
-    with server_of(one_list, MOE, tmp_path / "log", *MOE_DP2) as server:
+    with server_of(one_list, MOE, tmp_path / "log", *MOE_DP2, HF_TOKEN="hf-secret-5521") as server:
         server.wait_until_healthy()
         assert npus_by_node(one_list) == {1: [0], 2: [3]}
         check_text(server, MOE, 2)
         check_topology(one_list)
+    assert not showing(one_list, f"hf-secret-5521|{LIFELINE}", (tmp_path / "log").read_text())
     check_nothing_left(one_list)
 
 

@@ -40,6 +40,7 @@ def executor() -> ast.Module:
 @pytest.mark.parametrize(
     "name",
     [
+        "ray",
         "RayWorkerProc",
         "WORKER_SPECIFIC_ENV_VARS",
         "initialize_ray_cluster",
@@ -104,6 +105,16 @@ def engine_utils() -> ast.Module:
 @pytest.mark.parametrize("name", ["get_env_vars_to_copy", "CoreEngineActorManager"])
 def test_the_managers_start_looks_up_what_we_replace(engine_utils: ast.Module, name: str) -> None:
     assert name in names(method(engine_utils, "CoreEngineActorManager", "__init__"))
+
+
+@pytest.mark.parametrize("name", ["__init__", "scale_up_elastic_ep"])
+def test_engine_cores_have_their_addresses_by_keyword(engine_utils: ast.Module, name: str) -> None:
+    made = [
+        {keyword.arg for keyword in node.keywords}
+        for node in ast.walk(method(engine_utils, "CoreEngineActorManager", name))
+        if isinstance(node, ast.Call) and "dp_rank" in {keyword.arg for keyword in node.keywords}
+    ]
+    assert made and all("addresses" in keywords for keywords in made)
 
 
 def test_the_manager_asks_itself_for_the_groups_of_scale_up(engine_utils: ast.Module) -> None:

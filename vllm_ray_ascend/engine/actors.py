@@ -13,7 +13,7 @@ from typing import Any
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.core import DPMoEEngineCoreActor, EngineCoreActor, EngineShutdownState
 
-from vllm_ray_ascend.engine.process import ENGINE_LIFELINE, node_address, prepare_process
+from vllm_ray_ascend.engine.process import Confided, node_address, prepare_process
 from vllm_ray_ascend.lifecycle.lifeline import Lifeline
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import load
@@ -25,8 +25,10 @@ class _OnItsNode:
     """An engine core with its own node's environment, whose NPUs Ray assigns, and which ends in order when told."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        confided: Confided = getattr(kwargs["addresses"], "confided", Confided("", {}))
+        os.environ.update(confided.secrets)
         prepare_process()
-        self._lifeline = self._connect(kwargs.get("dp_rank", 0))
+        self._lifeline = self._connect(confided.lifeline, kwargs.get("dp_rank", 0))
         super().__init__(*args, **kwargs)
 
     def run_busy_loop(self) -> None:
@@ -41,9 +43,8 @@ class _OnItsNode:
             self._send_engine_dead()  # type: ignore[attr-defined]
             raise SystemExit(1) from None
 
-    def _connect(self, dp_rank: int) -> Lifeline | None:
+    def _connect(self, text: str, dp_rank: int) -> Lifeline | None:
         """The connection to the driver; without it the engine is ended by Ray alone."""
-        text = os.environ.get(ENGINE_LIFELINE)
         if not text:
             return None
         try:

@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm import envs
 from vllm.v1.engine.utils import CoreEngineActorManager, get_env_vars_to_copy
+from vllm.v1.executor.ray_utils import WORKER_SPECIFIC_ENV_VARS
 
 from vllm_ray_ascend.accelerators.choose import current
 from vllm_ray_ascend.cluster.connect import audit_nodes, connect
@@ -20,8 +21,8 @@ from vllm_ray_ascend.cluster.waiting import until
 from vllm_ray_ascend.compat.rebind import with_globals
 from vllm_ray_ascend.devices.kind import NPU, Kind
 from vllm_ray_ascend.engine.device_ids import refuse_device_ids
-from vllm_ray_ascend.engine.process import ENGINE_LIFELINE, driver_variable, node_address, variables_that_stay
-from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, travelling
+from vllm_ray_ascend.engine.process import Confided, driver_variable, node_address, variables_that_stay
+from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, is_secret, travelling
 from vllm_ray_ascend.lifecycle.hub import Hub, Loss
 from vllm_ray_ascend.lifecycle.messages import STOP
 from vllm_ray_ascend.log import get_logger
@@ -37,19 +38,22 @@ _ENGINE_GRACE_S = 3.0
 class RayAscendEngineActorManager(CoreEngineActorManager):
     """vLLM's manager of engine core actors, with our placement and our rule for variables."""
 
-    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, vllm_config: Any, addresses: Any, *args: Any, **kwargs: Any) -> None:
         self.placements: list[RankPlacement] = []
         self._kind = current().kind
+        names = _variables_to_copy()
+        secrets = {name: os.environ[name] for name in names if is_secret(name) and name in os.environ}
         start = with_globals(
             CoreEngineActorManager.__init__,
-            get_env_vars_to_copy=_variables_to_copy,
+            get_env_vars_to_copy=lambda **options: names - secrets.keys(),
             CoreEngineActorManager=SimpleNamespace(create_dp_placement_groups=self.create_dp_placement_groups),
         )
         connect(vllm_config.parallel_config)
         self._hub = Hub(node_address(), load().silence_s, _lost)
         try:
-            with _variables({DRIVER_VARIABLE: driver_variable(), ENGINE_LIFELINE: self._hub.text()}):
-                start(self, vllm_config, *args, **kwargs)
+            addresses.confided = Confided(self._hub.text(), secrets)
+            with _variables({DRIVER_VARIABLE: driver_variable()}):
+                start(self, vllm_config, addresses, *args, **kwargs)
         except BaseException:
             self._undo_start()
             raise
@@ -149,11 +153,11 @@ def _wanted(vllm_config: Any, placements: Collection[RankPlacement], kind: Kind)
     ]
 
 
-def _variables_to_copy(*args: Any, exclude_vars: set[str] | None = None, **kwargs: Any) -> set[str]:
+def _variables_to_copy() -> set[str]:
     """vLLM's choice of variables for engine core actors, less the node's, plus those of the NPU stack that travel."""
-    stay = variables_that_stay()
-    names: set[str] = get_env_vars_to_copy(*args, exclude_vars=(exclude_vars or set()) | stay, **kwargs)
-    return names | travelling(os.environ) | {DRIVER_VARIABLE, ENGINE_LIFELINE}
+    stay = WORKER_SPECIFIC_ENV_VARS | variables_that_stay()
+    names: set[str] = get_env_vars_to_copy(exclude_vars=stay, destination="engine cores")
+    return names | travelling(os.environ) | {DRIVER_VARIABLE}
 
 
 @contextlib.contextmanager

@@ -6,6 +6,8 @@ import atexit
 import functools
 import gc
 import os
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from vllm_ray_ascend.accelerators.choose import current
 from vllm_ray_ascend.devices.kind import NPU
@@ -17,8 +19,15 @@ from vllm_ray_ascend.settings import load
 
 logger = get_logger(__name__)
 
-ENGINE_LIFELINE = "_VLLM_RAY_ASCEND_ENGINE_LIFELINE"
-"""Where an engine core that is a Ray actor finds its driver."""
+
+class Confided(NamedTuple):
+    """What an engine core that is a Ray actor is told beside its addresses: Ray writes the variables of a runtime_env
+    to its logs, so that these are none."""
+
+    lifeline: str
+    """Where the driver is."""
+    secrets: Mapping[str, str]
+    """Variables."""
 
 
 @functools.cache

@@ -27,6 +27,7 @@ from vllm_ray_ascend.compat.versions import stack
 from vllm_ray_ascend.engine.process import driver_variable, end_without_collecting, variables_that_stay
 from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, early_variables
 from vllm_ray_ascend.errors import VllmRayAscendError, WorkerLateError
+from vllm_ray_ascend.executor.answers import AnsweringExecutor
 from vllm_ray_ascend.executor.life import Life
 from vllm_ray_ascend.executor.pairs import connect_pairs
 from vllm_ray_ascend.executor.placing import place
@@ -35,7 +36,7 @@ from vllm_ray_ascend.executor.ranks import Rank, ready_line, report
 from vllm_ray_ascend.executor.record import check_owners, record_of
 from vllm_ray_ascend.executor.recovery import Recovery, refuse_unrecoverable
 from vllm_ray_ascend.executor.start import Start, hung_text, late_text
-from vllm_ray_ascend.executor.worker import LIFELINE, RayAscendWorkerProc
+from vllm_ray_ascend.executor.worker import RayAscendWorkerProc
 from vllm_ray_ascend.lifecycle.deadlines import PAIRS, STEPS, step_limits
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import load
@@ -53,7 +54,7 @@ _START_PHASES = {
 """What vLLM asks of an executor after it was made and before the engine serves; the last since vLLM 0.28."""
 
 
-class RayAscendExecutor(RayExecutorV2):
+class RayAscendExecutor(AnsweringExecutor):
     """vLLM's RayExecutorV2 on NPUs. Its start is upstream's, with our worker, our checks and our rule for variables."""
 
     ranks: list[Rank]
@@ -137,7 +138,6 @@ class RayAscendExecutor(RayExecutorV2):
         for name, value in early_variables().items():
             variables.setdefault(name, value)
         variables.setdefault(DRIVER_VARIABLE, driver_variable())
-        variables[LIFELINE] = self._life.hub_text()
         # Ray runs workers at niceness 15: on busy cores the spinning driver, and everybody else, would go before them.
         variables.setdefault(_NICENESS, os.environ.get(_NICENESS, "0"))
         return runtime_env

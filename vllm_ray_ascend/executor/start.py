@@ -43,6 +43,11 @@ class Start:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ray, name)
 
+    def remote(self, worker: type) -> Any:
+        """ray.remote of the workers' class. Its actors are told where the executor is as an argument: Ray writes the
+        variables of a runtime_env to its logs, and the lifeline's token is nobody else's."""
+        return _Told(self._ray.remote(worker), {"lifeline": self._life.hub_text()})
+
     def get(self, references: Any) -> Any:
         """ray.get, of one answer of rank 0 or of one of each rank in order."""
         one = not isinstance(references, list)
@@ -106,6 +111,19 @@ class Start:
             return ""
         spent = {peer.rank: peer.spent for peer in self._life.peers()}
         return "".join(f"; {text}" for text in spreads(spent))
+
+
+class _Told:
+    """What ray.remote gives, whose actors get ``more`` arguments."""
+
+    def __init__(self, actors: Any, more: Mapping[str, Any]) -> None:
+        self._actors, self._more = actors, more
+
+    def options(self, **options: Any) -> _Told:
+        return _Told(self._actors.options(**options), self._more)
+
+    def remote(self, *args: Any, **kwargs: Any) -> Any:
+        return self._actors.remote(*args, **kwargs, **self._more)
 
 
 def spreads(spent: Mapping[int, Mapping[str, float]]) -> list[str]:

@@ -37,23 +37,20 @@ from vllm_ray_ascend.settings import load
 
 logger = get_logger(__name__)
 
-LIFELINE = "_VLLM_RAY_ASCEND_LIFELINE"
-"""Where a worker finds its executor."""
-
 
 class RayAscendWorkerProc(RayWorkerProc):
     """vLLM's worker for Ray, which refuses a node that cannot work and explains a start that failed."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, lifeline: str = "", **kwargs: Any) -> None:
+        """As upstream's; ``lifeline`` says where the executor is."""
         if not platform_is_ours():
             raise NotActiveError(_not_active())
         super().__init__(*args, **kwargs)
         self._stopping = False
-        self._lifeline = self._connect()
+        self._lifeline = self._connect(lifeline)
 
-    def _connect(self) -> Lifeline | None:
+    def _connect(self, text: str) -> Lifeline | None:
         """The connection to the executor; without it the worker is watched by Ray alone."""
-        text = os.environ.get(LIFELINE)
         if not text:
             return None
         rank: int = self._init_kwargs["rank"]

@@ -46,6 +46,7 @@ LIBRARIES = (
     Library("libacl_op_compiler.so", ("link/op_compiler.cpp",), links=("-lascendcl",)),
     Library("libhccl.so", ("hccl/*.cpp",), links=("-lascendcl", "-lpthread", "-lrt")),
     Library("libatb.so", ("link/atb.cpp",)),
+    Library("vllm_ascend_C.so", ("camem/*.cpp",), links=("-lascendcl",)),
     *(Library(f"lib{name}.so", ("link/empty.cpp",)) for name in ("ge_runner", "graph", "acl_tdt_channel")),
     Library("libopapi.so", ("opapi/*.cpp",), torch=True, links=("-ltorch", "-ltorch_cpu", "-lc10", "-lascendcl")),
     Library(
@@ -169,11 +170,12 @@ def compile_flags(library: Library) -> list[str]:
     """What the compiler is given for each source of the library."""
     torch_npu = package_folder("torch-npu") / "include"
     includes = [torch_npu, torch_npu / "third_party/acl/inc", torch_npu / "third_party/hccl/inc"]
+    includes.append(Path(sysconfig.get_paths()["include"]))
     flags = ["-O2", "-g1", "-fPIC", *WARNINGS]
     if not library.torch:
         return [*flags, "-std=c++17", f"-I{SOURCES}", *(f"-isystem{path}" for path in includes)]
     torch = package_folder("torch") / "include"
-    includes += [torch, torch / "torch/csrc/api/include", Path(sysconfig.get_paths()["include"])]
+    includes += [torch, torch / "torch/csrc/api/include"]
     flags += ["-O1", "-std=c++20", "-DTORCH_EXTENSION_NAME=_softnpu_ops"]
     return [*flags, f"-I{SOURCES}", *(f"-isystem{path}" for path in includes)]
 

@@ -1,10 +1,16 @@
-"""vllm_ascend.vllm_ascend_C: of vllm-ascend's own compiled operators those that Qwen3 and Qwen3-MoE use."""
+"""vllm_ascend.vllm_ascend_C: of vllm-ascend's own compiled code what Qwen3, Qwen3-MoE, LoRA and sleep mode use."""
 
 from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from vllm_ray_ascend.softnpu.ops import lora
 from vllm_ray_ascend.softnpu.ops.dense import rms
 from vllm_ray_ascend.softnpu.ops.moe import gating_top_k
 
@@ -44,9 +50,22 @@ def _gating_top_k(
     )  # fmt: skip
 
 
-def install() -> None:
+def _add_sleep_mode(module: ModuleType) -> None:
+    """The functions of csrc/camem. vllm-ascend finds the library by its name among those that are loaded."""
+    path = Path(os.environ["SOFTNPU_LIB"]) / "vllm_ascend_C.so"
+    spec = importlib.util.spec_from_file_location("vllm_ascend_C", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} cannot be loaded. Build it anew: vllm-ray-ascend softnpu build")
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    for name in ("init_module", "python_create_and_map", "python_unmap_and_release"):
+        setattr(module, name, getattr(loaded, name))
+
+
+def install(module: ModuleType) -> None:
     """Defines the operators. One that is not here stays undefined: vllm-ascend's call of it raises with its name."""
     global _library
+    _add_sleep_mode(module)
     if _library is not None:
         return
     _library = torch.library.Library("_C_ascend", "FRAGMENT")
@@ -62,3 +81,4 @@ def install() -> None:
         " -> (Tensor, Tensor, Tensor)"
     )
     _library.impl("moe_gating_top_k", _gating_top_k, "PrivateUse1")
+    lora.define(_library)

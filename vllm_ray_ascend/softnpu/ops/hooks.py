@@ -87,7 +87,7 @@ def _leave_at_end(leave: Callable[[], None]) -> None:
 def _ascend_c(module: ModuleType) -> None:
     from vllm_ray_ascend.softnpu.ops import ascend_c
 
-    ascend_c.install()
+    ascend_c.install(module)
 
 
 def _no_meta(module: ModuleType) -> None:
@@ -98,6 +98,11 @@ def _triton(module: ModuleType) -> None:
     from vllm_ray_ascend.softnpu.ops import triton
 
     triton.replace(module)
+
+
+def _no_triton(module: ModuleType) -> None:
+    """Triton may be installed for GPUs: where GPUs are hidden, as in Ray's actors, vLLM takes it to be usable."""
+    module.HAS_TRITON = False  # type: ignore[attr-defined]
 
 
 def _atb(module: ModuleType) -> None:
@@ -111,6 +116,7 @@ def install() -> None:
     when_imported("torch_npu", _kernels)
     when_imported("torch_npu.op_plugin.atb._atb_ops", _atb)
     when_imported("vllm_ascend.worker.block_table", _triton)
+    when_imported("vllm.triton_utils.importing", _no_triton)
     sys.meta_path[:0] = [
         Substitute({"vllm_ascend.vllm_ascend_C": _ascend_c, "vllm_ascend.meta_registration": _no_meta}),
         MissingKernels({"fla_npu"}),

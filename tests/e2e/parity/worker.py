@@ -1,0 +1,70 @@
+"""The worker extension class of the parity tests: what each worker was given to do, and changes made to it by name."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.e2e.facts import WorkerFacts
+
+
+class ParityWorker(WorkerFacts):
+    """Mixed into vllm-ascend's worker by `worker_extension_cls`, as trainers do for reinforcement learning."""
+
+    def watch_batches(self) -> None:
+        """Note from now on each batch: begin and end on this machine's clock, and the tokens of each request."""
+        runner = self.model_runner  # type: ignore[attr-defined]
+        self.noted: list[dict[str, Any]] = []
+        execute, sample = runner.execute_model, runner.sample_tokens
+
+        def noting_execute(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+            note = {"begin": time.monotonic_ns(), "tokens": dict(scheduled.num_scheduled_tokens)}
+            if note["tokens"]:
+                self.noted.append(note)
+            result = execute(scheduled, *args, **kwargs)
+            note["end"] = time.monotonic_ns()
+            return result
+
+        def noting_sample(*args: Any, **kwargs: Any) -> Any:
+            result = sample(*args, **kwargs)
+            if self.noted:
+                self.noted[-1] |= {"end": time.monotonic_ns(), "output": type(result).__name__}
+            return result
+
+        runner.execute_model, runner.sample_tokens = noting_execute, noting_sample
+
+    def take_batches(self) -> list[dict[str, Any]]:
+        """The batches since the last call."""
+        noted, self.noted = self.noted, []
+        return noted
+
+    def describe(self, names: list[str], places: bool = True) -> dict[str, Any]:
+        """Variables of this process, what the scheduler was told to do, and the memory in use on the NPU."""
+        import torch
+
+        free, total = torch.npu.mem_get_info()
+        scheduler = self.vllm_config.scheduler_config  # type: ignore[attr-defined]
+        return {
+            "rank": self.rank if places else None,  # type: ignore[attr-defined]
+            "environment": {name: os.environ.get(name) for name in names},
+            "async_scheduling": scheduler.async_scheduling,
+            "chunked_prefill": scheduler.enable_chunked_prefill,
+            "used": total - free,
+        }
+
+    def load_scaled(self, factors: dict[str, float], everything: bool = False) -> int:
+        """Load the model's own weights in place, those named in ``factors`` multiplied; how many were loaded."""
+        from safetensors.torch import load_file
+
+        stored = load_file(Path(self.vllm_config.model_config.model) / "model.safetensors")  # type: ignore[attr-defined]
+        wanted = stored if everything else {name: stored[name] for name in factors}
+        scaled = [(name, weight.float() * factors.get(name, 1.0)) for name, weight in wanted.items()]
+        return len(self.model_runner.model.load_weights(iter(scaled)))  # type: ignore[attr-defined]
+
+    def fail_on(self, rank: int, words: str) -> int:
+        """Raise on one rank."""
+        if self.rank == rank:  # type: ignore[attr-defined]
+            raise ValueError(words)
+        return rank

@@ -1,0 +1,68 @@
+"""vllm-ascend's LoRA kernels against the plain formula: an adapter a token or a sequence, or none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import vllm_ascend.vllm_ascend_C  # noqa: F401 - defines the operators
+from torch import Tensor
+
+from tests.softnpu.compare import Inputs, check_eager_and_replayed
+
+TOKENS, HIDDEN, RANK, OUT = 6, 16, 4, 12
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def plain(x: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
+    rows = [
+        torch.zeros(weight.shape[-2]) if at < 0 else weight[at, 0].float() @ row.float()
+        for row, at in zip(x, indices.tolist(), strict=True)
+    ]
+    return torch.stack(rows)
+
+
+def drawn(dtype: torch.dtype) -> Inputs:
+    """Inputs, both halves of three adapters, an adapter a token."""
+    down, up = torch.randn(3, 1, RANK, HIDDEN), torch.randn(3, 1, 5, RANK)
+    return [torch.randn(TOKENS, HIDDEN).to(dtype), down.to(dtype), up.to(dtype), torch.randint(-1, 3, (TOKENS,))]
+
+
+@DTYPES
+def test_an_adapter_a_token(dtype: torch.dtype) -> None:
+    def fused(x: Tensor, down: Tensor, up: Tensor, indices: Tensor) -> Inputs:
+        low = torch.zeros(TOKENS, RANK, device=x.device)
+        torch.ops._C_ascend.bgmv_shrink(x, down, indices, low, 0.5)
+        out = torch.ones(TOKENS, OUT, dtype=dtype, device=x.device)
+        return [low, torch.ops._C_ascend.bgmv_expand(low, up, indices, out, 3, 5)]
+
+    def wanted(x: Tensor, down: Tensor, up: Tensor, indices: Tensor) -> Inputs:
+        low = plain(x, down, indices) * 0.5
+        out = torch.ones(TOKENS, OUT)
+        out[:, 3:8] += plain(low, up, indices)
+        return [low, out.to(dtype)]
+
+    check_eager_and_replayed(fused, wanted, lambda: drawn(dtype), dtype)
+
+
+@DTYPES
+def test_an_adapter_a_sequence(dtype: torch.dtype) -> None:
+    """Also replayed, as vllm-ascend does it, with other lengths and adapters than when it was captured."""
+
+    def fused(x: Tensor, down: Tensor, up: Tensor, adapters: Tensor, lengths: Tensor) -> Inputs:
+        low = torch.zeros(TOKENS, RANK, device=x.device)
+        torch.ops._C_ascend.sgmv_shrink(x, down, adapters, lengths, low, 2.0)
+        out = torch.ones(TOKENS, OUT, dtype=dtype, device=x.device)
+        return [low, torch.ops._C_ascend.sgmv_expand(low, up, adapters, lengths, out, 7, 5)]
+
+    def wanted(x: Tensor, down: Tensor, up: Tensor, adapters: Tensor, lengths: Tensor) -> Inputs:
+        indices = torch.repeat_interleave(adapters, lengths)
+        indices = torch.cat([indices, torch.full((TOKENS - len(indices),), -1)])  # these belong to no sequence
+        low = plain(x, down, indices) * 2
+        out = torch.ones(TOKENS, OUT)
+        out[:, 7:] += plain(low, up, indices)
+        return [low, out.to(dtype)]
+
+    def inputs() -> Inputs:
+        return [*drawn(dtype)[:3], torch.randint(-1, 3, (3,)), torch.randint(1, 3, (3,))]
+
+    check_eager_and_replayed(fused, wanted, inputs, dtype)

@@ -1,0 +1,83 @@
+"""vLLM's own scheduler with vllm-ascend's patches for pipelines: a request is decoded once at a time."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import vllm_ascend.patch.platform.patch_pp_mtp as ascends
+from vllm import SamplingParams
+from vllm.config import set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from demo.train.recitation import DENSE
+from vllm_ray_ascend.compat.ascend import keep_fence
+
+STAGES, CHUNK, BLOCK = 2, 16, 16
+PROMPT, WANTED = 3 * CHUNK + 5, 6
+
+
+@pytest.fixture
+def scheduler(monkeypatch: pytest.MonkeyPatch) -> Iterator[AsyncScheduler]:
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # vllm-ascend sets variables where it makes a config
+    config = EngineArgs(
+        model=str(DENSE),
+        dtype="float32",
+        max_model_len=256,
+        max_num_seqs=4,
+        max_num_batched_tokens=CHUNK,
+        pipeline_parallel_size=STAGES,
+        distributed_executor_backend="ray",
+        block_size=BLOCK,
+        enable_prefix_caching=False,
+    ).create_engine_config()
+    config.cache_config.num_gpu_blocks = 64
+    cache = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
+    with set_current_vllm_config(config):
+        yield AsyncScheduler(
+            vllm_config=config,
+            kv_cache_config=KVCacheConfig(64, [], [KVCacheGroupSpec(["layer"], cache)]),
+            structured_output_manager=StructuredOutputManager(config),
+            block_size=BLOCK,
+        )
+
+
+def decoded_at_once(scheduler: Any) -> int:
+    """Run a request with a batch for every stage, as an engine does: the most tokens of it that were under way at once.
+
+    Each batch that ends a prompt, or comes after it, gives a token.
+    """
+    request = Request("r", list(range(1, PROMPT + 1)), SamplingParams(max_tokens=WANTED, ignore_eos=True), None)
+    scheduler.add_request(request)
+    under_way: deque[Any] = deque()
+    most = 0
+    while scheduler.has_unfinished_requests():
+        batch = scheduler.schedule()
+        if batch.total_num_scheduled_tokens:
+            under_way.append((batch, not request.is_prefill_chunk))
+            most = max(most, sum(decoding for _, decoding in under_way))
+        if len(under_way) == STAGES or not batch.total_num_scheduled_tokens:
+            done, decoding = under_way.popleft()
+            tokens = [[7] if decoding else []]
+            scheduler.update_from_output(done, ModelRunnerOutput(["r"], {"r": 0}, tokens, None, {}, []))
+    assert request.num_output_tokens == WANTED
+    return most
+
+
+def test_a_prompt_in_chunks_is_decoded_once_at_a_time(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where vllm-ascend has mended this, the second half fails: keep_fence is then no longer needed."""
+    keep_fence(sys.modules[ascends.__name__])
+    assert decoded_at_once(scheduler) == 1
+    monkeypatch.setattr(Scheduler, "update_from_output", Scheduler.update_from_output.__wrapped__)
+    assert decoded_at_once(scheduler) == STAGES

@@ -1,0 +1,35 @@
+"""How vLLM starts its engine process where the user's own process has joined Ray."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from vllm_ray_ascend.log import get_logger
+
+METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+ADDRESS = "RAY_ADDRESS"
+
+logger = get_logger(__name__)
+
+
+def spawn_beside_ray() -> None:
+    """Have the engine process spawned, and join the same cluster, where this process has joined Ray.
+
+    A forked one hangs for good at its first question to Ray: it has Ray's state, but none of the threads. vLLM 0.23 to
+    0.33 think of this in Ray actors only, not in a script that called ray.init. Removable when they do.
+    """
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return
+    os.environ.setdefault(ADDRESS, ray.get_runtime_context().gcs_address)
+    if os.environ.get(METHOD) == "spawn":
+        return
+    os.environ[METHOD] = "spawn"
+    logger.info(
+        "%s=spawn and %s=%s are set: this process has joined Ray, whose state a forked engine process cannot use. "
+        "A script needs `if __name__ == '__main__':` round what it runs.",
+        METHOD,
+        ADDRESS,
+        os.environ[ADDRESS],
+    )
