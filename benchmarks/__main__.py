@@ -38,6 +38,8 @@ def main(arguments: Sequence[str]) -> int:
             samples.append(sample)  # noqa: PERF402  what there is when a later one fails is kept
     except VllmRayAscendError as error:
         failure = str(error)
+    except (KeyboardInterrupt, SystemExit):
+        failure = "it was stopped"
     run["seconds"] = round(time.monotonic() - started)
     run["samples"] = [_plain(sample) for sample in samples]
     _write(run, options, samples)

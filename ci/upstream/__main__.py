@@ -16,6 +16,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
+
 from ci.upstream.sources import installed_version, source_tree
 from ci.upstream.table import TABLE, Group, parse
 from demo.server import QUIET
@@ -82,9 +84,11 @@ def _run(group: Group, sources: Path, variables: Mapping[str, str], temporary: P
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End what a group left running. Ray's processes end with the one that started them."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """End what a group left running: all of its session, since some tests' processes make groups of their own."""
+    for each in psutil.process_iter():
+        with contextlib.suppress(OSError, psutil.Error):
+            if os.getsid(each.pid) == process.pid:
+                each.kill()
     process.wait()
 
 
