@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from ci.upstream.sources import installed_version, source_tree
 from ci.upstream.table import TABLE, Group, parse
