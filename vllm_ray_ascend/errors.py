@@ -47,5 +47,9 @@ class WorkerDiedError(VllmRayAscendError, RuntimeError):
     """A worker process of an engine is gone, and with it the engine."""
 
 
+class GraphCaptureError(VllmRayAscendError, RuntimeError):
+    """ACL graphs could not be captured, and fewer were not wanted or would not help."""
+
+
 class SoftNpuError(VllmRayAscendError, RuntimeError):
     """The software NPU cannot be built, started or used here."""

@@ -24,6 +24,7 @@ from vllm_ray_ascend.executor.lifeline import Lifeline
 from vllm_ray_ascend.executor.queues import CancellableQueue
 from vllm_ray_ascend.executor.settle import settle
 from vllm_ray_ascend.executor.shared_memory import mapped, remove
+from vllm_ray_ascend.graphs import hooks
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import load
 
@@ -105,6 +106,7 @@ class RayAscendWorkerProc(RayWorkerProc):
         """
         given = inspect.signature(super().initialize_worker).bind(*args, **kwargs).arguments
         _prepare(given)
+        hooks.install()
         try:
             super().initialize_worker(*args, **kwargs)
         except Exception as error:

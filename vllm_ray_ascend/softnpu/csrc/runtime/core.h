@@ -66,6 +66,7 @@ void release_memory(int physical, size_t bytes);
 size_t used_memory(int physical);
 bool take_streams(int physical, int count);      // false: the budget is exhausted
 void return_streams(int physical, int count);
+int used_streams(int physical);
 void opened(int physical);
 void closed(int physical);
 void communicators(int delta);

@@ -1,0 +1,70 @@
+"""What the ranks of an engine tell each other about their graphs, on the CPU, and which communicators they have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_ray_ascend.graphs.reasons import Reason
+
+
+def vote(reason: Reason | None) -> Reason | None:
+    """None where no rank has a reason, else the same one on every rank: a fault if there is any, and the lowest rank's.
+
+    Over gloo, since the NPU is what may have failed. All ranks that capture together must call it.
+    """
+    import torch
+    import torch.distributed as dist
+    from vllm.distributed.parallel_state import get_world_group
+
+    world = get_world_group()
+    if world.world_size == 1:
+        return reason
+    failed = torch.tensor([reason is not None], dtype=torch.int32, device="cpu")
+    dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=world.cpu_group)
+    if not failed.item():
+        return None
+    said: list[Reason | None] = [None] * world.world_size
+    dist.all_gather_object(said, reason, group=world.cpu_group)
+    return verdict(said)
+
+
+def verdict(said: list[Reason | None]) -> Reason:
+    """What all ranks' reasons come to, by rank. At least one has one."""
+    having = [(rank, each) for rank, each in enumerate(said) if each is not None]
+    rank, chosen = next(((rank, each) for rank, each in having if each.kind == "fault"), having[0])
+    others = len(having) - 1
+    more = f", and {others} more rank{'s' if others > 1 else ''}" if others else ""
+    return Reason(chosen.kind, f"rank {rank}{more}: {chosen.text}")
+
+
+def agree_on_least(*values: int) -> tuple[int, ...]:
+    """The least of each value over all ranks that capture together."""
+    import torch
+    import torch.distributed as dist
+    from vllm.distributed.parallel_state import get_world_group
+
+    world = get_world_group()
+    if world.world_size == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.int64, device="cpu")
+    dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=world.cpu_group)
+    return tuple(map(int, tensor.tolist()))
+
+
+def is_first() -> bool:
+    """Whether this is the rank that speaks for all."""
+    from vllm.distributed.parallel_state import get_world_group
+
+    return bool(get_world_group().rank == 0)
+
+
+def communicators() -> list[str]:
+    """Names of the live groups of more than one rank over whose communicator graphs may talk; the world's is not used.
+
+    Two groups of the same ranks have a communicator each.
+    """
+    from vllm.distributed import parallel_state
+
+    groups: list[Any] = [reference() for reference in parallel_state._groups.values()]
+    live = [group for group in groups if group is not None and group.world_size > 1]
+    return sorted(group.unique_name.partition(":")[0] for group in live if group is not parallel_state._WORLD)
