@@ -30,6 +30,7 @@ class GraphFacts:
             "sizes": sorted(entry.num_tokens for entry in entries),
             "mode": runner.compilation_config.cudagraph_mode.name,
             "streams": sum(held.streams for held in holdings() if held.pid == os.getpid()),
+            "memory": sum(held.memory for held in holdings() if held.pid == os.getpid()),
             "replays": getattr(self, "replays", 0),
         }
 

@@ -1,8 +1,8 @@
 """An estimate of the streams that a capture takes. Pure.
 
 vllm-ascend trimmed its sizes by such a formula until 0.23 (`update_aclgraph_sizes`), which left pipeline groups out and
-has gone, since newer drivers capture more. What is left of it: a graph holds a stream, and one more for each
-communicator that it uses, for as long as it lives.
+has gone, since newer drivers capture more. Its core stays: for as long as it lives, a graph holds a stream, and for
+each communicator that it uses one (where AI vector cores carry HCCL: HCCL_OP_EXPANSION_MODE=AIV) or two.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from vllm_ray_ascend.graphs.ladder import spread
 
-FALLBACK = 1800
-"""Streams for graphs where the driver does not tell: vllm-ascend's own figure, of 2048."""
+_FALLBACK, _OF_A_GROUP = 1800, 40
+"""vllm-ascend's figures for a driver that does not tell: streams for graphs, and what each communicator takes of them."""
 
 
 class Load(NamedTuple):
@@ -23,11 +23,18 @@ class Load(NamedTuple):
     in_pieces: int
     layers: int
     groups: int
+    on_vector_cores: bool = False
 
 
 def streams(load: Load) -> int:
     """Streams that the graphs of ``load`` take. In pieces, a batch is a graph for each layer and one more."""
-    return (load.whole + load.in_pieces * (load.layers + 1)) * (1 + load.groups)
+    graphs = load.whole + load.in_pieces * (load.layers + 1)
+    return graphs * (1 + load.groups * (1 if load.on_vector_cores else 2))
+
+
+def assumed(groups: int) -> int:
+    """Free streams where the driver does not tell, beside ``groups`` communicators, those of pipelines among them."""
+    return max(0, _FALLBACK - _OF_A_GROUP * groups)
 
 
 def fit(sizes: Sequence[int], needed: int, available: int) -> tuple[int, ...]:

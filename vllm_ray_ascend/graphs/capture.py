@@ -148,8 +148,9 @@ def _budgeted(runner: Any, plan: Plan) -> Plan:
     if settings.graph_budget == "off":
         return plan
     groups = communicators()
-    free = settings.graph_streams or device.free_streams() or budget.FALLBACK
-    available, least = agree_on_least(free, -budget.streams(load_of(runner, len(groups))))
+    free = settings.graph_streams or device.free_streams()
+    free = budget.assumed(len(groups.all)) if free is None else free
+    available, least = agree_on_least(free, -budget.streams(load_of(runner, len(groups.in_graphs))))
     needed = -least
     fitting = budget.fit(plan.sizes, needed, available)
     if is_first():
@@ -159,7 +160,7 @@ def _budgeted(runner: Any, plan: Plan) -> Plan:
             len(plan.sizes),
             plan.mode,
             needed,
-            f"communicators {', '.join(groups)}" if groups else "no communicators",
+            f"communicators {', '.join(groups.in_graphs)}" if groups.in_graphs else "no communicators",
             available,
             "" if fitting == plan.sizes else f". {_verdict(settings.graph_budget, plan, fitting)}",
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_ray_ascend.graphs.reasons import Reason
 
@@ -58,13 +58,35 @@ def is_first() -> bool:
     return bool(get_world_group().rank == 0)
 
 
-def communicators() -> list[str]:
-    """Names of the live groups of more than one rank over whose communicator graphs may talk; the world's is not used.
+class Communicators(NamedTuple):
+    """Names of the live groups that have a communicator on NPUs: all of them, and those that graphs talk over."""
 
-    Two groups of the same ranks have a communicator each.
+    all: list[str]
+    in_graphs: list[str]
+
+
+def communicators() -> Communicators:
+    """Those of this rank. HCCL makes one at its first use, and the warm-up before the capture uses what there is.
+
+    Pipeline stages send and receive between graphs, the world's group synchronises: neither is inside of one.
     """
     from vllm.distributed import parallel_state
 
-    groups: list[Any] = [reference() for reference in parallel_state._groups.values()]
-    live = [group for group in groups if group is not None and group.world_size > 1]
-    return sorted(group.unique_name.partition(":")[0] for group in live if group is not parallel_state._WORLD)
+    outside = (parallel_state._WORLD, parallel_state._PP)
+    groups: list[Any] = [reference() for reference in list(parallel_state._groups.values())]
+    live = [group for group in groups if group is not None and group.world_size > 1 and _is_made(group)]
+    return Communicators(_names(live), _names([group for group in live if group not in outside]))
+
+
+def _is_made(group: Any) -> bool:
+    import torch
+
+    try:
+        backend = group.device_group._get_backend(torch.device("npu"))
+        return bool(backend.get_hccl_comm_name(group.rank_in_group, init_comm=False))
+    except (AttributeError, RuntimeError, TypeError):  # another torch_npu: better counted than forgotten
+        return group.device_group is not None
+
+
+def _names(groups: list[Any]) -> list[str]:
+    return sorted(group.unique_name.partition(":")[0] for group in groups)

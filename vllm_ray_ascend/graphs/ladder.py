@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -54,8 +55,8 @@ def spread(sizes: Sequence[int], count: int) -> tuple[int, ...]:
 def _fewer(sizes: tuple[int, ...], failed: Failure) -> tuple[int, ...]:
     """Fewer of ``sizes``, or none where that cannot help."""
     if failed.captured:
-        kept = int(_SHARE * len(sizes) * failed.captured / failed.planned)
-        return spread(sizes, min(max(kept, 1), len(sizes) - 1))
+        kept = math.ceil(_SHARE * len(sizes) * failed.captured / failed.planned)
+        return spread(sizes, min(kept, len(sizes) - 1))
     if failed.kind == "memory":  # the largest alone is too large
         return tuple(size for size in sizes if size <= failed.size // 2)
     return ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -56,9 +57,10 @@ def plan_of(runner: Any) -> Plan:
 
 def load_of(runner: Any, groups: int) -> Load:
     """What a capture would have to hold, with ``groups`` communicators in each graph."""
+    on_vector_cores = os.environ.get("HCCL_OP_EXPANSION_MODE") == "AIV"
     modes = [mode for mode, _ in planned(runner)]
     layers: int = runner.model_config.get_num_layers(runner.parallel_config)
-    return Load(modes.count("FULL"), modes.count("PIECEWISE"), layers, groups)
+    return Load(modes.count("FULL"), modes.count("PIECEWISE"), layers, groups, on_vector_cores)
 
 
 def change(runner: Any, plan: Plan) -> None:
