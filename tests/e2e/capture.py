@@ -85,9 +85,8 @@ def main(options: dict[str, Any]) -> list[dict[str, Any]]:
     """One record for each stage: after the start, and after each of the ``stages`` asked for."""
     from demo.train.reference import stored_reference
 
-    entry = min(
-        (dict(entry) for entry in stored_reference(Path(options["model"]), "float32")), key=lambda e: len(e["tokens"])
-    )
+    entries = stored_reference(Path(options["model"]), "float32")
+    entry: dict[str, Any] = {**min(entries, key=lambda each: len(each["tokens"]))}
     llm = engine(options)
     llm.collective_rpc("count_replays")
     records = []

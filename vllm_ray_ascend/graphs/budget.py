@@ -13,7 +13,7 @@ from typing import NamedTuple
 from vllm_ray_ascend.graphs.ladder import spread
 
 _FALLBACK, _OF_A_GROUP = 1800, 40
-"""vllm-ascend's figures for a driver that does not tell: streams for graphs, and what each communicator takes of them."""
+"""vllm-ascend's figures for a driver that does not tell: streams for graphs, and what a communicator takes of them."""
 
 
 class Load(NamedTuple):

@@ -43,8 +43,9 @@ def drop_unused_memory() -> None:
 def leave_pool(pool: Any) -> None:
     """Undo a capture's claim on the memory ``pool`` where torch_npu does not: where it failed to begin or to end.
 
-    Else the pool counts as being recorded into, and every capture after it is refused ("already recording to
-    mempool_id"), or its memory is never given back.
+    Else that memory is never given back. After a failure to begin, torch_npu's allocator of pinned memory still takes
+    the pool as being recorded into, out of reach, and refuses further captures ("already recording to mempool_id"):
+    these have to use a new one.
     """
     import torch
     import torch_npu

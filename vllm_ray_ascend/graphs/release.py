@@ -50,7 +50,7 @@ def release_graphs(runner: Any) -> None:
     vllm-ascend drops its references only, so that a graph lives for as long as an error or an output holds on to it.
     """
     device.synchronize()
-    acl_graph = sys.modules.get(_ACL_GRAPH)
+    acl_graph, breakable = sys.modules.get(_ACL_GRAPH), sys.modules.get(_BREAKABLE)
     if acl_graph is not None:
         for wrapper in list(acl_graph._acl_graph_wrappers):
             _reset(entry.aclgraph for entry in wrapper.concrete_aclgraph_entries.values())
@@ -58,8 +58,8 @@ def release_graphs(runner: Any) -> None:
             wrapper.first_run_finished = False
         for name in _PARAMETERS:
             _empty(getattr(acl_graph, name, None))
-    if _BREAKABLE in sys.modules:
-        sys.modules[_BREAKABLE].BreakableCUDAGraphWrapper.clear_all_graphs()
+    if breakable is not None:
+        breakable.BreakableCUDAGraphWrapper.clear_all_graphs()
     manager = getattr(runner, "cudagraph_manager", None)
     if manager is not None and hasattr(manager, "graphs"):
         _reset(manager.graphs.values())
@@ -68,7 +68,22 @@ def release_graphs(runner: Any) -> None:
     encoder = getattr(runner, "encoder_cudagraph_manager", None)
     if encoder is not None and hasattr(encoder, "clear"):
         encoder.clear()
+    _renew_pool(
+        [
+            *(acl_graph._acl_graph_wrappers if acl_graph else ()),
+            *(breakable.BreakableCUDAGraphWrapper._all_instances if breakable else ()),
+        ]
+    )
     device.drop_unused_memory()
+
+
+def _renew_pool(wrappers: list[Any]) -> None:
+    """Another pool of memory for the graphs to come: one whose capture failed cannot be used again (`leave_pool`)."""
+    from vllm.platforms import current_platform
+
+    type(current_platform)._global_graph_pool = None
+    for wrapper in wrappers:
+        wrapper.graph_pool = current_platform.get_global_graph_pool()
 
 
 def _reset(graphs: Any) -> None:
