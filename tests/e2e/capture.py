@@ -1,6 +1,6 @@
 """Runs one engine with graphs on Ray and prints what its workers captured and generated, as JSON after a marker.
 
-python -m tests.e2e.capture '{"model": PATH, "tp": 2, "sizes": [1, 2, 4, 8], "sleep": false}'
+python -m tests.e2e.capture '{"model": PATH, "tp": 2, "sizes": [1, 2, 4, 8], "stages": []}'
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def engine(options: dict[str, Any]) -> Any:
         max_num_seqs=max(options["sizes"]),
         kv_cache_memory_bytes=32 << 20,
         worker_extension_cls="tests.e2e.capture.GraphFacts",
-        enable_sleep_mode=options.get("sleep", False),
+        enable_sleep_mode="sleep" in options["stages"],
         additional_config={"weight_nz_mode": 0},
         disable_log_stats=True,
         seed=0,
@@ -90,7 +90,7 @@ def main(options: dict[str, Any]) -> list[dict[str, Any]]:
     llm = engine(options)
     llm.collective_rpc("count_replays")
     records = []
-    for stage in ("start", *options.get("stages", ())):
+    for stage in ("start", *options["stages"]):
         if stage == "sleep":
             llm.sleep(level=1)
         elif stage == "wake":

@@ -156,6 +156,7 @@ aclError record(Graph& graph, const Stream& stream, Work work);            // ca
 aclError join_capture(const std::shared_ptr<Graph>&, const std::shared_ptr<Stream>&);  // capture_mutex held
 aclError occupy(Graph& graph, const void* owner);                          // capture_mutex held
 void invalidate(Graph& graph);
+bool capture_in_progress();                                                // of any stream of this process
 
 // ---- events
 // One recording of an event; waiters hold it, so recording anew does not disturb them.

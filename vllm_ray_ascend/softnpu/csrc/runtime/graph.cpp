@@ -172,6 +172,11 @@ void invalidate(Graph& graph) {
   if (graph.state == Graph::State::kCapturing) graph.state = Graph::State::kInvalidated;
 }
 
+bool capture_in_progress() {
+  std::lock_guard<std::mutex> lock(capture_mutex());
+  return !active().empty();
+}
+
 bool capturing(aclrtStream handle) {
   auto stream = resolve(handle);
   if (!stream) return false;

@@ -17,7 +17,8 @@ Segment::~Segment() {
 
 std::shared_ptr<Segment> Segment::make(size_t size, int visible, aclError* code) {
   int physical = visible_list()[visible];
-  if (!table::charge_memory(physical, size)) {
+  bool refused = fault("memory", {{"device", std::to_string(physical)}, {"capturing", capture_in_progress() ? "1" : "0"}}).has_value();
+  if (refused || !table::charge_memory(physical, size)) {
     *code = fail(ACL_ERROR_RT_MEMORY_ALLOCATION, "NPU " + std::to_string(physical) + " is out of memory: " + std::to_string(size) + " bytes asked for, " +
                                                      std::to_string(table::used_memory(physical)) + " of " + std::to_string(device_memory()) + " in use (SOFTNPU_MEMORY)");
     return nullptr;

@@ -1,0 +1,112 @@
+"""Captures that fail in whole engines: all ranks step down alike, graphs are released and captured anew."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from demo.train.recitation import DENSE
+from tests.e2e.conftest import on_head
+from tests.e2e.generate import MARKER
+from tests.e2e.placed import cluster_of
+from vllm_ray_ascend.softnpu.cluster.plan import Cluster
+
+SIZES = [1, 2, 4, 8]
+BEFORE = 34
+"""Streams that a worker of TP 2 holds before it captures: torch_npu's own."""
+OF_A_GRAPH = 3
+"""That it is captured on, and two for the communicator of tensor parallelism."""
+
+
+@contextmanager
+def node(name: str, settings: Mapping[str, str]) -> Iterator[Cluster]:
+    with cluster_of(f"graphs-{name}", 1, 2, settings={1: settings}) as cluster:
+        yield cluster
+
+
+def run(cluster: Cluster, *stages: str, **variables: str) -> tuple[list[dict[str, Any]] | None, str]:
+    """What tests.e2e.capture printed (None: it failed), and its whole log."""
+    options = {"model": str(DENSE), "tp": 2, "sizes": SIZES, "stages": stages}
+    done = on_head(cluster, "-m", "tests.e2e.capture", json.dumps(options), **variables)
+    log = done.stdout + done.stderr
+    found = [line for line in done.stdout.splitlines() if line.startswith(MARKER)]
+    if done.returncode != 0 or not found:
+        return None, log
+    records: list[dict[str, Any]] = json.loads(found[-1][len(MARKER) :])
+    return records, log
+
+
+def check(record: dict[str, Any], sizes: list[int], mode: str = "FULL_DECODE_ONLY") -> None:
+    """Both workers have graphs of these sizes, hold the streams of them and no more, and the text is right."""
+    assert record["right"], record
+    for worker in record["workers"]:
+        assert (worker["sizes"], worker["mode"]) == (sizes, mode)
+        assert worker["streams"] == BEFORE + OF_A_GRAPH * len(sizes)
+        assert bool(worker["replays"]) is bool(sizes) or record["stage"] != "start"
+
+
+def test_ranks_step_down_together_and_capture_anew() -> None:
+    """Streams for three graphs; then rank 1 alone fails at its second of those."""
+    budget = BEFORE + 3 * OF_A_GRAPH + 1
+    with node("steps", {"SOFTNPU_STREAMS": str(budget), "SOFTNPU_FAULTS": "capture:device=1,nth=5"}) as cluster:
+        records, log = run(cluster, "release_graphs", "recapture_graphs", VLLM_RAY_ASCEND_GRAPH_BUDGET="warn")
+    assert records is not None, log[-6000:]
+    start, released, again = records
+    check(start, [8])
+    check(released, [])
+    check(again, [8])
+    told = re.search(r"4 sizes in mode FULL_DECODE_ONLY take about (\d+) streams \(.*?\), (\d+) are free", log)
+    assert told is not None and tuple(map(int, told.groups())) == (4 * OF_A_GRAPH, budget - BEFORE)
+    first, second = re.findall(r"ACL graphs: size .*? Stepping down: .*?\.", log)
+    assert "with 3 of 4 graphs captured" in first and "207008" in first and "kept 3 of 4: 1, 4, 8" in first
+    assert "with 1 of 3 graphs captured: rank 1:" in second and "kept 1 of 4: 8" in second
+
+
+@pytest.mark.slow
+def test_without_any_stream_for_graphs_the_engine_runs_eagerly() -> None:
+    with node("eager", {"SOFTNPU_STREAMS": str(BEFORE)}) as cluster:
+        records, log = run(cluster)
+        assert records is not None, log[-6000:]
+        check(records[0], [], "NONE")
+        assert "Stepping down: no graphs, every batch runs eagerly. VLLM_RAY_ASCEND_GRAPH_STEP_DOWN=off" in log
+        records, log = run(cluster, VLLM_RAY_ASCEND_GRAPH_STEP_DOWN="off")
+    assert records is None
+    assert "GraphCaptureError" in log and "Run without graphs (--enforce-eager)" in log
+
+
+@pytest.mark.slow
+def test_a_step_down_that_is_not_wanted_names_the_setting_and_the_budget_fits() -> None:
+    with node("off", {"SOFTNPU_STREAMS": str(BEFORE + 2 * OF_A_GRAPH)}) as cluster:
+        records, log = run(cluster, VLLM_RAY_ASCEND_GRAPH_STEP_DOWN="off")
+        assert records is None
+        assert "GraphCaptureError" in log and '"cudagraph_capture_sizes": [1, 8]' in log
+        settings = {"VLLM_RAY_ASCEND_GRAPH_STEP_DOWN": "off", "VLLM_RAY_ASCEND_GRAPH_BUDGET": "fit"}
+        records, log = run(cluster, **settings)
+    assert records is not None, log[-6000:]
+    check(records[0], [1, 8])
+
+
+@pytest.mark.slow
+def test_a_largest_graph_without_memory_is_left_out() -> None:
+    with node("memory", {"SOFTNPU_FAULTS": "memory:device=1,capturing=1,nth=1"}) as cluster:
+        records, log = run(cluster)
+    assert records is not None, log[-6000:]
+    check(records[0], [1, 2, 4])
+    assert "rank 1: the NPU has no memory left for another graph" in log
+
+
+@pytest.mark.slow
+def test_a_sleep_releases_graphs_and_waking_captures_them() -> None:
+    with node("sleep", {}) as cluster:
+        records, log = run(cluster, "sleep", "wake")
+    assert records is not None, log[-6000:]
+    start, asleep, awake = records
+    check(start, SIZES)
+    check(awake, SIZES)
+    for worker in asleep["workers"]:
+        assert worker["sizes"] == [] and worker["streams"] == BEFORE
