@@ -2,12 +2,13 @@
 #   make serve   the main job: `vllm serve` over Ray on NPUs (MODEL=, SERVE_ARGS=, PORT=, SERVE_ONCE=1)
 #   make test    all tests; make test-matrix: also the slow combinations
 #   make lint    ruff and mypy
+#   make bench   compare executors (BENCH_ARGS='--quick'); see benchmarks/README.md
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.10 python3,$(if $(shell command -v $(name)),$(name))))
 RUN := .venv/bin
 ON_SOFTWARE_NPUS := $(RUN)/vllm-ray-ascend softnpu exec --
 PYTEST_ARGS ?=
 
-.PHONY: serve test test-matrix lint format clean
+.PHONY: serve test test-matrix lint format bench clean
 
 serve:
 	@$(PYTHON) demo/install.py
@@ -36,6 +37,10 @@ format:
 	@$(PYTHON) demo/install.py lint
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
+
+bench:
+	@$(PYTHON) demo/install.py bench
+	@$(RUN)/python -m benchmarks $(BENCH_ARGS)
 
 clean:
 	rm -rf .venv .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

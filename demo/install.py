@@ -1,4 +1,4 @@
-"""Make .venv with all that the demonstration, the tests and the linters run: `python demo/install.py [test] [lint]`.
+"""Make .venv with all that is run here: `python demo/install.py [test] [lint] [bench]`.
 
 Runs with the standard library of Python 3.10 to 3.12 alone.  A second run with unchanged requirement files does nothing
 and takes a moment.  Every package is pinned, dependencies included, so pip resolves nothing but torch's own needs:
@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements"
-GROUPS = ("demo", "test", "lint")
+GROUPS = ("demo", "test", "lint", "bench")
 _SHOW_EVERY_S = 10.0
 
 # vllm-ascend comes as source only. Its metadata step imports torch, which must not look for CANN then; its custom
@@ -144,6 +144,7 @@ STEPS: dict[str, list[tuple[str, Callable[[Path], None]]]] = {
     ],
     "test": [("pytest and others", _from_file("test.txt", "--no-deps"))],
     "lint": [("ruff and mypy", _from_file("lint.txt", "--no-deps"))],
+    "bench": [("matplotlib", _from_file("bench.txt", "--no-deps"))],
 }
 
 

@@ -47,6 +47,14 @@ class WorkerDiedError(VllmRayAscendError, RuntimeError):
     """A worker process of an engine is gone, and with it the engine."""
 
 
+class WorkerFailedError(VllmRayAscendError, RuntimeError):
+    """A worker raised an error that ends its engine: while it started, or in a step."""
+
+
+class WorkerLateError(VllmRayAscendError, TimeoutError):
+    """Workers did not finish a part of the start, or a step, in the time that it may take."""
+
+
 class GraphCaptureError(VllmRayAscendError, RuntimeError):
     """ACL graphs could not be captured, and fewer were not wanted or would not help."""
 

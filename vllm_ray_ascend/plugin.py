@@ -120,9 +120,11 @@ def _select_executor(module: ModuleType) -> None:
 
 
 def _select_manager(module: ModuleType) -> None:
+    from vllm_ray_ascend.engine.ending import grant_time
     from vllm_ray_ascend.engine.manager import RayAscendEngineActorManager
 
     replace(module, "CoreEngineActorManager", RayAscendEngineActorManager)
+    grant_time(module)
     _select_device_ids(module)
 
 

@@ -29,19 +29,34 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         float,
         Meta(ge=0, description="seconds to wait for NPUs that are late or still held; 0 refuses at once"),
     ] = 10.0
+    worker_limit_s: Annotated[
+        float,
+        Meta(ge=0, description="seconds for all worker processes of an engine to be there; 0: no limit"),
+    ] = 300.0
+    device_limit_s: Annotated[
+        float,
+        Meta(ge=0, description="seconds for opening the NPUs and for connecting HCCL's groups; 0: no limit"),
+    ] = 600.0
+    load_limit_s: Annotated[
+        float,
+        Meta(ge=0, description="seconds for loading the model; 0: no limit"),
+    ] = 7200.0
+    warm_up_limit_s: Annotated[
+        float,
+        Meta(ge=0, description="seconds for each part of the start after that, such as graph capture; 0: no limit"),
+    ] = 3600.0
+    hang_s: Annotated[
+        float,
+        Meta(ge=0, description="seconds that a step may take; 0: 0.8 x VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"),
+    ] = 0.0
     silence_s: Annotated[
         float,
-        Meta(
-            ge=1,
-            description="seconds without an answer after which a node is lost; a process's end is seen at once",
-        ),
+        Meta(ge=1, description="seconds without an answer after which a node is lost; a process's end is seen at once"),
     ] = 30.0
     stop_grace_s: Annotated[
         float,
-        Meta(
-            ge=0, description="seconds for an orderly end of workers, which then are killed; vLLM itself gives 5 in all"
-        ),
-    ] = 4.0
+        Meta(ge=0, description="seconds for an orderly end of workers, then they are killed; vLLM gives 5 in all"),
+    ] = 3.0
     node_env: Annotated[
         Literal["derive", "off"],
         Meta(description="derive: set HCCL's and gloo's interface, address and ports on each node, where nobody did"),

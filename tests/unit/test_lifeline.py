@@ -9,40 +9,45 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vllm_ray_ascend.executor.lifeline import DIE, STOP, Hub
+from vllm_ray_ascend.lifecycle.hub import Hub, Loss
+from vllm_ray_ascend.lifecycle.messages import DIE, STOP
 
 pytestmark = pytest.mark.unit
 
 LIMIT_S = 30.0
 WORKER = """
 import os, sys, time
-from vllm_ray_ascend.executor.lifeline import Lifeline
+from vllm_ray_ascend.lifecycle.lifeline import Lifeline
+from vllm_ray_ascend.lifecycle.messages import Doing, Holds, Segment
 def stop():
     print("stop", flush=True)
     os._exit(7)
 def end(lost):
     os._exit(8 if lost else 9)
-Lifeline(sys.argv[1], int(sys.argv[2]), os.getpid(), 30.0, stop, end)
+line = Lifeline(sys.argv[1], int(sys.argv[2]), "10.0.0.9", 30.0, on_stop=stop, on_end=end, activity=lambda: "testing")
 print("connected", flush=True)
+for command in sys.stdin:
+    exec(command)
 time.sleep(600)
 """
 
 
 class Deaths:
     def __init__(self) -> None:
-        self.seen: list[tuple[int, int]] = []
+        self.seen: list[Loss] = []
         self._changed = threading.Condition()
 
-    def __call__(self, rank: int, pid: int) -> None:
+    def __call__(self, loss: Loss) -> None:
         with self._changed:
-            self.seen.append((rank, pid))
+            self.seen.append(loss)
             self._changed.notify_all()
 
-    def wait(self, count: int) -> list[tuple[int, int]]:
+    def wait(self, count: int) -> list[Loss]:
         with self._changed:
             assert self._changed.wait_for(lambda: len(self.seen) >= count, LIMIT_S)
         return self.seen
@@ -66,7 +71,7 @@ def start(hub: Hub) -> Iterator[Callable[[int], subprocess.Popen[str]]]:
 
     def start(rank: int) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", WORKER, hub.text(), str(rank)]
-        worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         started.append(worker)
         assert worker.stdout is not None
         assert worker.stdout.readline() == "connected\n"
@@ -78,12 +83,64 @@ def start(hub: Hub) -> Iterator[Callable[[int], subprocess.Popen[str]]]:
         worker.communicate()
 
 
-def wait_for_ranks(hub: Hub, expected: list[int]) -> None:
+def say(worker: subprocess.Popen[str], command: str) -> None:
+    assert worker.stdin is not None
+    worker.stdin.write(command + "\n")
+    worker.stdin.flush()
+
+
+def wait_for(check: Callable[[], bool]) -> None:
     for _ in range(int(LIMIT_S * 100)):
-        if hub.ranks() == expected:
+        if check():
             return
         threading.Event().wait(0.01)
+    assert check()
+
+
+def stop(worker: subprocess.Popen[str]) -> None:
+    """SIGSTOP, waited for: until some thread has taken the signal, the others run on."""
+    worker.send_signal(signal.SIGSTOP)
+    wait_for(lambda: "State:\tT" in Path(f"/proc/{worker.pid}/status").read_text())
+
+
+def wait_for_ranks(hub: Hub, expected: list[int]) -> None:
+    wait_for(lambda: hub.ranks() == expected)
     assert hub.ranks() == expected
+
+
+def test_what_a_worker_holds_is_told_when_it_dies(hub: Hub, deaths: Deaths, start: Any) -> None:
+    worker = start(2)
+    wait_for_ranks(hub, [2])
+    say(worker, "line.tell(Holds(5)); line.tell(Segment('psm_x'))")
+    wait_for(lambda: hub.peers()[0].segments == ["psm_x"])
+    worker.kill()
+    assert deaths.wait(1) == [Loss(2, worker.pid, "node 10.0.0.9, physical NPU 5", "", ("psm_x",))]
+
+
+def test_a_failure_is_told_once_with_its_words_and_the_process_lives(hub: Hub, deaths: Deaths, start: Any) -> None:
+    worker = start(0)
+    wait_for_ranks(hub, [0])
+    say(worker, "line.fail(ValueError('a')); line.fail(ValueError('b')); line.tell(Doing('c'))")
+    wait_for(lambda: hub.peers()[0].doing == "c")
+    assert deaths.seen == [Loss(0, worker.pid, "node 10.0.0.9", "ValueError: a")]
+
+
+def test_parts_of_a_start_are_timed(hub: Hub, start: Any) -> None:
+    worker = start(0)
+    wait_for_ranks(hub, [0])
+    for part in ("one", "two", ""):
+        say(worker, f"line.tell(Doing({part!r}))")
+    wait_for(lambda: list(hub.peers()[0].spent) == ["one", "two"])
+    assert all(seconds >= 0 for seconds in hub.peers()[0].spent.values())
+
+
+def test_workers_say_what_they_do_and_a_stopped_one_does_not(hub: Hub, start: Any) -> None:
+    workers = [start(0), start(1)]
+    wait_for_ranks(hub, [0, 1])
+    assert all(report is not None and "testing, at <string>" in report for report in hub.ask(LIMIT_S).values())
+    stop(workers[1])
+    answers = hub.ask(0.5)
+    assert answers[0] is not None and answers[1] is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT, signal.SIGTERM])
@@ -91,7 +148,7 @@ def test_a_death_is_told_with_rank_and_process(hub: Hub, deaths: Deaths, start: 
     workers = [start(0), start(1)]
     wait_for_ranks(hub, [0, 1])
     workers[1].send_signal(number)
-    assert deaths.wait(1) == [(1, workers[1].pid)]
+    assert deaths.wait(1) == [Loss(1, workers[1].pid, "node 10.0.0.9", "")]
     assert hub.ranks() == [0]
 
 
@@ -107,7 +164,7 @@ def test_an_order_reaches_every_worker(hub: Hub, start: Any, order: bytes, code:
 def test_a_stopped_process_is_not_gone_and_is_named_as_late(hub: Hub, start: Any) -> None:
     worker = start(4)
     wait_for_ranks(hub, [4])
-    worker.send_signal(signal.SIGSTOP)
+    stop(worker)
     hub.order(STOP)
     assert hub.wait_until_gone(0.2) == [4]
 
@@ -115,9 +172,11 @@ def test_a_stopped_process_is_not_gone_and_is_named_as_late(hub: Hub, start: Any
 def test_workers_end_when_their_executor_is_killed() -> None:
     code = f"""
 import subprocess, sys, time
-from vllm_ray_ascend.executor.lifeline import Hub
-hub = Hub("127.0.0.1", 30.0, lambda rank, pid: None)
-worker = subprocess.Popen([sys.executable, "-c", {WORKER!r}, hub.text(), "0"], stdout=subprocess.PIPE, text=True)
+from vllm_ray_ascend.lifecycle.hub import Hub
+hub = Hub("127.0.0.1", 30.0, lambda loss: None)
+worker = subprocess.Popen(
+    [sys.executable, "-c", {WORKER!r}, hub.text(), "0"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+)
 worker.stdout.readline()
 print(worker.pid, flush=True)
 time.sleep(600)
@@ -145,7 +204,15 @@ def test_workers_end_when_the_hub_is_closed(hub: Hub, deaths: Deaths, start: Any
     assert deaths.seen == []
 
 
-@pytest.mark.parametrize("words", [b"", b"GET / HTTP/1.1\r\n\r\n", b'{"token":"wrong","rank":0,"pid":1}'])
+@pytest.mark.parametrize(
+    "words",
+    [
+        b"",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b'{"type":"hello","token":"wrong","rank":0,"pid":1,"node":"n"}\n',
+        b'{"type":"failed","text":"t"}\n',
+    ],
+)
 def test_strangers_are_sent_away_and_are_nobodys_death(hub: Hub, deaths: Deaths, start: Any, words: bytes) -> None:
     with socket.create_connection((hub.address.host, hub.address.port)) as stranger:
         stranger.settimeout(LIMIT_S)

@@ -14,7 +14,17 @@ pytestmark = pytest.mark.unit
 
 def test_nothing_set_gives_the_defaults() -> None:
     assert load({}) == Settings(
-        active="auto", executor="ours", npu_wait_s=10.0, silence_s=30.0, stop_grace_s=4.0, node_env="derive"
+        active="auto",
+        executor="ours",
+        npu_wait_s=10.0,
+        worker_limit_s=300.0,
+        device_limit_s=600.0,
+        load_limit_s=7200.0,
+        warm_up_limit_s=3600.0,
+        hang_s=0.0,
+        silence_s=30.0,
+        stop_grace_s=3.0,
+        node_env="derive",
     )
 
 

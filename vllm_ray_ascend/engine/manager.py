@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,14 +19,18 @@ from vllm_ray_ascend.cluster.waiting import until
 from vllm_ray_ascend.compat.rebind import with_globals
 from vllm_ray_ascend.devices.visible import VARIABLE
 from vllm_ray_ascend.engine.device_ids import refuse_device_ids
-from vllm_ray_ascend.engine.process import driver_variable, variables_that_stay
+from vllm_ray_ascend.engine.process import ENGINE_LIFELINE, driver_variable, node_address, variables_that_stay
 from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, travelling
+from vllm_ray_ascend.lifecycle.hub import Hub, Loss
+from vllm_ray_ascend.lifecycle.messages import STOP
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import load
 
 logger = get_logger(__name__)
 
 _GRANT_LIMIT_S = 60.0
+_ENGINE_GRACE_S = 3.0
+"""Seconds that an engine core may take beside its workers' end."""
 
 
 class RayAscendEngineActorManager(CoreEngineActorManager):
@@ -40,13 +44,24 @@ class RayAscendEngineActorManager(CoreEngineActorManager):
             CoreEngineActorManager=SimpleNamespace(create_dp_placement_groups=self._create_groups),
         )
         connect(vllm_config.parallel_config)
+        self._hub = Hub(node_address(), load().silence_s, _lost)
         try:
-            with _driver_variable():
+            with _variables({DRIVER_VARIABLE: driver_variable(), ENGINE_LIFELINE: self._hub.text()}):
                 start(self, vllm_config, *args, **kwargs)
         except BaseException:
             self._undo_start()
             raise
         self._compare_own_list(vllm_config)
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """End the engine cores in order, and kill what is left as upstream does, which kills at once."""
+        self.manager_stopped.set()
+        self._hub.order(STOP)
+        late = self._hub.wait_until_gone(load().stop_grace_s + _ENGINE_GRACE_S)
+        if late:
+            logger.warning("engine cores %s did not end in time and are killed", late)
+        self._hub.close()
+        super().shutdown(timeout)
 
     def add_dp_placement_groups(self, old_vllm_config: Any, new_data_parallel_size: int) -> tuple[list[Any], list[int]]:
         """Groups of ranks that elastic scale-up adds, each pinned to the node for which its local rank was computed.
@@ -93,6 +108,7 @@ class RayAscendEngineActorManager(CoreEngineActorManager):
         """Kill the engine cores that were started, whose workers die with them, and give their NPUs back."""
         import ray
 
+        self._hub.close()
         for actor in [*getattr(self, "local_engine_actors", ()), *getattr(self, "remote_engine_actors", ())]:
             ray.kill(actor)
         release(getattr(self, "created_placement_groups", ()))
@@ -126,16 +142,24 @@ def _variables_to_copy(*args: Any, exclude_vars: set[str] | None = None, **kwarg
     """vLLM's choice of variables for engine core actors, less the node's, plus those of the NPU stack that travel."""
     stay = variables_that_stay()
     names: set[str] = get_env_vars_to_copy(*args, exclude_vars=(exclude_vars or set()) | stay, **kwargs)
-    return names | travelling(os.environ) | {DRIVER_VARIABLE}
+    return names | travelling(os.environ) | {DRIVER_VARIABLE, ENGINE_LIFELINE}
 
 
 @contextlib.contextmanager
-def _driver_variable() -> Iterator[None]:
-    """Have the driver's own network settings in the environment, from which upstream copies."""
-    before = os.environ.get(DRIVER_VARIABLE)
-    os.environ[DRIVER_VARIABLE] = driver_variable()
+def _variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Have ``values`` in the environment, from which upstream copies."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[DRIVER_VARIABLE]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _lost(loss: Loss) -> None:
+    """Ray tells vLLM of it, which ends the others; the log says which one it was."""
+    logger.info("the engine core of data parallel rank %d (process %d, %s) ended", loss.rank, loss.pid, loss.where)

@@ -13,18 +13,21 @@ from vllm_ray_ascend.settings import load
 
 logger = get_logger(__name__)
 
+ENGINE_LIFELINE = "_VLLM_RAY_ASCEND_ENGINE_LIFELINE"
+"""Where an engine core that is a Ray actor finds its driver."""
+
 
 def prepare_process() -> None:
     """Set the network variables of this node that nobody set; called in a Ray worker process."""
     if load().node_env == "off":
         return
-    for note in prepare(_address(), parse_driver_settings(os.environ.get(DRIVER_VARIABLE))).notes:
+    for note in prepare(node_address(), parse_driver_settings(os.environ.get(DRIVER_VARIABLE))).notes:
         logger.warning("%s", note)
 
 
 def driver_variable() -> str:
     """The value of DRIVER_VARIABLE for processes that this one starts. Ray must be joined."""
-    return driver_settings(_address(), os.environ)
+    return driver_settings(node_address(), os.environ)
 
 
 def variables_that_stay() -> set[str]:
@@ -39,7 +42,8 @@ def variables_that_stay() -> set[str]:
     return of_the_node(os.environ, wanted)
 
 
-def _address() -> str:
+def node_address() -> str:
+    """The address by which Ray knows this node."""
     import ray
 
     return str(ray.util.get_node_ip_address())

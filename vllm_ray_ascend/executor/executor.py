@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
+from vllm import envs
 from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
 from vllm.v1.executor.ray_utils import (
     WORKER_SPECIFIC_ENV_VARS,
@@ -23,25 +25,29 @@ from vllm_ray_ascend.compat.versions import stack
 from vllm_ray_ascend.devices.visible import VARIABLE
 from vllm_ray_ascend.engine.process import driver_variable, variables_that_stay
 from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, early_variables
-from vllm_ray_ascend.errors import WorkerDiedError
-from vllm_ray_ascend.executor import lifeline
+from vllm_ray_ascend.errors import WorkerLateError
 from vllm_ray_ascend.executor.life import Life
+from vllm_ray_ascend.executor.pairs import connect_pairs
 from vllm_ray_ascend.executor.placing import place
 from vllm_ray_ascend.executor.queues import CancellableQueue
 from vllm_ray_ascend.executor.ranks import Rank, ready_line, report
 from vllm_ray_ascend.executor.record import check_owners, record_of
-from vllm_ray_ascend.executor.worker import RayAscendWorkerProc
+from vllm_ray_ascend.executor.start import Start, hung_text, late_text
+from vllm_ray_ascend.executor.worker import LIFELINE, STEPS, RayAscendWorkerProc
+from vllm_ray_ascend.lifecycle.deadlines import PAIRS, step_limits
 from vllm_ray_ascend.log import get_logger
+from vllm_ray_ascend.settings import load
 
 logger = get_logger(__name__)
 
 _REPORT_LIMIT_S = 60.0
-_START_PHASES = (
-    "get_kv_cache_specs",
-    "determine_available_memory",
-    "initialize_from_config",
-    "compile_or_warm_up_model",
-)
+_NICENESS = "RAY_worker_niceness"
+_START_PHASES = {
+    "get_kv_cache_specs": "KV cache layout",
+    "determine_available_memory": "profile run",
+    "initialize_from_config": "KV cache",
+    "compile_or_warm_up_model": "graphs and warm-up",
+}
 """What vLLM asks of an executor after it was made and before the engine serves; the last since vLLM 0.28."""
 
 
@@ -55,8 +61,21 @@ class RayAscendExecutor(RayExecutorV2):
         self._own_group: Any = None
         self._record: EngineRecord | None = None
         self._life = Life(self)
+        self._hang_s = _hang_s()
+        self._start = Start(self._life)
+        try:
+            self._start_workers()
+        except BaseException as error:
+            self.shutdown()
+            if self._life.cause not in (None, error):
+                raise self._life.cause from error
+            raise
+        logger.info("%s", ready_line(__version__, stack(), self.ranks))
+
+    def _start_workers(self) -> None:
         start = with_globals(
             super()._init_executor.__func__,
+            ray=self._start,
             RayWorkerProc=RayAscendWorkerProc,
             WORKER_SPECIFIC_ENV_VARS=WORKER_SPECIFIC_ENV_VARS | variables_that_stay(),
             initialize_ray_cluster=self._initialize_ray_cluster,
@@ -64,16 +83,44 @@ class RayAscendExecutor(RayExecutorV2):
             build_actor_name=self._actor_name,
             get_bundles_sorted_by_node=self._bundles,
         )
+        start(self)
+        self.ranks = self.collective_rpc(report, timeout=_REPORT_LIMIT_S)
+        self._enter_registry()
+        if self.parallel_config.pipeline_parallel_size > 1:
+            with self._start.phase(PAIRS):
+                self.collective_rpc(connect_pairs)
+
+    def collective_rpc(
+        self, method: str | Callable[..., Any], timeout: float | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As upstream's. Parts of the start and steps have a limit, after which the log says what each rank does."""
+        self._life.check()
+        part = self._start.part
+        if part:
+            limit = self._start.limit_s(part)
+        elif method in STEPS:
+            limit = self._hang_s
+        else:
+            return super().collective_rpc(method, timeout, *args, **kwargs)
+        if timeout is not None:
+            limit = timeout if limit is None else min(timeout, limit)
+        late = functools.partial(self._late, str(method), part, limit or 0.0)
         try:
-            start(self)
-            self.ranks = self.collective_rpc(report, timeout=_REPORT_LIMIT_S)
-            self._enter_registry()
-        except BaseException as error:
-            self.shutdown()
-            if self._life.first_death and not isinstance(error, WorkerDiedError):
-                raise WorkerDiedError(self._life.first_death) from error
-            raise
-        logger.info("%s", ready_line(__version__, stack(), self.ranks))
+            answer = super().collective_rpc(method, limit, *args, **kwargs)
+        except TimeoutError as error:
+            raise late() from error
+        if isinstance(answer, Future):
+            answer.add_done_callback(lambda done: late() if isinstance(done.exception(), TimeoutError) else None)
+        return answer
+
+    def _late(self, method: str, part: str, limit_s: float) -> WorkerLateError:
+        """End the engine, whose workers hang."""
+        reports = self._life.reports()
+        error = WorkerLateError(
+            late_text(part, limit_s, sorted(reports), reports) if part else hung_text(method, limit_s, reports)
+        )
+        self._life.fail(error)
+        return error
 
     def _build_runtime_env(self) -> dict[str, Any]:
         runtime_env: dict[str, Any] = super()._build_runtime_env()
@@ -81,7 +128,9 @@ class RayAscendExecutor(RayExecutorV2):
         for name, value in early_variables().items():
             variables.setdefault(name, value)
         variables.setdefault(DRIVER_VARIABLE, driver_variable())
-        variables[lifeline.VARIABLE] = self._life.hub_text()
+        variables[LIFELINE] = self._life.hub_text()
+        # Ray runs workers at niceness 15: on busy cores the spinning driver, and everybody else, would go before them.
+        variables.setdefault(_NICENESS, os.environ.get(_NICENESS, "0"))
         return runtime_env
 
     def start_worker_monitor(self, inline: bool = False) -> None:
@@ -141,20 +190,32 @@ class RayAscendExecutor(RayExecutorV2):
             logger.warning("%s", note)
 
 
-def _or_shut_down(phase: Callable[..., Any]) -> Callable[..., Any]:
-    """``phase`` of a start; where it fails nobody else stops the workers, and a driver that goes on would keep them."""
+def _hang_s() -> float:
+    """Seconds after which a step counts as hung; warns of limits in the wrong order."""
+    limits = step_limits(load().hang_s, float(envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS), os.environ)
+    if limits.note:
+        logger.warning("%s", limits.note)
+    return limits.hang_s
+
+
+def _as_phase(name: str, phase: Callable[..., Any]) -> Callable[..., Any]:
+    """``phase`` of a start, timed; where it fails nobody else stops the workers, and a driver that goes on would keep
+    them."""
 
     @functools.wraps(phase)
     def guarded(self: RayAscendExecutor, *args: Any, **kwargs: Any) -> Any:
         try:
-            return phase(self, *args, **kwargs)
-        except BaseException:
+            with self._start.phase(name):
+                return phase(self, *args, **kwargs)
+        except BaseException as error:
             self.shutdown()
+            if self._life.cause not in (None, error):
+                raise self._life.cause from error
             raise
 
     return guarded
 
 
-for _name in _START_PHASES:
+for _name, _called in _START_PHASES.items():
     if hasattr(RayExecutorV2, _name):
-        setattr(RayAscendExecutor, _name, _or_shut_down(getattr(RayExecutorV2, _name)))
+        setattr(RayAscendExecutor, _name, _as_phase(_called, getattr(RayExecutorV2, _name)))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
-from vllm_ray_ascend.errors import WorkerDiedError
-from vllm_ray_ascend.executor.lifeline import DIE, STOP, Hub
-from vllm_ray_ascend.executor.shared_memory import remove
+from vllm_ray_ascend.errors import VllmRayAscendError, WorkerDiedError, WorkerFailedError
+from vllm_ray_ascend.lifecycle.hub import Hub, Loss, Peer
+from vllm_ray_ascend.lifecycle.messages import DIE, STOP
+from vllm_ray_ascend.lifecycle.shared_memory import remove
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import load
 
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 _RAY_POLL_S = 1.0
-_DIE_LIMIT_S = 2.0
+_DIE_LIMIT_S = 1.0
+_REPORT_LIMIT_S = 2.0
 
 
 class Life:
@@ -26,22 +29,46 @@ class Life:
     def __init__(self, executor: RayAscendExecutor) -> None:
         self._executor = executor
         self._hub: Hub | None = None
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._ending = False
-        self.first_death = ""
-        """Which worker died first, and where: the cause, whatever its siblings say afterwards."""
+        self.cause: VllmRayAscendError | None = None
+        """What ended the engine first, whatever the siblings of a dead worker say afterwards."""
 
     def hub_text(self) -> str:
         """Where workers find this executor. Ray must be joined."""
         import ray
 
         if self._hub is None:
-            self._hub = Hub(str(ray.util.get_node_ip_address()), load().silence_s, self._died)
+            self._hub = Hub(str(ray.util.get_node_ip_address()), load().silence_s, self._lost)
         return self._hub.text()
+
+    def peers(self) -> list[Peer]:
+        """The workers that are connected."""
+        return self._hub.peers() if self._hub else []
+
+    def doing(self) -> dict[int, tuple[str, float]]:
+        """For each connected rank the part of its start that is under way, and for how many seconds."""
+        now = time.monotonic()
+        return {peer.rank: (peer.doing, now - peer.since) for peer in self.peers()}
+
+    def reports(self) -> dict[int, str | None]:
+        """What each connected rank says that it does; None for one that does not answer."""
+        return self._hub.ask(_REPORT_LIMIT_S) if self._hub else {}
+
+    def check(self) -> None:
+        """Raise what ended the engine, if it has ended."""
+        if self.cause is not None:
+            raise self.cause
+
+    def wait_for_loss(self, limit_s: float) -> VllmRayAscendError | None:
+        """What ended the engine, waited for: Ray may tell of a failure before the worker's own word arrives."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.cause is not None, limit_s)
+        return self.cause
 
     def watch(self, inline: bool) -> None:
         """Watch by Ray as well those workers that are not connected."""
-        connected = set(self._hub.ranks()) if self._hub else set()
+        connected = {peer.rank for peer in self.peers()}
         unseen = {
             handle.run_ref: handle.rank for handle in self._executor.ray_worker_handles if handle.rank not in connected
         }
@@ -57,50 +84,60 @@ class Life:
         else:
             threading.Thread(target=self._watch_by_ray, args=(unseen,), daemon=True, name="RayAscendWatch").start()
 
+    def fail(self, cause: VllmRayAscendError, but: int | None = None) -> None:
+        """End the engine: stop all workers ``but`` one, which would hang in HCCL, wake who waits for an answer, say so.
+
+        Only the first cause counts. May be called in any thread.
+        """
+        with self._changed:
+            if self._ending or self.cause is not None:
+                return
+            self.cause = cause
+            self._changed.notify_all()
+        executor = self._executor
+        executor.is_failed = True
+        callback, executor.failure_callback = getattr(executor, "failure_callback", None), None
+        if self._hub is not None:
+            self._hub.order(DIE, but)
+        for queue in (getattr(executor, "rpc_broadcast_mq", None), *getattr(executor, "response_mqs", ())):
+            if queue is not None:
+                queue.cancel(cause)
+        if callback is not None:
+            callback()
+        logger.error("%s", cause)
+
     def end_workers(self) -> None:
         """End all workers: in order where all of them live, else at once. What does not end is left to be killed."""
-        with self._lock:
-            if self._ending and not self.first_death:
+        with self._changed:
+            if self._ending:
                 return
             self._ending = True
         if self._hub is None:
             return
-        failed = bool(self.first_death)
-        self._hub.order(DIE if failed else STOP)
-        late = self._hub.wait_until_gone(_DIE_LIMIT_S if failed else load().stop_grace_s)
+        late = self._hub.ranks()
+        if self.cause is None:
+            self._hub.order(STOP)
+            late = self._hub.wait_until_gone(load().stop_grace_s)
+        if late:
+            segments = [name for peer in self._hub.peers() for name in peer.segments]
+            self._hub.order(DIE)
+            late = self._hub.wait_until_gone(_DIE_LIMIT_S)
+            remove(segments)
         if late:
             logger.warning("ranks %s did not end in time and are killed", late)
+        broadcast = getattr(self._executor, "rpc_broadcast_mq", None)
+        if broadcast is not None:
+            broadcast.release()
         self._hub.close()
         self._hub = None
-        buffers = [queue.buffer for queue in getattr(self._executor, "response_mqs", [])]
-        remove(buffer.shared_memory.name for buffer in buffers if buffer is not None)
 
-    def _died(self, rank: int, pid: int) -> None:
-        """A worker is gone: tell the siblings, which would hang in HCCL, wake who waits for an answer, and say so."""
-        with self._lock:
-            if self._ending:
-                return
-            self._ending = True
-            self.first_death = self._obituary(rank, pid)
-        executor = self._executor
-        executor.is_failed = True
-        if self._hub is not None:
-            self._hub.order(DIE)
-        for queue in getattr(executor, "response_mqs", []):
-            queue.cancel(WorkerDiedError(self.first_death))
-        logger.error("%s", self.first_death)
-        callback, executor.failure_callback = executor.failure_callback, None
-        if callback is not None:
-            callback()
-
-    def _obituary(self, rank: int, pid: int) -> str:
-        placed = next((each for each in getattr(self._executor, "ranks", []) if each.rank == rank), None)
-        where = f" (node {placed.address}, NPU {placed.visible}, physical {placed.physical})" if placed else ""
-        return (
-            f"Worker process {pid} of rank {rank}{where} died. Its last words are in Ray's log folder there "
-            f"(/tmp/ray/session_latest/logs/worker-*-{pid}.err), the kernel's, if it ran out of memory, in `dmesg`. "
-            "All workers of the engine were stopped; start it again."
-        )
+    def _lost(self, loss: Loss) -> None:
+        remove(loss.segments)
+        if loss.failure:
+            text = f"rank {loss.rank} ({loss.where}) failed: {loss.failure}"
+            self.fail(WorkerFailedError(text), but=loss.rank)
+        else:
+            self.fail(WorkerDiedError(_obituary(loss)))
 
     def _watch_by_ray(self, unseen: dict[Any, int]) -> None:
         """A call that blocks would crash if Ray were shut down under it: short ones, as upstream's."""
@@ -108,6 +145,14 @@ class Life:
 
         while not self._ending and ray.is_initialized():
             done, _ = ray.wait(list(unseen), num_returns=1, timeout=_RAY_POLL_S)
-            if done and not self._ending:
-                self._died(unseen[done[0]], pid=0)
+            if done:
+                self._lost(Loss(unseen[done[0]], 0, "node unknown", ""))
                 return
+
+
+def _obituary(loss: Loss) -> str:
+    return (
+        f"Worker process {loss.pid} of rank {loss.rank} ({loss.where}) died. Its last words are in Ray's log folder "
+        f"there (/tmp/ray/session_latest/logs/worker-*-{loss.pid}.err), the kernel's, if it ran out of memory, in "
+        "`dmesg`. All workers of the engine were stopped."
+    )

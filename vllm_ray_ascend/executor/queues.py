@@ -6,11 +6,14 @@ vLLM 0.23 to 0.33 can end an idle read over shared memory only: a request whose 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
 import zmq
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
+
+_POLL_MS = 100
 
 
 class CancellableQueue(MessageQueue):
@@ -20,6 +23,11 @@ class CancellableQueue(MessageQueue):
     _cancel_writer: Any = None
     _cancel_reader: Any = None
     _poller: Any = None
+
+    working_on: str = ""
+    """In a worker: the method that it was last asked for, until it asks for the next one."""
+    working_since: float = 0.0
+    """When that was read, as time.monotonic() has it."""
 
     @staticmethod
     def create_from_handle(handle: Any, rank: int) -> CancellableQueue:
@@ -38,27 +46,58 @@ class CancellableQueue(MessageQueue):
         reading: CancellableQueue = queue
         return reading
 
+    def segment(self) -> str | None:
+        """Name of the shared memory of this queue; None over TCP."""
+        buffer = getattr(self, "buffer", None)
+        return None if buffer is None else str(buffer.shared_memory.name)
+
+    def release(self) -> None:
+        """Remove the shared memory that this end has made; who has it open keeps it. vLLM leaves that to the garbage
+        collector, which a process that is killed while it ends does not reach."""
+        buffer = getattr(self, "buffer", None)
+        if buffer is not None and buffer.is_creator:
+            buffer.is_creator = False
+            with contextlib.suppress(FileNotFoundError):
+                buffer.shared_memory.unlink()
+
     def cancel(self, error: BaseException) -> None:
-        """End this and every later read with ``error``; for one other thread than the reader's."""
+        """End this and every later read, and a wait for the other ends, with ``error``; for one other thread than the
+        reader's."""
         if self._cancelled is not None:
             return
         self._cancelled = error
         if self._cancel_writer is not None:
             self._cancel_writer.send(b"")
-        self.shutdown()
+        if not self._is_writer:
+            self.shutdown()
+
+    def wait_until_ready(self) -> None:
+        """Wait for the other ends, as vLLM's; raises what `cancel` was given."""
+        queue: Any = self
+        local, remote = queue.local_socket, queue.remote_socket
+        queue.local_socket, queue.remote_socket = (socket and _Patient(socket, self) for socket in (local, remote))
+        try:
+            super().wait_until_ready()
+        finally:
+            queue.local_socket, queue.remote_socket = local, remote
 
     def dequeue(self, timeout: float | None = None, indefinite: bool = False) -> Any:
         """The next object, as vLLM's; raises what `cancel` was given."""
+        self.working_on = ""
         try:
             if self._poller is not None:
                 timeout = self._wait_for_either(timeout)
             if self._cancelled is not None:
                 raise self._cancelled
-            return super().dequeue(timeout, indefinite)
+            item = super().dequeue(timeout, indefinite)
         except RuntimeError:
             if self._cancelled is not None:
                 raise self._cancelled from None
             raise
+        self.working_since = time.monotonic()
+        method = item[0] if isinstance(item, tuple) and item else ""
+        self.working_on = method if isinstance(method, str) else "a function"
+        return item
 
     def _wait_for_either(self, timeout: float | None) -> float | None:
         """Return when there is something to read, or the queue is cancelled, or ``timeout`` seconds are over: what is
@@ -69,3 +108,18 @@ class CancellableQueue(MessageQueue):
         deadline = time.monotonic() + timeout
         self._poller.poll(max(0.0, timeout) * 1000)
         return max(0.0, deadline - time.monotonic())
+
+
+class _Patient:
+    """A socket whose `recv` ends when its queue is cancelled."""
+
+    def __init__(self, socket: Any, queue: CancellableQueue) -> None:
+        self._socket = socket
+        self._queue = queue
+        self.send = socket.send
+
+    def recv(self) -> Any:
+        while not self._socket.poll(_POLL_MS):
+            if self._queue._cancelled is not None:
+                raise self._queue._cancelled
+        return self._socket.recv()

@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 from vllm import envs
+from vllm.v1.executor import multiproc_executor
 from vllm.v1.executor.ray_executor_v2 import RayWorkerProc
+from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from vllm_ray_ascend.augment import platform_is_ours
 from vllm_ray_ascend.compat.ascend import has_port_ranges
-from vllm_ray_ascend.compat.rebind import with_globals
+from vllm_ray_ascend.compat.rebind import replace, with_globals
 from vllm_ray_ascend.devices.numbering import physical_of_logical
 from vllm_ray_ascend.devices.owners import check_assigned
 from vllm_ray_ascend.devices.visible import VARIABLE, complaint, entries
-from vllm_ray_ascend.engine.process import prepare_process
+from vllm_ray_ascend.engine.process import node_address, prepare_process
 from vllm_ray_ascend.environment.ports import port_variables
 from vllm_ray_ascend.errors import NotActiveError, VisibleDevicesError
-from vllm_ray_ascend.executor import lifeline
-from vllm_ray_ascend.executor.lifeline import Lifeline
 from vllm_ray_ascend.executor.queues import CancellableQueue
 from vllm_ray_ascend.executor.settle import settle
-from vllm_ray_ascend.executor.shared_memory import mapped, remove
 from vllm_ray_ascend.graphs import hooks
+from vllm_ray_ascend.lifecycle.deadlines import DEVICE, EXECUTE, HCCL, MODEL, step_limits
+from vllm_ray_ascend.lifecycle.lifeline import Lifeline
+from vllm_ray_ascend.lifecycle.messages import Doing, Holds, Message, Segment
+from vllm_ray_ascend.lifecycle.shared_memory import mapped, remove
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import load
 
 logger = get_logger(__name__)
+
+LIFELINE = "_VLLM_RAY_ASCEND_LIFELINE"
+"""Where a worker finds its executor."""
+STEPS = ("execute_model", "sample_tokens", "execute_dummy_batch")
+"""What vLLM asks of workers while it serves: when one of these fails, the engine is at its end."""
 
 
 class RayAscendWorkerProc(RayWorkerProc):
@@ -43,15 +54,35 @@ class RayAscendWorkerProc(RayWorkerProc):
 
     def _connect(self) -> Lifeline | None:
         """The connection to the executor; without it the worker is watched by Ray alone."""
-        text = os.environ.get(lifeline.VARIABLE)
+        text = os.environ.get(LIFELINE)
         if not text:
             return None
         rank: int = self._init_kwargs["rank"]
         try:
-            return Lifeline(text, rank, os.getpid(), load().silence_s, self._stop, self._end)
+            return Lifeline(
+                text,
+                rank,
+                node_address(),
+                load().silence_s,
+                on_stop=self._stop,
+                on_end=self._end,
+                activity=self._activity,
+            )
         except OSError as error:
-            logger.warning("rank %d on node %s cannot reach its executor at %s: %s", rank, _address(), text, error)
+            logger.warning("rank %d on node %s cannot reach its executor at %s: %s", rank, node_address(), text, error)
             return None
+
+    def _tell(self, message: Message) -> None:
+        if self._lifeline is not None:
+            self._lifeline.tell(message)
+
+    def _activity(self) -> str:
+        queue = getattr(self, "rpc_broadcast_mq", None)
+        if queue is None:
+            return "starting"
+        if not queue.working_on:
+            return "waiting for work"
+        return f"in {queue.working_on} for {time.monotonic() - queue.working_since:.1f} s"
 
     def _stop(self) -> None:
         """Leave the busy loop after the present step; SystemExit is how an actor ends its process on purpose."""
@@ -63,23 +94,54 @@ class RayAscendWorkerProc(RayWorkerProc):
             queue.cancel(SystemExit(0))
 
     def _end(self, lost: bool) -> None:
-        """End at once, from the lifeline's thread: the main one may be stuck in HCCL with a peer that is gone.
+        """A sibling is gone, for which the main thread may be waiting in HCCL: end at once. With the executor ``lost``
+        all siblings are there, and end in order: at once only where that takes too long.
 
-        The executor's own shared memory is its to remove, unless it is ``lost``.
+        The executor's own shared memory is its to remove, unless it is lost.
         """
         queue = getattr(self, "rpc_broadcast_mq", None)
-        kept = set() if lost or queue is None or queue.buffer is None else {queue.buffer.shared_memory.name}
-        remove(mapped() - kept)
+        if lost and queue is not None:
+            remove(mapped())
+            limit = threading.Timer(load().stop_grace_s, os._exit, (1,))
+            limit.daemon = True
+            limit.start()
+            self._stop()
+            return
+        remove(mapped() - (set() if lost or queue is None else {queue.segment()}))
         os._exit(1)
 
     def _init_message_queues(self, *args: Any, **kwargs: Any) -> None:
-        """vLLM's queues, with reads that `_stop` can end."""
+        """vLLM's queues, with reads that `_stop` can end, and shared memory that the executor knows of."""
         with_globals(super()._init_message_queues.__func__, MessageQueue=CancellableQueue)(self, *args, **kwargs)
+        if (segment := self.worker_response_mq.segment()) is not None:
+            self._tell(Segment(segment))
+
+    def run(self) -> None:
+        """As upstream's; a step that fails in one rank ends the engine now, not when its siblings' HCCL gives up."""
+        for name in STEPS:
+            if hasattr(self.worker, name):
+                setattr(self.worker, name, self._reporting(getattr(self.worker, name)))
+        super().run()
+
+    def _reporting(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def reporting(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return call(*args, **kwargs)
+            except Exception as error:
+                logger.exception("%s failed", call.__name__)
+                if self._lifeline is not None:
+                    self._lifeline.fail(error)
+                raise
+
+        return reporting
 
     def shutdown(self) -> None:
         """After the busy loop: settle what is under way on the NPU, then vllm-ascend's groups, then as upstream."""
         if self._stopping:
             settle(self.worker)
+        if isinstance(self.worker_response_mq, CancellableQueue):
+            self.worker_response_mq.release()
         super().shutdown()
         if self._stopping and self._lifeline is not None:
             self._lifeline.close()
@@ -97,7 +159,7 @@ class RayAscendWorkerProc(RayWorkerProc):
         listed = entries(os.environ.get(VARIABLE))
         usable = None if listed is None else [int(entry) for entry in listed if entry.isdigit()]
         owner = f"rank {self._init_kwargs['rank']}"
-        return node_id, check_assigned(owner, ids, envs.VLLM_RAY_PER_WORKER_GPUS, usable, _address())
+        return node_id, check_assigned(owner, ids, envs.VLLM_RAY_PER_WORKER_GPUS, usable, node_address())
 
     def initialize_worker(self, *args: Any, **kwargs: Any) -> None:
         """Open the NPU and make the worker. Arguments are the parent's, which differ between vLLM 0.23 and 0.33.
@@ -105,10 +167,21 @@ class RayAscendWorkerProc(RayWorkerProc):
         Raises VisibleDevicesError where a failure is that of the node's ASCEND_RT_VISIBLE_DEVICES.
         """
         given = inspect.signature(super().initialize_worker).bind(*args, **kwargs).arguments
+        self._tell(Holds(_own_npu(given)))
         _prepare(given)
+        replace(multiproc_executor, "WorkerWrapperBase", announcing(self._tell))
         hooks.install()
         try:
-            super().initialize_worker(*args, **kwargs)
+            self._initialize(super().initialize_worker, *args, **kwargs)
+        except Exception as error:
+            if self._lifeline is not None:
+                self._lifeline.fail(error)
+            raise
+        self._tell(Doing(""))
+
+    def _initialize(self, initialize: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        try:
+            initialize(*args, **kwargs)
         except Exception as error:
             import torch
 
@@ -116,7 +189,22 @@ class RayAscendWorkerProc(RayWorkerProc):
             reason = complaint(os.environ.get(VARIABLE), torch.npu.device_count())
             if reason is None:
                 raise
-            raise VisibleDevicesError(f"node {_address()}: {reason}. {_REMEDY}") from error
+            raise VisibleDevicesError(f"node {node_address()}: {reason}. {_REMEDY}") from error
+
+
+def announcing(tell: Callable[[Message], None]) -> type[WorkerWrapperBase]:
+    """vLLM's wrapper of a worker, which tells what it begins: the two long parts of a worker's start."""
+
+    class Announcing(WorkerWrapperBase):
+        def init_device(self) -> None:
+            tell(Doing(DEVICE))
+            super().init_device()
+
+        def load_model(self, *args: Any, **kwargs: Any) -> None:
+            tell(Doing(MODEL))
+            self.worker.load_model(*args, **kwargs)
+
+    return Announcing
 
 
 _REMEDY = (
@@ -128,8 +216,14 @@ _REMEDY = (
 def _prepare(given: dict[str, Any]) -> None:
     """Have this node's variables, not the driver's, before HCCL or gloo read them."""
     prepare_process()
+    copied: dict[str, str] = given.get("driver_env_vars") or {}
+    environ = {**copied, **os.environ}
+    limits = step_limits(
+        load(environ).hang_s, float(environ.get(EXECUTE) or envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS), environ
+    )
+    if limits.hccl_s is not None:
+        os.environ[HCCL] = str(limits.hccl_s)
     if load().node_env != "off":
-        copied: dict[str, str] = given.get("driver_env_vars") or {}
         share = float(copied.get("VLLM_RAY_PER_WORKER_GPUS", envs.VLLM_RAY_PER_WORKER_GPUS))
         os.environ.update(port_variables(_own_npu(given), share, os.environ, ranges=has_port_ranges()))
 
@@ -140,17 +234,11 @@ def _own_npu(given: dict[str, Any]) -> int:
     return physical_of_logical([int(physical) for physical in assigned], given["local_rank"])
 
 
-def _address() -> str:
-    import ray
-
-    return str(ray.util.get_node_ip_address())
-
-
 def _not_active() -> str:
     from vllm.platforms import current_platform
 
     return (
-        f"node {_address()}: vLLM's platform is {type(current_platform).__qualname__}, not the NPU platform with "
+        f"node {node_address()}: vLLM's platform is {type(current_platform).__qualname__}, not the NPU platform with "
         f"vllm-ray-ascend (VLLM_PLUGINS={os.environ.get('VLLM_PLUGINS', 'unset')}). Install the same vllm-ascend and "
         "vllm-ray-ascend on that node, and start Ray there without VLLM_RAY_ASCEND=0, and without a VLLM_PLUGINS that "
         "lacks `ray_ascend`."

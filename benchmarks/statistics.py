@@ -1,0 +1,78 @@
+"""From samples to figures: percentiles, and ratios between executors of one run. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+
+class Sample(NamedTuple):
+    """Values in seconds of one metric of one executor in one round of a case."""
+
+    case: str
+    executor: str
+    metric: str
+    round: int
+    values: list[float]
+
+
+class Spread(NamedTuple):
+    """A median and what surrounds it."""
+
+    least: float
+    median: float
+    most: float
+
+
+class Figure(NamedTuple):
+    """One metric of one executor: percentiles of all its values, and its ratio to the base of the same round.
+
+    ``ratio`` is None where the base has no such metric; ``size`` is the number of values.
+    """
+
+    median: float
+    p99: float
+    least: float
+    most: float
+    size: int
+    ratio: Spread | None
+
+
+def percentile(values: Iterable[float], share: float) -> float:
+    """The value below which ``share`` (0 to 1) of ``values`` lie, interpolated between neighbours.
+
+    Raises ValueError for no values.
+    """
+    ordered = sorted(values)
+    if not ordered:
+        raise ValueError("no values")
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Least, median and most of ``values``, of which there is one at least."""
+    return Spread(min(values), percentile(values, 0.5), max(values))
+
+
+def figures(samples: Iterable[Sample], base: str) -> dict[tuple[str, str, str], Figure]:
+    """The figure of every (case, metric, executor). Ratios pair the medians of one round, so that noise hits both."""
+    rounds: dict[tuple[str, str, str], dict[int, list[float]]] = {}
+    for sample in samples:
+        if sample.values:
+            of_key = rounds.setdefault((sample.case, sample.metric, sample.executor), {})
+            of_key.setdefault(sample.round, []).extend(sample.values)
+    return {key: _figure(own, rounds.get((key[0], key[1], base))) for key, own in rounds.items()}
+
+
+def _figure(own: dict[int, list[float]], base: dict[int, list[float]] | None) -> Figure:
+    values = [value for of_round in own.values() for value in of_round]
+    ratios = [
+        percentile(own[each], 0.5) / divisor
+        for each in own
+        if base is not None and each in base and (divisor := percentile(base[each], 0.5)) > 0
+    ]
+    least, median, most = spread(values)
+    return Figure(median, percentile(values, 0.99), least, most, len(values), spread(ratios) if ratios else None)

@@ -1,0 +1,206 @@
+"""The end of all lifelines, in the process that owns the others: executor and workers, manager and engine cores."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from vllm_ray_ascend.lifecycle.messages import (
+    ASK,
+    Address,
+    Doing,
+    Failed,
+    Hello,
+    Holds,
+    Message,
+    Report,
+    Segment,
+    parse,
+)
+from vllm_ray_ascend.lifecycle.sockets import keep_alive
+
+_CHUNK = 65536
+_MOST_UNREAD = 1 << 20
+
+
+@dataclass
+class Peer:
+    """A process at the other end. ``spent``: seconds that each part of its start took, in order."""
+
+    rank: int
+    pid: int
+    node: str
+    physical: int | None = None
+    doing: str = ""
+    since: float = field(default_factory=time.monotonic)
+    spent: dict[str, float] = field(default_factory=dict)
+    segments: list[str] = field(default_factory=list)
+    report: str | None = None
+    failed: bool = False
+
+    def where(self) -> str:
+        """Node and NPU, as messages have it."""
+        return f"node {self.node}" + ("" if self.physical is None else f", physical NPU {self.physical}")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A peer that is of no more use. ``failure`` is what it said; empty where its process is gone without a word."""
+
+    rank: int
+    pid: int
+    where: str
+    failure: str
+    segments: tuple[str, ...] = ()
+
+
+class Hub:
+    """Knows at once when a peer is gone. ``on_loss`` is called in the hub's thread, once for each peer."""
+
+    def __init__(self, host: str, silence_s: float, on_loss: Callable[[Loss], None]) -> None:
+        self._on_loss = on_loss
+        self._silence_s = silence_s
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, 0), family=family, backlog=128)
+        self._token = secrets.token_hex(8)
+        self.address = Address(host, self._listener.getsockname()[1], self._token)
+        self._peers: dict[socket.socket, Peer] = {}
+        self._unread: dict[socket.socket, bytes] = {}
+        self._changed = threading.Condition()
+        self._wake, self._woken = socket.socketpair()
+        self._selector = selectors.DefaultSelector()
+        for each in (self._listener, self._woken):
+            self._selector.register(each, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._run, daemon=True, name="RayAscendHub")
+        self._thread.start()
+
+    def text(self) -> str:
+        """The address, as a Lifeline takes it."""
+        return msgspec.json.encode(self.address).decode()
+
+    def peers(self) -> list[Peer]:
+        """Those that are connected, by rank."""
+        with self._changed:
+            return sorted(self._peers.values(), key=lambda peer: peer.rank)
+
+    def ranks(self) -> list[int]:
+        """Ranks of those that are connected."""
+        return [peer.rank for peer in self.peers()]
+
+    def order(self, command: bytes, but: int | None = None) -> None:
+        """Send STOP, DIE or ASK to all ranks ``but`` one."""
+        with self._changed:
+            for connection, peer in self._peers.items():
+                if peer.rank != but:
+                    with contextlib.suppress(OSError):
+                        connection.send(command)
+
+    def ask(self, limit_s: float) -> dict[int, str | None]:
+        """What each rank says that it is doing; None for one that does not answer within ``limit_s`` seconds."""
+        with self._changed:
+            peers = list(self._peers.values())
+            for peer in peers:
+                peer.report = None
+        self.order(ASK)
+        with self._changed:
+            self._changed.wait_for(lambda: all(peer.report is not None for peer in peers), limit_s)
+            return {peer.rank: peer.report for peer in sorted(peers, key=lambda peer: peer.rank)}
+
+    def wait_until_gone(self, limit_s: float) -> list[int]:
+        """Wait until nobody is connected; the ranks that still are after ``limit_s`` seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._peers, limit_s)
+        return self.ranks()
+
+    def close(self) -> None:
+        """Close all connections; peers that still live then end. May be called in any thread, and again."""
+        with contextlib.suppress(OSError):
+            self._wake.close()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        while True:
+            for key, _ in self._selector.select():
+                if key.fileobj is self._woken:
+                    self._close_all()
+                    return
+                if key.fileobj is self._listener:
+                    self._accept()
+                else:
+                    self._read(key.fileobj)  # type: ignore[arg-type]
+
+    def _accept(self) -> None:
+        connection, _ = self._listener.accept()
+        keep_alive(connection, self._silence_s)
+        self._selector.register(connection, selectors.EVENT_READ)
+
+    def _read(self, connection: socket.socket) -> None:
+        try:
+            data = connection.recv(_CHUNK)
+        except OSError:
+            data = b""
+        *lines, rest = (self._unread.pop(connection, b"") + data).split(b"\n")
+        known = all(self._take(connection, parse(text)) for text in lines)
+        if data and known and len(rest) < _MOST_UNREAD:
+            self._unread[connection] = rest
+        else:
+            self._drop(connection)
+
+    def _take(self, connection: socket.socket, message: Message | None) -> bool:
+        """Note what a peer says; whether it is one of ours."""
+        loss = None
+        with self._changed:
+            peer = self._peers.get(connection)
+            if peer is None:
+                if not isinstance(message, Hello) or message.token != self._token:
+                    return False
+                self._peers[connection] = Peer(message.rank, message.pid, message.node)
+            elif isinstance(message, Holds):
+                peer.physical = message.physical
+            elif isinstance(message, Doing):
+                _next_part(peer, message.what)
+            elif isinstance(message, Segment):
+                peer.segments.append(message.name)
+            elif isinstance(message, Report):
+                peer.report = message.text
+            elif isinstance(message, Failed) and not peer.failed:
+                peer.failed = True
+                loss = Loss(peer.rank, peer.pid, peer.where(), message.text)
+            self._changed.notify_all()
+        if loss is not None:
+            self._on_loss(loss)
+        return True
+
+    def _drop(self, connection: socket.socket) -> None:
+        self._selector.unregister(connection)
+        connection.close()
+        self._unread.pop(connection, None)
+        with self._changed:
+            gone = self._peers.pop(connection, None)
+            self._changed.notify_all()
+        if gone is not None:
+            self._on_loss(Loss(gone.rank, gone.pid, gone.where(), "", tuple(gone.segments)))
+
+    def _close_all(self) -> None:
+        for key in list(self._selector.get_map().values()):
+            key.fileobj.close()  # type: ignore[union-attr]
+        self._selector.close()
+        with self._changed:
+            self._peers.clear()
+            self._changed.notify_all()
+
+
+def _next_part(peer: Peer, what: str) -> None:
+    now = time.monotonic()
+    if peer.doing:
+        peer.spent[peer.doing] = now - peer.since
+    peer.doing, peer.since = what, now

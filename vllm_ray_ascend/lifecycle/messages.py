@@ -1,0 +1,76 @@
+"""What the two ends of a lifeline say to each other: single bytes down, one line of JSON a message up."""
+
+from __future__ import annotations
+
+import msgspec
+
+STOP = b"S"
+"""End in order, after the present step."""
+DIE = b"D"
+"""End at once: a sibling is gone, and HCCL would wait for it."""
+ASK = b"A"
+"""Say what you are doing."""
+
+
+class Address(msgspec.Struct, frozen=True):
+    """Where the hub listens, and the word by which it knows its own."""
+
+    host: str
+    port: int
+    token: str
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """The first message: who has connected, from the node with which address."""
+
+    token: str
+    rank: int
+    pid: int
+    node: str
+
+
+class Holds(msgspec.Struct, frozen=True, tag="holds"):
+    """The physical NPU that the sender opens."""
+
+    physical: int
+
+
+class Doing(msgspec.Struct, frozen=True, tag="doing"):
+    """A part of the start begins; empty: the last one is over."""
+
+    what: str
+
+
+class Segment(msgspec.Struct, frozen=True, tag="segment"):
+    """A shared memory segment that has to be removed when the sender is gone."""
+
+    name: str
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """The sender cannot go on, though its process lives."""
+
+    text: str
+
+
+class Report(msgspec.Struct, frozen=True, tag="report"):
+    """The answer to ASK."""
+
+    text: str
+
+
+Message = Hello | Holds | Doing | Segment | Failed | Report
+_DECODER: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
+
+
+def line(message: Message) -> bytes:
+    """``message`` as it is sent."""
+    return msgspec.json.encode(message) + b"\n"
+
+
+def parse(text: bytes) -> Message | None:
+    """The message of one line; None where it is none."""
+    try:
+        return _DECODER.decode(text)
+    except msgspec.MsgspecError:
+        return None
