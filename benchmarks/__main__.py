@@ -22,7 +22,7 @@ _DIGITS = 7  # a tenth of a microsecond
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure, write NAME.json, NAME.md and NAME.png, print the tables; the exit code."""
+    """Measure, write NAME.json, NAME.md and NAME.png, also of a run that failed on its way; the exit code."""
     options = read_options(arguments)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # on the way out, clusters are removed
     started = time.monotonic()
@@ -31,15 +31,19 @@ def main(arguments: Sequence[str]) -> int:
         "began": time.strftime("%Y-%m-%d %H:%M"),
         "options": dataclasses.asdict(options),
     }
+    samples: list[Sample] = []
+    failure = ""
     try:
-        samples = list(measure(options, lambda line: _say(started, line)))
+        for sample in measure(options, lambda line: _say(started, line)):
+            samples.append(sample)  # noqa: PERF402  what there is when a later one fails is kept
     except VllmRayAscendError as error:
-        print(f"\nmake bench: {error}", file=sys.stderr)
-        return 1
+        failure = str(error)
     run["seconds"] = round(time.monotonic() - started)
     run["samples"] = [_plain(sample) for sample in samples]
     _write(run, options, samples)
-    return 0
+    if failure:
+        print(f"\nmake bench: this run is not complete: {failure}", file=sys.stderr)
+    return 1 if failure else 0
 
 
 def _write(run: dict[str, Any], options: Options, samples: list[Sample]) -> None:

@@ -50,12 +50,18 @@ class Child:
         ready, _, _ = select.select([self._process.stdout], [], [], limit_s)
         line = self._process.stdout.readline() if ready else b""
         if not line:
-            reason = "ended" if ready else f"said nothing for {limit_s:g} s"
+            reason = f"ended ({self._exit_code()})" if ready else f"said nothing for {limit_s:g} s"
             raise BenchError(f"an engine's process {reason}: see {self.log}, which ends with\n{_tail(self.log)}")
         answer = json.loads(line)
         if "error" in answer:
             raise BenchError(f"an engine failed: {answer['error']}. See {self.log}.")
         return answer["result"]
+
+    def _exit_code(self) -> str:
+        try:
+            return f"exit code {self._process.wait(5)}"
+        except subprocess.TimeoutExpired:
+            return "no exit code"
 
     def close(self) -> None:
         """End the process: by closing its input, and by force where that does not do."""

@@ -12,6 +12,7 @@ from vllm_ray_ascend.compat.versions import installed, require_ray
 from vllm_ray_ascend.devices.numbering import visible_of_physical
 from vllm_ray_ascend.devices.visible import VARIABLE, entries
 from vllm_ray_ascend.errors import UpstreamChangedError
+from vllm_ray_ascend.settings import load
 
 _MARK = "_vllm_ray_ascend"
 _TO_VISIBLE = "logical_device_id_to_visible_device_id"
@@ -56,10 +57,13 @@ def is_augmented(platform: type) -> bool:
 
 
 def platform_is_ours() -> bool:
-    """Whether vLLM's platform has our members. It resolves the platform, so it is not for use while plugins load."""
+    """Whether vLLM's platform has our members, or is that of CUDA and VLLM_RAY_ASCEND=1 asks for us there.
+
+    It resolves the platform, so it is not for use while plugins load.
+    """
     from vllm.platforms import current_platform
 
-    return is_augmented(type(current_platform))
+    return is_augmented(type(current_platform)) or (current_platform.is_cuda() and load().active == "1")
 
 
 def _logical_to_visible(cls: Any, device_id: int) -> int:

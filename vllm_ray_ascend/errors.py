@@ -12,7 +12,7 @@ class SettingError(VllmRayAscendError, ValueError):
 
 
 class NotActiveError(VllmRayAscendError, RuntimeError):
-    """The plugin was asked for where it cannot work: no vllm-ascend, or another platform was chosen."""
+    """The plugin was asked for where it cannot work: vLLM's platform is neither the NPU's nor CUDA's."""
 
 
 class UpstreamChangedError(VllmRayAscendError, RuntimeError):
@@ -41,6 +41,10 @@ class PlacementError(VllmRayAscendError, RuntimeError):
 
 class ShortageError(PlacementError):
     """An engine cannot be placed now, but could be once NPUs are given back or nodes join."""
+
+
+class CaptureError(VllmRayAscendError, RuntimeError):
+    """Work on the device and the capture of a graph would have met."""
 
 
 class WorkerDiedError(VllmRayAscendError, RuntimeError):

@@ -16,6 +16,7 @@ from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from types import ModuleType
 
+from vllm_ray_ascend.accelerators.choose import current, unsupported
 from vllm_ray_ascend.compat.import_hook import when_imported
 from vllm_ray_ascend.compat.rebind import replace
 from vllm_ray_ascend.errors import NotActiveError
@@ -47,22 +48,18 @@ def platform() -> str | None:
 def general() -> None:
     """vllm.general_plugins: check the switches, and make `--distributed-executor-backend ray` mean our executor.
 
-    Raises SettingError for a bad switch, NotActiveError where VLLM_RAY_ASCEND=1 cannot be fulfilled.
+    Raises SettingError for a bad switch. Whether VLLM_RAY_ASCEND=1 can be fulfilled shows when vLLM's executor for Ray
+    is imported: only then may the platform be asked for.
     """
     _tell_vllm_our_switches()
     if is_off():
         return
     settings = load()
-    if not _has_vllm_ascend():
-        if settings.active == "1":
-            raise NotActiveError(
-                f"{PREFIX}=1 asks for vllm-ray-ascend, but vllm-ascend is not installed. Install it "
-                f"(`pip install vllm-ascend`), or unset {PREFIX}."
-            )
+    if not _has_vllm_ascend() and settings.active != "1":
         return
     for name in unknown(os.environ):
         logger.warning("%s is no switch of vllm-ray-ascend; `vllm-ray-ascend env` lists those there are", name)
-    if selected_alone():
+    if selected_alone() and _has_vllm_ascend():
         for plugin in left_out(entry_points(group="vllm.general_plugins"), os.environ):
             plugin.load()()
     if settings.executor == "ours":
@@ -100,10 +97,9 @@ def _load_executor(_: ModuleType) -> None:
     if platform_is_ours():
         import_module(_EXECUTOR_MODULE)
     elif load().active == "1":
-        raise NotActiveError(
-            f"{PREFIX}=1 asks for vllm-ray-ascend, but vLLM chose another platform than vllm-ascend's. Unset "
-            f"VLLM_TARGET_DEVICE, see that VLLM_PLUGINS names `ascend` or is unset, or unset {PREFIX}."
-        )
+        from vllm.platforms import current_platform
+
+        raise NotActiveError(f"{PREFIX}=1 asks for vllm-ray-ascend, but {unsupported(current_platform)}")
 
 
 def _select_executor(module: ModuleType) -> None:
@@ -140,7 +136,7 @@ def _select_device_ids(_: ModuleType) -> None:
     """Put ours over vLLM's and over vllm-ascend's patch, which wraps round and comes too late for Ray's actors."""
     from vllm_ray_ascend.engine.device_ids import select
 
-    select([sys.modules[name] for name in (_ENGINE_UTILS, _ENGINE_CORE) if name in sys.modules])
+    select([sys.modules[name] for name in (_ENGINE_UTILS, _ENGINE_CORE) if name in sys.modules], current().kind)
 
 
 def _tell_vllm_our_switches() -> None:

@@ -19,7 +19,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     active: Annotated[
         Literal["auto", "0", "1"],
-        Meta(description="auto: on where vllm-ascend is the platform; 0: off; 1: on, and an error where it cannot be"),
+        Meta(description="auto: on where vllm-ascend is the platform; 0: off; 1: on CUDA too, and an error elsewhere"),
     ] = "auto"
     executor: Annotated[
         Literal["ours", "upstream"],

@@ -96,6 +96,7 @@ def test_a_worker_on_another_node_is_killed_in_the_middle_of_a_request(
 def test_an_engine_starts_on_the_same_npus_at_once_and_ends_in_order(two_nodes_of_two: Cluster, tmp_path: Path) -> None:
     with serving(two_nodes_of_two, tmp_path) as server:
         check_text(server, DENSE, 1)
+        assert shared_memory(two_nodes_of_two) == []  # names are gone as soon as all ends have it open
         server._process.send_signal(signal.SIGINT)
         server._process.wait(LIMIT_S)
     log = (tmp_path / "log").read_text()

@@ -244,7 +244,8 @@ def test_scale_up_pins_a_rank_to_the_node_of_its_local_rank(two_nodes_of_eight: 
     assert (placed, local_ranks) == ([second], [1])
 
 
-@pytest.mark.parametrize("tp", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [2, 4])
 def test_2879(tp: int, tmp_path: Path) -> None:
     """DP 4 over two nodes with NPUs for two ranks each, with the default backend of data parallelism, as in the issue.
 

@@ -17,7 +17,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "log", "__init__"}),
     frozenset({"settings", "devices"}),
     frozenset({"environment", "compat"}),
-    frozenset({"augment", "cluster", "graphs", "lifecycle", "softnpu"}),
+    frozenset({"accelerators", "augment", "cluster", "graphs", "lifecycle", "softnpu"}),
     frozenset({"engine"}),
     frozenset({"executor", "platform"}),
     frozenset({"plugin"}),
@@ -70,3 +70,47 @@ def test_nothing_heavy_is_imported_but_late(path: Path) -> None:
         return
     heavy = {name.partition(".")[0] for name in at_import(ast.parse(path.read_text()))} & HEAVY
     assert not heavy, f"{path.relative_to(HOUSE)} imports {', '.join(heavy)} when it is imported"
+
+
+DEVICE_MODULES = {("torch", "npu"), ("torch", "cuda")}
+
+
+def names_a_device(tree: ast.AST) -> Iterator[str]:
+    """Where code says torch.npu, torch.cuda or torch_npu, by import or by attribute."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if (node.value.id, node.attr) in DEVICE_MODULES:
+                yield f"{node.value.id}.{node.attr} in line {node.lineno}"
+        elif isinstance(node, ast.Name) and node.id == "torch_npu":
+            yield f"torch_npu in line {node.lineno}"
+        elif isinstance(node, ast.ImportFrom) and node.module == "torch":
+            yield from (
+                f"torch.{a.name} in line {node.lineno}" for a in node.names if ("torch", a.name) in DEVICE_MODULES
+            )
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found = (tuple(name.split(".")[:2]) for name in imported(node))
+            yield from (".".join(name) for name in found if name in DEVICE_MODULES or name[0] == "torch_npu")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in files() if room_of(path) not in ("accelerators", "softnpu")],
+    ids=lambda path: str(path.relative_to(HOUSE)),
+)
+def test_only_accelerators_name_a_device(path: Path) -> None:
+    assert list(names_a_device(ast.parse(path.read_text()))) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.npu.synchronize()",
+        "x = torch.cuda",
+        "import torch_npu",
+        "import torch.cuda.graphs",
+        "from torch_npu.npu import x",
+        "from torch import npu",
+    ],
+)
+def test_the_rule_sees_every_way_to_name_one(line: str) -> None:
+    assert list(names_a_device(ast.parse(line)))

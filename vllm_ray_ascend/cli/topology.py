@@ -11,6 +11,7 @@ from vllm_ray_ascend.cluster.probe import probe
 from vllm_ray_ascend.cluster.registry import running
 from vllm_ray_ascend.cluster.topology import NodeInput, lines, topology
 from vllm_ray_ascend.compat.ray_state import available_per_node
+from vllm_ray_ascend.devices.kind import GPU, NPU
 from vllm_ray_ascend.devices.visible import parse
 
 
@@ -47,15 +48,17 @@ def _nodes() -> list[NodeInput]:
         address = str(row["NodeManagerAddress"])
         fact = facts.get(address)
         count = fact.cann_devices if fact else None
+        kind = GPU if row["Resources"].get("GPU") and not row["Resources"].get("NPU") and not count else NPU
         nodes.append(
             NodeInput(
                 address=address,
                 hostname=str(row["NodeManagerHostname"]),
-                declared=float(row["Resources"].get("NPU", 0)),
-                free=float(available.get(row["NodeID"], {}).get("NPU", 0)),
-                visible=fact.visible if fact else None,
+                declared=float(row["Resources"].get(kind.key, 0)),
+                free=float(available.get(row["NodeID"], {}).get(kind.key, 0)),
+                visible=fact.visible if fact and kind is NPU else None,
                 dies=fact.dies if fact else (),
                 usable=tuple(parse(fact.visible, count)) if fact and count is not None else None,
+                kind=kind,
             )
         )
     return nodes

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from vllm_ray_ascend.devices.kind import NPU, Kind
 from vllm_ray_ascend.errors import PlacementError, ShortageError
 
 INDICES_VARIABLE = "VLLM_RAY_BUNDLE_INDICES"
 SHARE_VARIABLE = "VLLM_RAY_PER_WORKER_GPUS"
-_NPU = "NPU"
 
 
 def check_bundles(
@@ -19,6 +19,7 @@ def check_bundles(
     share: float = 1.0,
     nodes: Sequence[str] = (),
     driver: str = "",
+    kind: Kind = NPU,
 ) -> list[int]:
     """Indices of the bundles of an engine's ``world_size`` workers, in the order of their ranks.
 
@@ -27,28 +28,30 @@ def check_bundles(
     free in each bundle (None: not known), ``share`` what one worker takes. Raises PlacementError.
     """
     for index, spec in enumerate(specs):
-        if spec.get(_NPU, 0) > 1:
+        if spec.get(kind.key, 0) > 1:
             raise PlacementError(
-                f"Bundle {index} of the placement group holds {spec[_NPU]:g} NPUs, vLLM wants one a bundle: make the "
-                f"group with `ray.util.placement_group([{{'NPU': 1}}] * {world_size})`"
+                f"Bundle {index} of the placement group holds {kind.counted(spec[kind.key])}, vLLM wants one a bundle: "
+                f"make the group with `ray.util.placement_group([{{'{kind.key}': 1}}] * {world_size})`"
             )
-    usable = [index for index, spec in enumerate(specs) if spec.get(_NPU)]
+    usable = [index for index, spec in enumerate(specs) if spec.get(kind.key)]
     if nodes:
         usable.sort(key=lambda index: (nodes[index] != driver, nodes[index]))
     if len(usable) < world_size:
         raise PlacementError(
-            f"The engine needs {world_size} bundles with an NPU, the placement group has {len(usable)} (in all "
+            f"The engine needs {world_size} bundles with {kind.one}, the placement group has {len(usable)} (in all "
             f"{len(specs)} bundles): lower --tensor-parallel-size or --pipeline-parallel-size, or make the group with "
-            f"`ray.util.placement_group([{{'NPU': 1}}] * {world_size})`"
+            f"`ray.util.placement_group([{{'{kind.key}': 1}}] * {world_size})`"
         )
-    chosen = _named(indices, specs, usable, world_size) if indices else usable[:world_size]
-    _check_share(chosen, specs, share)
+    chosen = _named(indices, specs, usable, world_size, kind) if indices else usable[:world_size]
+    _check_share(chosen, specs, share, kind)
     if free is not None:
-        _check_free(chosen, [index for index in usable if free[index] >= share], free, share)
+        _check_free(chosen, [index for index in usable if free[index] >= share], free, share, kind)
     return chosen
 
 
-def _named(indices: str, specs: Sequence[Mapping[str, float]], usable: Sequence[int], world_size: int) -> list[int]:
+def _named(
+    indices: str, specs: Sequence[Mapping[str, float]], usable: Sequence[int], world_size: int, kind: Kind
+) -> list[int]:
     """The bundles that VLLM_RAY_BUNDLE_INDICES names."""
     example = f"for instance {_setting(usable[:world_size])}"
     try:
@@ -62,26 +65,28 @@ def _named(indices: str, specs: Sequence[Mapping[str, float]], usable: Sequence[
     if beyond := [index for index in chosen if not 0 <= index < len(specs)]:
         raise _wrong(indices, f"names bundle {_text(beyond)}, the group has 0 to {len(specs) - 1}: {example}")
     if bare := [index for index in chosen if index not in usable]:
-        raise _wrong(indices, f"names bundle {_text(bare)} without NPU, with one are {_text(usable)}: {example}")
+        raise _wrong(indices, f"names bundle {_text(bare)} without {kind.key}, with one are {_text(usable)}: {example}")
     return chosen
 
 
-def _check_share(chosen: Iterable[int], specs: Sequence[Mapping[str, float]], share: float) -> None:
+def _check_share(chosen: Iterable[int], specs: Sequence[Mapping[str, float]], share: float, kind: Kind) -> None:
     """Raise PlacementError where a bundle holds less of an NPU than a worker takes: Ray would never start that one."""
     for index in chosen:
-        if (held := specs[index][_NPU]) < share:
+        if (held := specs[index][kind.key]) < share:
             raise PlacementError(
-                f"Bundle {index} holds {held:g} NPU, a worker takes {share:g}: make bundles of {{'NPU': {share:g}}}, "
-                f"or let a worker take less with {SHARE_VARIABLE}={held:g}"
+                f"Bundle {index} holds {held:g} {kind.key}, a worker takes {share:g}: make bundles of "
+                f"{{'{kind.key}': {share:g}}}, or let a worker take less with {SHARE_VARIABLE}={held:g}"
             )
 
 
-def _check_free(chosen: Sequence[int], free_ones: Sequence[int], free: Sequence[float], share: float) -> None:
+def _check_free(
+    chosen: Sequence[int], free_ones: Sequence[int], free: Sequence[float], share: float, kind: Kind
+) -> None:
     """Raise PlacementError where an engine holds a chosen bundle already, and name free ones."""
     held = [index for index in chosen if index not in free_ones]
     if not held:
         return
-    left = ", ".join(f"bundle {index} has {free[index]:g} NPU free" for index in held)
+    left = ", ".join(f"bundle {index} has {free[index]:g} {kind.key} free" for index in held)
     if len(free_ones) < len(chosen):
         remedy = f"{len(chosen)} are needed: stop the other engine, or make the placement group larger"
     else:

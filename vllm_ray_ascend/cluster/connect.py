@@ -15,7 +15,7 @@ from vllm_ray_ascend.cluster.resources import Node, check_free, check_npus, hold
 from vllm_ray_ascend.cluster.waiting import until
 from vllm_ray_ascend.compat.ray_state import available_per_node
 from vllm_ray_ascend.compat.versions import installed, require_ray
-from vllm_ray_ascend.devices.visible import VARIABLE
+from vllm_ray_ascend.devices.kind import NPU, Kind
 from vllm_ray_ascend.environment.table import early_variables
 from vllm_ray_ascend.errors import ClusterResourceError
 from vllm_ray_ascend.log import get_logger
@@ -68,24 +68,24 @@ def _check_listening(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
 
 
-def require_npus(needed: int, sizes: Mapping[str, int], wait_s: float) -> None:
-    """Check that the joined cluster declares ``needed`` NPUs and has them free, waiting up to ``wait_s`` seconds.
+def require_npus(needed: int, sizes: Mapping[str, int], wait_s: float, kind: Kind = NPU) -> None:
+    """Check that the joined cluster declares ``needed`` NPUs, or GPUs, and has them free, in up to ``wait_s`` seconds.
 
     ``sizes`` are the options whose product is ``needed``. vLLM itself would wait half an hour for a placement group
     that cannot be. Raises ClusterResourceError, which names NPUs that are there but that Ray was not told of.
     """
-    visible = os.environ.get(VARIABLE)
+    visible = os.environ.get(kind.variable)
 
     def check() -> None:
-        nodes = _nodes()
-        check_npus(nodes, needed, sizes, visible)
-        check_free(nodes, needed, sizes, _holders(nodes))
+        nodes = _nodes(kind)
+        check_npus(nodes, needed, sizes, visible, kind=kind)
+        check_free(nodes, needed, sizes, _holders(nodes, kind), kind)
 
     try:
         until(check, wait_s)
     except ClusterResourceError:
-        nodes = _nodes()
-        if total_npus(nodes) < needed:
+        nodes = _nodes(kind)
+        if total_npus(nodes) < needed and kind is NPU:
             untold = [str(finding) for _, finding in _audit(nodes) if finding.severity == "error"]
             check_npus(nodes, needed, sizes, visible, untold)
         raise
@@ -118,16 +118,16 @@ def sizes(parallel_config: Any) -> Mapping[str, int]:
     return {option: size for option, size in found.items() if size > 1} or {"--tensor-parallel-size": 1}
 
 
-def _nodes() -> list[Node]:
+def _nodes(kind: Kind = NPU) -> list[Node]:
     import ray
 
-    return live_nodes(ray.nodes(), available_per_node())
+    return live_nodes(ray.nodes(), available_per_node(), kind)
 
 
-def _holders(nodes: Sequence[Node]) -> list[str]:
+def _holders(nodes: Sequence[Node], kind: Kind) -> list[str]:
     import ray
 
-    return holders(ray.util.placement_group_table().values(), nodes)
+    return holders(ray.util.placement_group_table().values(), nodes, kind)
 
 
 def _audit(nodes: Sequence[Node]) -> list[tuple[Node, Finding]]:

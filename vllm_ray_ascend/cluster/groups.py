@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_ray_ascend.cluster.placement import NodeNpus
 from vllm_ray_ascend.cluster.resources import live_nodes
+from vllm_ray_ascend.devices.kind import NPU, Kind
 from vllm_ray_ascend.errors import PlacementError
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
-
-_NPU = "NPU"
 
 
 class Wanted(NamedTuple):
@@ -42,7 +41,7 @@ def reserve(wanted: Sequence[Wanted], limit_s: float) -> list[PlacementGroup]:
             if not group.wait(left):
                 raise PlacementError(
                     f"Ray did not grant placement group {each.name} ({_text(each.bundles)}, {each.strategy}) within "
-                    f"{limit_s:g} s, although its NPUs were free a moment before: another engine took them, or the "
+                    f"{limit_s:g} s, although all of it was free a moment before: another engine took it, or the "
                     "nodes lack CPUs. `ray status` and `vllm-ray-ascend topology` show who holds what; start again."
                 )
     except BaseException:
@@ -60,24 +59,24 @@ def release(groups: Iterable[PlacementGroup]) -> None:
             ray.util.remove_placement_group(group)
 
 
-def free_npus() -> list[NodeNpus]:
-    """Every live node's whole NPUs, free and in all, as Ray counts them now, by address: Ray's own order varies."""
+def free_npus(kind: Kind = NPU) -> list[NodeNpus]:
+    """Every live node's whole NPUs, or GPUs, free and in all, as Ray counts them now, by address: its order varies."""
     import ray
 
     from vllm_ray_ascend.compat.ray_state import available_per_node
 
-    nodes = live_nodes(ray.nodes(), available_per_node())
+    nodes = live_nodes(ray.nodes(), available_per_node(), kind)
     return [NodeNpus(node.address, free=int(node.free), total=int(node.npus)) for node in nodes]
 
 
-def free_in_bundles(group: PlacementGroup) -> list[float]:
-    """NPUs that are still free in each bundle of a granted group, by bundle index."""
+def free_in_bundles(group: PlacementGroup, kind: Kind = NPU) -> list[float]:
+    """Accelerators that are still free in each bundle of a granted group, by bundle index."""
     from vllm_ray_ascend.compat.ray_state import available_per_node
 
     free = [0.0] * len(group.bundle_specs)
     for resources in available_per_node().values():
         for index in range(len(free)):
-            free[index] += resources.get(f"{_NPU}_group_{index}_{group.id.hex()}", 0.0)
+            free[index] += resources.get(f"{kind.key}_group_{index}_{group.id.hex()}", 0.0)
     return free
 
 

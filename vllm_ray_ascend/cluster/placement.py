@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import NamedTuple
 
+from vllm_ray_ascend.devices.kind import NPU, Kind
 from vllm_ray_ascend.errors import PlacementError, ShortageError
 
 PACK_VARIABLE = "VLLM_RAY_DP_PACK_STRATEGY"
@@ -20,7 +21,7 @@ _AFFINITY = 0.001
 
 @dataclass(frozen=True)
 class NodeNpus:
-    """A live Ray node's whole NPUs: free now, and in all."""
+    """A live Ray node's whole accelerators of one kind: free now, and in all."""
 
     address: str
     free: int
@@ -39,6 +40,7 @@ class DpRequest:
     allowed_addresses: frozenset[str] = frozenset()
     """Nodes that may be used besides the master; empty: all."""
     all2all_backend: str = ""
+    kind: Kind = NPU
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,13 @@ def plan(request: DpRequest, nodes: Sequence[NodeNpus]) -> list[RankPlacement]:
     Raises PlacementError; it names the option that makes the request fit, or how much of it fits.
     """
     asked = _asked(request)
-    _check_nodes(asked, nodes, request.master_address, request.allowed_addresses)
+    _check_nodes(asked, nodes, request.master_address, request.allowed_addresses, request.kind)
     if request.strategy not in STRATEGIES:
         reason = f"{PACK_VARIABLE} knows {', '.join(STRATEGIES)} only"
-        raise _refusal(asked, nodes, reason, f"Unset it, or: {PACK_VARIABLE}=strict")
+        raise _refusal(asked, nodes, request.kind, reason, f"Unset it, or: {PACK_VARIABLE}=strict")
     attempt = _attempt(request, nodes)
     if attempt.reason:
-        raise ShortageError(_refusal_text(asked, nodes, attempt.reason, _remedy(request, nodes)))
+        raise ShortageError(_refusal_text(asked, nodes, request.kind, attempt.reason, _remedy(request, nodes)))
     return attempt.ranks
 
 
@@ -103,6 +105,7 @@ def plan_scale_up(
     master_address: str,
     nodes: Sequence[NodeNpus],
     allowed_addresses: Collection[str] = frozenset(),
+    kind: Kind = NPU,
 ) -> list[RankPlacement]:
     """Place the ranks that scaling to ``new_dp_size`` adds, the master's node first, each whole on one node.
 
@@ -111,8 +114,8 @@ def plan_scale_up(
     Raises PlacementError.
     """
     new = range(len(current), new_dp_size)
-    asked = f"Cannot scale from {len(current)} to {new_dp_size} data parallel ranks of {_npus(world_size)}"
-    _check_nodes(asked, nodes, master_address, allowed_addresses)
+    asked = f"Cannot scale from {len(current)} to {new_dp_size} data parallel ranks of {kind.counted(world_size)}"
+    _check_nodes(asked, nodes, master_address, allowed_addresses, kind)
     taken = {(rank.address, rank.local_dp_rank) for rank in current}
     places: list[tuple[str, int]] = []
     for node in _hosts(nodes, master_address, allowed_addresses):
@@ -120,15 +123,17 @@ def plan_scale_up(
         places += [(node.address, next(unused)) for _ in range(node.free // world_size)]
     if len(places) < len(new):
         fits = len(current) + len(places)
-        more = _shortage((len(new) - len(places)) * world_size)
+        more = _shortage((len(new) - len(places)) * world_size, kind)
         remedy = f'{more}, or scale to: {{"new_data_parallel_size": {fits}}}' if places else more
-        raise ShortageError(_refusal_text(asked, nodes, f"The nodes fit {_ranks(len(places))} more", remedy))
+        raise ShortageError(_refusal_text(asked, nodes, kind, f"The nodes fit {_ranks(len(places))} more", remedy))
     return [
         RankPlacement(rank, local, (address,) * world_size) for rank, (address, local) in zip(new, places, strict=False)
     ]
 
 
-def node_of_process(dp_rank: int, world_size: int, meeting: str, address: str, free: int) -> dict[str, float]:
+def node_of_process(
+    dp_rank: int, world_size: int, meeting: str, address: str, free: int, kind: Kind = NPU
+) -> dict[str, float]:
     """What a bundle of an MoE engine asks for besides its NPU with --data-parallel-backend mp: its node, or nothing.
 
     The workers of all ranks meet at --data-parallel-address (``meeting``), where the first worker of rank 0 listens: at
@@ -140,8 +145,8 @@ def node_of_process(dp_rank: int, world_size: int, meeting: str, address: str, f
         return {}
     if free < world_size:
         raise ShortageError(
-            f"Data parallel rank {dp_rank} of this MoE model needs {_npus(world_size)} on this node ({address}), where "
-            f"{free} are free: with --data-parallel-backend mp the ranks meet at {meeting}. Add "
+            f"Data parallel rank {dp_rank} of this MoE model needs {kind.counted(world_size)} on this node "
+            f"({address}), where {free} are free: with --data-parallel-backend mp the ranks meet at {meeting}. Add "
             "--data-parallel-backend ray --data-parallel-size-local N, with N ranks on this node; the others may then "
             "be on other nodes."
         )
@@ -183,11 +188,12 @@ def _span(request: DpRequest, hosts: Sequence[NodeNpus]) -> _Attempt:
     used = [node for node in hosts if node.free]
     largest = max((node.free for node in used), default=0)
     if request.world_size <= largest:
-        reason = f"span is for ranks larger than a node, {_npus(request.world_size)} fit one: use strict or fill"
+        fitting = request.kind.counted(request.world_size)
+        reason = f"span is for ranks larger than a node, {fitting} fit one: use strict or fill"
     elif not hosts[0].free:
-        reason = "The master has no free NPU"
+        reason = f"The master has no free {request.kind.key}"
     elif any(node.free != largest for node in used):
-        reason = "span needs equally many free NPUs on every node"
+        reason = f"span needs equally many free {request.kind.key}s on every node"
     elif request.world_size % largest:
         reason = f"span takes whole nodes, and {request.world_size} is no multiple of {largest}"
     elif request.dp_size_local != 1:
@@ -214,10 +220,10 @@ def _remedy(request: DpRequest, nodes: Sequence[NodeNpus]) -> str:
         if placed > fits:
             best, fits = other, placed
     if fits:
-        more = _shortage((request.dp_size - fits) * request.world_size)
+        more = _shortage((request.dp_size - fits) * request.world_size, request.kind)
         return f"{more}, or: {_difference(request, replace(best, dp_size=fits))}"
-    more = _shortage(request.dp_size * request.world_size - sum(node.free for node in nodes))
-    return f"{more}, or change the NPUs of a rank: --tensor-parallel-size, --pipeline-parallel-size"
+    more = _shortage(request.dp_size * request.world_size - sum(node.free for node in nodes), request.kind)
+    return f"{more}, or change the {request.kind.key}s of a rank: --tensor-parallel-size, --pipeline-parallel-size"
 
 
 def _alternatives(request: DpRequest, nodes: Sequence[NodeNpus]) -> Iterator[DpRequest]:
@@ -262,43 +268,44 @@ def _hosts(nodes: Sequence[NodeNpus], master: str, allowed: Collection[str]) -> 
     return sorted(usable, key=lambda node: node.address != master)
 
 
-def _check_nodes(asked: str, nodes: Sequence[NodeNpus], master: str, allowed: Collection[str]) -> None:
+def _check_nodes(asked: str, nodes: Sequence[NodeNpus], master: str, allowed: Collection[str], kind: Kind) -> None:
     """Raise PlacementError where the master or an allowed node is missing, or there is nothing to place on."""
     addresses = [node.address for node in nodes]
     listed = ",".join(addresses)
     if not nodes:
-        raise _refusal(asked, nodes, "The Ray cluster has no live node", "Start one: `ray start --head`")
+        raise _refusal(asked, nodes, kind, "The Ray cluster has no live node", "Start one: `ray start --head`")
     if len(set(addresses)) < len(addresses):
         reason = "An address has several Ray nodes, and ranks are pinned by address"
-        raise _refusal(asked, nodes, reason, "Keep one there: `ray stop`, then one `ray start`")
+        raise _refusal(asked, nodes, kind, reason, "Keep one there: `ray stop`, then one `ray start`")
     if not any(node.total for node in nodes):
-        remedy = (
-            """Load CANN's set_env.sh before `ray start`, or declare them: `ray start ... --resources='{"NPU": 8}'`"""
+        first = (
+            "Load CANN's set_env.sh before `ray start`" if kind is NPU else f"See `{kind.list_command}` on the nodes"
         )
-        raise _refusal(asked, nodes, "No node declares an NPU", remedy)
+        remedy = f"{first}, or declare them: `ray start ... {kind.ray_start(8)}`"
+        raise _refusal(asked, nodes, kind, f"No node declares {kind.one}", remedy)
     if master not in addresses:
         remedy = f"Set --data-parallel-address or VLLM_HOST_IP to this node's address there, one of: {listed}"
-        raise _refusal(asked, nodes, f"The master {master} is no live node of the Ray cluster", remedy)
+        raise _refusal(asked, nodes, kind, f"The master {master} is no live node of the Ray cluster", remedy)
     if unknown := [address for address in sorted(allowed) if address not in addresses]:
         reason = f"{NODES_VARIABLE} names {', '.join(unknown)}: no live node of the Ray cluster"
-        raise _refusal(asked, nodes, reason, f"Choose among: {NODES_VARIABLE}={listed}")
+        raise _refusal(asked, nodes, kind, reason, f"Choose among: {NODES_VARIABLE}={listed}")
 
 
-def _refusal(asked: str, nodes: Sequence[NodeNpus], reason: str, remedy: str) -> PlacementError:
-    return PlacementError(_refusal_text(asked, nodes, reason, remedy))
+def _refusal(asked: str, nodes: Sequence[NodeNpus], kind: Kind, reason: str, remedy: str) -> PlacementError:
+    return PlacementError(_refusal_text(asked, nodes, kind, reason, remedy))
 
 
-def _refusal_text(asked: str, nodes: Sequence[NodeNpus], reason: str, remedy: str) -> str:
+def _refusal_text(asked: str, nodes: Sequence[NodeNpus], kind: Kind, reason: str, remedy: str) -> str:
     have = ", ".join(f"{node.address}: {node.free} of {node.total}" for node in nodes) or "none"
-    return f"{asked}. Free NPUs: {have}. {reason}. {remedy}"
+    return f"{asked}. Free {kind.key}s: {have}. {reason}. {remedy}"
 
 
 def _asked(request: DpRequest) -> str:
     among = f", {_among(request)}" if request.allowed_addresses else ""
     return (
-        f"Cannot place {request.dp_size} data parallel ranks of {_npus(request.world_size)}, {request.dp_size_local} "
-        f"on the master {request.master_address} (--data-parallel-size {request.dp_size}, --data-parallel-size-local "
-        f"{request.dp_size_local}, {PACK_VARIABLE}={request.strategy}{among})"
+        f"Cannot place {request.dp_size} data parallel ranks of {request.kind.counted(request.world_size)}, "
+        f"{request.dp_size_local} on the master {request.master_address} (--data-parallel-size {request.dp_size}, "
+        f"--data-parallel-size-local {request.dp_size_local}, {PACK_VARIABLE}={request.strategy}{among})"
     )
 
 
@@ -306,14 +313,10 @@ def _among(request: DpRequest) -> str:
     return f"{NODES_VARIABLE}={','.join(sorted(request.allowed_addresses))}"
 
 
-def _shortage(npus: int) -> str:
-    missing = f"{_npus(npus)} more must be free: stop" if npus > 0 else "Stop"
+def _shortage(npus: int, kind: Kind) -> str:
+    missing = f"{kind.counted(npus)} more must be free: stop" if npus > 0 else "Stop"
     return f"{missing} other engines, add nodes (`ray start --address=HEAD:PORT`)"
 
 
 def _ranks(number: int) -> str:
     return f"{number} rank{'s' * (number != 1)}"
-
-
-def _npus(number: int) -> str:
-    return f"{number} NPU{'s' * (number != 1)}"

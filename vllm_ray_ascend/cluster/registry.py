@@ -11,8 +11,9 @@ from collections.abc import Collection, Iterable
 import msgspec
 
 from vllm_ray_ascend.compat.ray_state import kept_values
+from vllm_ray_ascend.devices.kind import NPU, Kind
 from vllm_ray_ascend.devices.owners import Claim
-from vllm_ray_ascend.devices.visible import VARIABLE, entries
+from vllm_ray_ascend.devices.visible import entries
 
 _NAMESPACE = b"vllm_ray_ascend"
 _PREFIX = b"engine/"
@@ -32,7 +33,10 @@ class RankRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One running engine. ``share`` is the part of an NPU that each worker has, ``started`` in seconds since 1970."""
+    """One running engine. ``share`` is the part of an NPU that each worker has, ``started`` in seconds since 1970.
+
+    ``device`` says whether these are NPUs or GPUs.
+    """
 
     engine: str
     dp_rank: int
@@ -43,6 +47,7 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
     share: float
     started: float
     ranks: tuple[RankRecord, ...]
+    device: str = NPU.key
 
     @property
     def owner(self) -> str:
@@ -58,24 +63,29 @@ def claims(record: EngineRecord) -> list[Claim]:
             address=rank.address,
             physical=rank.physical,
             share=record.share,
+            device=record.device,
         )
         for rank in record.ranks
     ]
 
 
-def unheeded_list(visible: str | None, address: str, records: Iterable[EngineRecord]) -> str | None:
+def unheeded_list(visible: str | None, address: str, records: Iterable[EngineRecord], kind: Kind = NPU) -> str | None:
     """Why ``visible``, the driver's list, is not what the engine's ranks on its node ``address`` have; None if it is.
 
     Ray assigns NPUs by the list with which it was started there (vllm-ascend #4929: a visible list that is ignored).
     """
     listed = entries(visible)
     got = sorted({rank.physical for record in records for rank in record.ranks if rank.address == address})
-    if listed is None or all(str(physical) in listed for physical in got):
+    if (
+        listed is None
+        or any(not entry.isdigit() for entry in listed)
+        or all(str(physical) in listed for physical in got)
+    ):
         return None
     return (
-        f"{VARIABLE}={visible} is set here, but Ray has assigned NPU {', '.join(map(str, got))} of this node: it "
-        "counts by the list with which it was started. To have this one: `ray stop` here, then "
-        f"`{VARIABLE}={visible} ray start ...`."
+        f"{kind.variable}={visible} is set here, but Ray has assigned {kind.key} {', '.join(map(str, got))} of this "
+        "node: it counts by the list with which it was started. To have this one: `ray stop` here, then "
+        f"`{kind.variable}={visible} ray start ...`."
     )
 
 

@@ -9,6 +9,7 @@ import msgspec
 
 from vllm_ray_ascend.cluster.registry import EngineRecord, RankRecord
 from vllm_ray_ascend.devices.cards import Die, cards_shared, die_name
+from vllm_ray_ascend.devices.kind import KINDS, NPU, Kind
 from vllm_ray_ascend.devices.owners import Claim
 
 
@@ -34,7 +35,10 @@ class Npu(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NodeTopology(msgspec.Struct, frozen=True, kw_only=True):
-    """One live node. ``free`` is what Ray can still give; ``others`` is held there by somebody who is no engine."""
+    """One live node, and its NPUs or, where it has none, its GPUs (``device``).
+
+    ``free`` is what Ray can still give; ``others`` is held there by somebody who is no engine.
+    """
 
     address: str
     hostname: str
@@ -44,14 +48,16 @@ class NodeTopology(msgspec.Struct, frozen=True, kw_only=True):
     others: float
     npus: tuple[Npu, ...]
     shared_cards: dict[int, list[str]]
+    device: str = NPU.key
 
 
 class Group(msgspec.Struct, frozen=True, kw_only=True):
-    """A placement group with NPUs that belongs to no running engine."""
+    """A placement group with NPUs or GPUs that belongs to no running engine."""
 
     group: str
     name: str
     npus: float
+    device: str = NPU.key
 
 
 class Topology(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,6 +78,7 @@ class NodeInput(msgspec.Struct, frozen=True, kw_only=True):
     visible: str | None
     usable: tuple[int, ...] | None
     dies: tuple[Die, ...] = ()
+    kind: Kind = NPU
 
 
 def topology(
@@ -88,14 +95,14 @@ def topology(
 def lines(found: Topology) -> Iterator[str]:
     """The topology as text for people."""
     for node in found.nodes:
-        visible = "" if node.visible is None else f", ASCEND_RT_VISIBLE_DEVICES={node.visible}"
-        yield f"node {node.address} ({node.hostname}): {node.declared:g} NPUs, {node.free:g} free{visible}"
+        visible = "" if node.visible is None else f", {KINDS[node.device].variable}={node.visible}"
+        yield f"node {node.address} ({node.hostname}): {node.declared:g} {node.device}s, {node.free:g} free{visible}"
         for npu in node.npus:
             yield f"  {npu.name:<7} {' + '.join(map(_owner_text, npu.owners)) or '-'}"
         for card, owners in node.shared_cards.items():
             yield f"  card {card} is shared by {' and '.join(owners)}, and so is its bandwidth"
         if node.others:
-            yield f"  {node.others:g} of the NPUs without a rank are held by others"
+            yield f"  {node.others:g} of the {node.device}s without a rank are held by others"
     for engine in found.engines:
         places = ", ".join(sorted({rank.address for rank in engine.ranks}))
         yield (
@@ -103,7 +110,8 @@ def lines(found: Topology) -> Iterator[str]:
             f"on {places}; driver {engine.address} pid {engine.pid}; placement group {engine.group}"
         )
     for group in found.groups:
-        yield f"placement group {group.group} ({group.name or 'no name'}): {group.npus:g} NPUs, no engine of ours"
+        number = f"{group.npus:g} {group.device}s"
+        yield f"placement group {group.group} ({group.name or 'no name'}): {number}, no engine of ours"
     if not found.engines:
         yield "no engine is running"
 
@@ -113,7 +121,7 @@ def _node(node: NodeInput, engines: Sequence[EngineRecord]) -> NodeTopology:
     held = 0.0
     for engine in engines:
         for rank in engine.ranks:
-            if rank.address == node.address:
+            if (rank.address, engine.device) == (node.address, node.kind.key):
                 owners.setdefault(rank.physical, []).append(_owner(engine, rank))
                 held += engine.share
     claimed = [
@@ -129,10 +137,15 @@ def _node(node: NodeInput, engines: Sequence[EngineRecord]) -> NodeTopology:
         visible=node.visible,
         others=max(0.0, node.declared - node.free - held),
         npus=tuple(
-            Npu(physical=physical, name=die_name(node.dies, physical), owners=tuple(owners[physical]))
+            Npu(
+                physical=physical,
+                name=die_name(node.dies, physical) if node.kind is NPU else f"{node.kind.key} {physical}",
+                owners=tuple(owners[physical]),
+            )
             for physical in sorted(owners)
         ),
         shared_cards=cards_shared(node.dies, claimed),
+        device=node.kind.key,
     )
 
 
@@ -146,6 +159,7 @@ def _owner_text(owner: Owner) -> str:
 
 def _foreign(table: Mapping[str, Mapping[str, Any]], ours: set[str]) -> Iterator[Group]:
     for identity, entry in table.items():
-        npus = sum(float(bundle.get("NPU", 0)) for bundle in entry["bundles"].values())
-        if entry["state"] == "CREATED" and npus and identity not in ours:
-            yield Group(group=identity, name=str(entry.get("name", "")), npus=npus)
+        for key in KINDS:
+            number = sum(float(bundle.get(key, 0)) for bundle in entry["bundles"].values())
+            if entry["state"] == "CREATED" and number and identity not in ours:
+                yield Group(group=identity, name=str(entry.get("name", "")), npus=number, device=key)

@@ -40,7 +40,7 @@ def with_globals(function: FunctionType, **replacements: Any) -> FunctionType:
     return rebound
 
 
-def replace(module: ModuleType, name: str, replacement: Any) -> None:
+def replace(module: ModuleType | type, name: str, replacement: Any) -> None:
     """Let ``module.name`` mean ``replacement``; `upstream` still finds what it was. May be called again.
 
     Raises UpstreamChangedError where the module has no such name.
@@ -52,7 +52,7 @@ def replace(module: ModuleType, name: str, replacement: Any) -> None:
     setattr(module, name, replacement)
 
 
-def upstream(module: ModuleType, name: str) -> Any:
+def upstream(module: ModuleType | type, name: str) -> Any:
     """What ``module.name`` is without us."""
     return getattr(module, _kept(name), None) or getattr(module, name)
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from vllm_ray_ascend.devices.visible import VARIABLE, listed
+from vllm_ray_ascend.devices.kind import KINDS, NPU, Kind
+from vllm_ray_ascend.devices.visible import listed
 from vllm_ray_ascend.errors import DeviceMappingError
 
 _DIGITS = 4  # Ray counts resources in ten-thousandths
@@ -20,6 +21,7 @@ class Claim:
     address: str
     physical: int
     share: float = 1.0
+    device: str = NPU.key
 
 
 def check_claims(claims: Iterable[Claim]) -> None:
@@ -32,18 +34,24 @@ def check_claims(claims: Iterable[Claim]) -> None:
     ]
     if not crowded:
         return
-    told = "; ".join(f"NPU {physical} of node {address}: {_and(shares)}" for (address, physical), shares in crowded)
+    told = "; ".join(f"{device} {number} of node {node}: {_and(shares)}" for (node, device, number), shares in crowded)
+    kind = KINDS[crowded[0][0][1]]
     most = max(len(shares) for _, shares in crowded)
     part = math.floor(10**_DIGITS / most) / 10**_DIGITS
     raise DeviceMappingError(
-        f"NPUs with more than one owner: {told}. Stop all but one (`vllm-ray-ascend topology` shows them). See that "
-        f"each of these nodes runs one Ray only, started with no more NPUs than its {VARIABLE} has. To share an NPU on "
-        f"purpose, start every owner with VLLM_RAY_PER_WORKER_GPUS={part:g}."
+        f"{kind.key}s with more than one owner: {told}. Stop all but one (`vllm-ray-ascend topology` shows them). "
+        f"See that each of these nodes runs one Ray only, started with no more {kind.key}s than its {kind.variable} "
+        f"has. To share {kind.one} on purpose, start every owner with VLLM_RAY_PER_WORKER_GPUS={part:g}."
     )
 
 
 def check_assigned(
-    owner: str, ids: Sequence[int | str], wanted: float, usable: Sequence[int] | None, address: str
+    owner: str,
+    ids: Sequence[int | str],
+    wanted: float,
+    usable: Sequence[int] | None,
+    address: str,
+    kind: Kind = NPU,
 ) -> list[int]:
     """Physical numbers of the NPUs that Ray assigned to ``owner``, a worker that asked for ``wanted`` NPUs.
 
@@ -56,36 +64,38 @@ def check_assigned(
     needed = max(1, math.ceil(wanted))
     if len(ids) < needed:
         raise DeviceMappingError(
-            f"Ray assigned {f'only NPUs {text}' if ids else 'no NPU'} to {where}, which asked for {wanted:g}. Leave "
-            f"VLLM_RAY_PER_WORKER_GPUS above 0, and on that node `ray stop`, unset {VARIABLE}, then "
-            """`ray start ... --resources='{"NPU": N}'` with the N of `npu-smi info`."""
+            f"Ray assigned {f'only {kind.key}s {text}' if ids else f'no {kind.key}'} to {where}, which asked for "
+            f"{wanted:g}. Leave VLLM_RAY_PER_WORKER_GPUS above 0, and on that node `ray stop`, unset {kind.variable}, "
+            f"then `ray start ... {kind.ray_start('N')}` with the N of `{kind.list_command}`."
         )
     if len(ids) > needed:
         raise DeviceMappingError(
-            f"Ray assigned NPUs {text} to {where}, which asked for {wanted:g}: the node declares more NPUs to Ray than "
-            f"its {VARIABLE} has, and Ray then hands out the whole list. On that node `ray stop`, then "
-            f"""`{VARIABLE}={text} ray start ... --resources='{{"NPU": {len(ids)}}}'`."""
+            f"Ray assigned {kind.key}s {text} to {where}, which asked for {wanted:g}: the node declares more "
+            f"{kind.key}s to Ray than its {kind.variable} has, and Ray then hands out the whole list. On that node "
+            f"`ray stop`, then `{kind.variable}={text} ray start ... {kind.ray_start(len(ids))}`."
         )
-    return [_checked(each, usable, where) for each in ids]
+    return [_checked(each, usable, where, kind) for each in ids]
 
 
-def _checked(assigned: int | str, usable: Sequence[int] | None, where: str) -> int:
+def _checked(assigned: int | str, usable: Sequence[int] | None, where: str, kind: Kind) -> int:
     number = str(assigned).strip()
     if number.isascii() and number.isdigit() and (usable is None or int(number) in usable):
         return int(number)
-    has = "" if usable is None else f", which has NPUs {listed(usable)}" if usable else ", which has no NPU"
-    mended = f"{VARIABLE}={listed(usable)} " if usable else ""
+    has = ""
+    if usable is not None:
+        has = f", which has {kind.key}s {listed(usable)}" if usable else f", which has no {kind.key}"
+    mended = f"{kind.variable}={listed(usable)} " if usable else ""
     raise DeviceMappingError(
-        f"Ray assigned NPU {number!r} to {where}{has}. Ray started there with a wrong {VARIABLE} or number of NPUs. "
-        f"On that node `ray stop`, then `{mended}ray start ...`."
+        f"Ray assigned {kind.key} {number!r} to {where}{has}. Ray started there with a wrong {kind.variable} or "
+        f"number of {kind.key}s. On that node `ray stop`, then `{mended}ray start ...`."
     )
 
 
-def _by_npu(claims: Iterable[Claim]) -> dict[tuple[str, int], dict[str, float]]:
+def _by_npu(claims: Iterable[Claim]) -> dict[tuple[str, str, int], dict[str, float]]:
     """The share of every owner, by node and NPU."""
-    npus: dict[tuple[str, int], dict[str, float]] = {}
+    npus: dict[tuple[str, str, int], dict[str, float]] = {}
     for claim in claims:
-        shares = npus.setdefault((claim.address, claim.physical), {})
+        shares = npus.setdefault((claim.address, claim.device, claim.physical), {})
         shares[claim.owner] = max(claim.share, shares.get(claim.owner, 0.0))
     return npus
 

@@ -9,30 +9,32 @@ from types import ModuleType
 from typing import Any
 
 from vllm_ray_ascend.compat.rebind import replace, upstream
+from vllm_ray_ascend.devices.kind import GPU, NPU, Kind
 from vllm_ray_ascend.devices.ranges import RankRequest, local_range
 from vllm_ray_ascend.devices.visible import VARIABLE
 from vllm_ray_ascend.errors import DeviceMappingError
 
 
-def refuse_device_ids(parallel_config: Any) -> None:
+def refuse_device_ids(parallel_config: Any, kind: Kind = NPU) -> None:
     """Raise DeviceMappingError where --device-ids is given: over Ray it cannot be had, and vLLM only warns of it."""
     ids = getattr(parallel_config, "assigned_physical_gpu_ids", None)
     if ids is not None:
         listed = ",".join(map(str, ids))
         raise DeviceMappingError(
-            f"--device-ids (NPUs {listed}) cannot choose NPUs over Ray, which assigns them itself. Leave "
-            f"--device-ids out, give Ray the list on that node: `ray stop`, then `{VARIABLE}={listed} ray start ...`."
+            f"--device-ids ({kind.key}s {listed}) cannot choose {kind.key}s over Ray, which assigns them itself. "
+            f"Leave --device-ids out, give Ray the list on that node: `ray stop`, then "
+            f"`{kind.variable}={listed} ray start ...`."
         )
 
 
-def select(modules: Sequence[ModuleType]) -> None:
+def select(modules: Sequence[ModuleType], kind: Kind = NPU) -> None:
     """Put our functions into vllm.v1.engine.utils and .core, over vllm-ascend's patch of them, whichever came first.
 
     Engine cores that are processes and use Ray's workers are assigned nothing, since Ray does that; whoever else asks
-    for a rank's range gets one that never wraps round to NPUs of another rank.
+    for a rank's range gets one that never wraps round to NPUs of another rank. On GPUs that one is vLLM's own.
     """
     for module in modules:
-        for name, make in _REPLACEMENTS.items():
+        for name, make in (_REPLACEMENTS if kind is NPU else _REPLACEMENTS_ON_GPUS).items():
             if hasattr(module, name):
                 replace(module, name, make(upstream(module, name)))
 
@@ -94,8 +96,24 @@ def isolating_nothing_over_ray(own: Callable[..., Any]) -> Callable[..., Any]:
     return set_device_control_env_var
 
 
+def assigning_nothing_over_ray(own: Callable[..., None]) -> Callable[..., None]:
+    """vLLM's set_assigned_physical_gpu_ids_for_dp_rank, ``own``, on GPUs for whatever does not run over Ray."""
+
+    def set_assigned(vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        if vllm_config.parallel_config.use_ray:
+            refuse_device_ids(vllm_config.parallel_config, GPU)
+        else:
+            own(vllm_config, *args, **kwargs)
+
+    return set_assigned
+
+
 _REPLACEMENTS: Mapping[str, Callable[[Any], Any]] = {
     "set_assigned_physical_gpu_ids_for_dp_rank": lambda _: set_assigned_physical_gpu_ids_for_dp_rank,  # vLLM 0.24 on
     "get_physical_gpu_ids_for_local_dp_rank": lambda _: physical_ids_of_dp_rank,  # vLLM 0.24 and later
     "set_device_control_env_var": isolating_nothing_over_ray,  # vLLM 0.23
+}
+_REPLACEMENTS_ON_GPUS: Mapping[str, Callable[[Any], Any]] = {
+    "set_assigned_physical_gpu_ids_for_dp_rank": assigning_nothing_over_ray,
+    "set_device_control_env_var": isolating_nothing_over_ray,
 }

@@ -11,13 +11,14 @@ from typing import Any
 from vllm import envs
 from vllm.v1.engine.utils import CoreEngineActorManager, get_env_vars_to_copy
 
+from vllm_ray_ascend.accelerators.choose import current
 from vllm_ray_ascend.cluster.connect import audit_nodes, connect
 from vllm_ray_ascend.cluster.groups import Wanted, free_npus, release, reserve
 from vllm_ray_ascend.cluster.placement import DpRequest, Placed, RankPlacement, plan, plan_scale_up
 from vllm_ray_ascend.cluster.registry import running, unheeded_list
 from vllm_ray_ascend.cluster.waiting import until
 from vllm_ray_ascend.compat.rebind import with_globals
-from vllm_ray_ascend.devices.visible import VARIABLE
+from vllm_ray_ascend.devices.kind import NPU, Kind
 from vllm_ray_ascend.engine.device_ids import refuse_device_ids
 from vllm_ray_ascend.engine.process import ENGINE_LIFELINE, driver_variable, node_address, variables_that_stay
 from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, travelling
@@ -38,6 +39,7 @@ class RayAscendEngineActorManager(CoreEngineActorManager):
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         self.placements: list[RankPlacement] = []
+        self._kind = current().kind
         start = with_globals(
             CoreEngineActorManager.__init__,
             get_env_vars_to_copy=_variables_to_copy,
@@ -78,29 +80,31 @@ class RayAscendEngineActorManager(CoreEngineActorManager):
             new_data_parallel_size,
             config.world_size,
             config.data_parallel_master_ip,
-            free_npus(),
+            free_npus(self._kind),
             _allowed_addresses(),
+            self._kind,
         )
-        groups = reserve(_wanted(old_vllm_config, added), _GRANT_LIMIT_S)
+        groups = reserve(_wanted(old_vllm_config, added, self._kind), _GRANT_LIMIT_S)
         self.placements[len(current) :] = added
         return groups, [placement.local_dp_rank for placement in added]
 
     def _create_groups(self, vllm_config: Any) -> tuple[list[Any], list[int]]:
         config = vllm_config.parallel_config
-        refuse_device_ids(config)
-        request = _request(config)
-        self.placements = until(lambda: plan(request, free_npus()), load().npu_wait_s)
-        audit_nodes({address for placement in self.placements for address in placement.bundle_addresses})
-        groups = reserve(_wanted(vllm_config, self.placements), _GRANT_LIMIT_S)
+        refuse_device_ids(config, self._kind)
+        request = _request(config, self._kind)
+        self.placements = until(lambda: plan(request, free_npus(self._kind)), load().npu_wait_s)
+        if self._kind is NPU:
+            audit_nodes({address for placement in self.placements for address in placement.bundle_addresses})
+        groups = reserve(_wanted(vllm_config, self.placements, self._kind), _GRANT_LIMIT_S)
         return groups, [placement.local_dp_rank for placement in self.placements]
 
     def _compare_own_list(self, vllm_config: Any) -> None:
-        """Say so where this process's ASCEND_RT_VISIBLE_DEVICES is not what its engines on this node have."""
+        """Say so where this process's visible list is not what its engines on this node have."""
         import ray
 
         ours = {f"{vllm_config.instance_id}{suffix}" for suffix in ("", *(f"_dp{p.dp_rank}" for p in self.placements))}
         records = [record for record in running() if record.engine in ours]
-        note = unheeded_list(os.environ.get(VARIABLE), ray.util.get_node_ip_address(), records)
+        note = unheeded_list(os.environ.get(self._kind.variable), ray.util.get_node_ip_address(), records, self._kind)
         if note:
             logger.warning("%s", note)
 
@@ -114,7 +118,7 @@ class RayAscendEngineActorManager(CoreEngineActorManager):
         release(getattr(self, "created_placement_groups", ()))
 
 
-def _request(config: Any) -> DpRequest:
+def _request(config: Any, kind: Kind) -> DpRequest:
     return DpRequest(
         dp_size=config.data_parallel_size,
         dp_size_local=config.data_parallel_size_local,
@@ -123,6 +127,7 @@ def _request(config: Any) -> DpRequest:
         strategy=getattr(envs, "VLLM_RAY_DP_PACK_STRATEGY", "strict"),
         allowed_addresses=_allowed_addresses(),
         all2all_backend=config.all2all_backend,
+        kind=kind,
     )
 
 
@@ -131,9 +136,9 @@ def _allowed_addresses() -> frozenset[str]:
     return frozenset(filter(None, map(str.strip, text.split(","))))
 
 
-def _wanted(vllm_config: Any, placements: Collection[RankPlacement]) -> list[Wanted]:
+def _wanted(vllm_config: Any, placements: Collection[RankPlacement], kind: Kind) -> list[Wanted]:
     return [
-        Wanted(f"{vllm_config.instance_id}_dp{placement.dp_rank}", placement.bundles(), placement.strategy)
+        Wanted(f"{vllm_config.instance_id}_dp{placement.dp_rank}", placement.bundles(kind.key), placement.strategy)
         for placement in placements
     ]
 

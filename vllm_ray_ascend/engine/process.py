@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 
-from vllm_ray_ascend.devices.visible import VARIABLE
-from vllm_ray_ascend.environment.driver import driver_settings, parse_driver_settings
+from vllm_ray_ascend.accelerators.choose import current
+from vllm_ray_ascend.devices.kind import NPU
+from vllm_ray_ascend.environment.driver import GROUPS, driver_settings, parse_driver_settings
 from vllm_ray_ascend.environment.node import prepare
-from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, of_the_node, on_request
+from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, NEVER_COPIED, of_the_node, on_request
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import load
 
@@ -21,7 +22,8 @@ def prepare_process() -> None:
     """Set the network variables of this node that nobody set; called in a Ray worker process."""
     if load().node_env == "off":
         return
-    for note in prepare(node_address(), parse_driver_settings(os.environ.get(DRIVER_VARIABLE))).notes:
+    groups = [group for group in GROUPS if current().kind is NPU or not group[0].startswith("HCCL_")]
+    for note in prepare(node_address(), parse_driver_settings(os.environ.get(DRIVER_VARIABLE)), groups=groups).notes:
         logger.warning("%s", note)
 
 
@@ -33,11 +35,11 @@ def driver_variable() -> str:
 def variables_that_stay() -> set[str]:
     """This process's variables that are its node's and go nowhere, unless the user wants some copied."""
     wanted = on_request(os.environ)
-    if VARIABLE in wanted:
+    for name in sorted(wanted & NEVER_COPIED):
         logger.warning(
-            "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY names %s, which is not copied: Ray counts NPUs by the list of each node. "
-            "Set it before `ray start` there.",
-            VARIABLE,
+            "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY names %s, which is not copied: Ray counts by the list of each node. Set "
+            "it before `ray start` there.",
+            name,
         )
     return of_the_node(os.environ, wanted)
 

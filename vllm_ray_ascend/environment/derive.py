@@ -25,8 +25,9 @@ def derive(
     interfaces: Iterable[Interface],
     environ: Mapping[str, str],
     driver: DriverSettings | None = None,
+    groups: Iterable[tuple[str, ...]] = GROUPS,
 ) -> Derived:
-    """Network settings that ``environ`` lacks, for a process on the node that Ray knows by ``address``.
+    """Network settings, of ``groups``, that ``environ`` lacks, for a process on the node that Ray knows by ``address``.
 
     What is set in ``environ`` stays as it is; an empty value counts as unset. Then come the driver's own settings, if
     this is its node, or for those that the user wants copied to every node. The rest comes from the interface that
@@ -37,7 +38,7 @@ def derive(
     interface = carrier(address, listed)
     fitting = _fitting(address, interface) if interface else {}
     valid = _valid_here(address, driver)
-    unset = [group for group in GROUPS if not any(environ.get(name) for name in group)]
+    unset = [group for group in groups if not any(environ.get(name) for name in group)]
     variables: dict[str, str] = {}
     for group in unset:
         given = {name: valid[name] for name in group if name in valid}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 
 from vllm_ray_ascend.environment.derive import Derived, Interface, derive
-from vllm_ray_ascend.environment.driver import DriverSettings
+from vllm_ray_ascend.environment.driver import GROUPS, DriverSettings
 
 
 def interfaces() -> list[Interface]:
@@ -24,13 +24,16 @@ def interfaces() -> list[Interface]:
 
 
 def prepare(
-    address: str, driver: DriverSettings | None = None, environ: MutableMapping[str, str] | None = None
+    address: str,
+    driver: DriverSettings | None = None,
+    environ: MutableMapping[str, str] | None = None,
+    groups: Sequence[tuple[str, ...]] = GROUPS,
 ) -> Derived:
     """Sets in ``environ`` (default: this process's) what it lacks of `derive`; what it set, and notes for the log.
 
     Call it before HCCL, gloo or vLLM's network functions are used, and before variables of the driver are applied.
     """
     environ = os.environ if environ is None else environ
-    derived = derive(address, interfaces(), environ, driver)
+    derived = derive(address, interfaces(), environ, driver, groups)
     environ.update(derived.variables)
     return derived

@@ -22,8 +22,8 @@ class Variable(NamedTuple):
 
 DRIVER_VARIABLE = "_VLLM_RAY_ASCEND_DRIVER"
 VISIBLE_DEVICES = "ASCEND_RT_VISIBLE_DEVICES"
-NEVER_COPIED = frozenset({VISIBLE_DEVICES})
-"""Not even on request: every node counts its own NPUs, and Ray has assigned them before a copy could arrive."""
+NEVER_COPIED = frozenset({VISIBLE_DEVICES, "CUDA_VISIBLE_DEVICES"})
+"""Not even on request: every node counts its own, and Ray has assigned them before a copy could arrive."""
 
 _CANN = "where CANN, or a part of it, is installed here"
 _LOG = "how much CANN logs, and where"

@@ -18,11 +18,11 @@ from vllm.v1.executor.ray_utils import (
 )
 
 from vllm_ray_ascend import __version__
+from vllm_ray_ascend.accelerators.choose import current
 from vllm_ray_ascend.cluster.groups import release
 from vllm_ray_ascend.cluster.registry import EngineRecord, publish, unheeded_list, withdraw
 from vllm_ray_ascend.compat.rebind import with_globals
 from vllm_ray_ascend.compat.versions import stack
-from vllm_ray_ascend.devices.visible import VARIABLE
 from vllm_ray_ascend.engine.process import driver_variable, variables_that_stay
 from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, early_variables
 from vllm_ray_ascend.errors import WorkerLateError
@@ -186,7 +186,8 @@ class RayAscendExecutor(RayExecutorV2):
         check_owners(record)
         self._record = record
         publish(record)
-        if note := unheeded_list(os.environ.get(VARIABLE), record.address, [record]):
+        kind = current().kind
+        if note := unheeded_list(os.environ.get(kind.variable), record.address, [record], kind):
             logger.warning("%s", note)
 
 

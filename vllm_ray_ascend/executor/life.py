@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from vllm_ray_ascend.errors import VllmRayAscendError, WorkerDiedError, WorkerFailedError
+from vllm_ray_ascend.executor.queues import drop_name
 from vllm_ray_ascend.lifecycle.hub import Hub, Loss, Peer
 from vllm_ray_ascend.lifecycle.messages import DIE, STOP
 from vllm_ray_ascend.lifecycle.shared_memory import remove
@@ -125,9 +126,7 @@ class Life:
             remove(segments)
         if late:
             logger.warning("ranks %s did not end in time and are killed", late)
-        broadcast = getattr(self._executor, "rpc_broadcast_mq", None)
-        if broadcast is not None:
-            broadcast.release()
+        drop_name(getattr(self._executor, "rpc_broadcast_mq", None))
         self._hub.close()
         self._hub = None
 

@@ -6,11 +6,13 @@ from typing import Any
 
 from vllm import envs
 
+from vllm_ray_ascend.accelerators.choose import current
 from vllm_ray_ascend.cluster.bundles import check_bundles
 from vllm_ray_ascend.cluster.connect import audit_nodes, connect, require_npus, sizes
 from vllm_ray_ascend.cluster.groups import Wanted, free_in_bundles, free_npus, reserve
 from vllm_ray_ascend.cluster.placement import node_of_process
 from vllm_ray_ascend.cluster.waiting import until
+from vllm_ray_ascend.devices.kind import NPU, Kind
 from vllm_ray_ascend.engine.device_ids import refuse_device_ids
 from vllm_ray_ascend.errors import PlacementError
 from vllm_ray_ascend.settings import load
@@ -28,14 +30,16 @@ def place(vllm_config: Any, ray_address: str | None = None) -> Any:
     """
     config = vllm_config.parallel_config
     connect(config, ray_address)
-    refuse_device_ids(config)
+    kind = current().kind
+    refuse_device_ids(config, kind)
     given = _given(config)
     if given is not None:
-        _check(given, config)
+        _check(given, config, kind)
         return None
-    require_npus(config.world_size, sizes(config), load().npu_wait_s)
-    audit_nodes(None)
-    bundle = {"NPU": 1.0, **_pinned(config)}
+    require_npus(config.world_size, sizes(config), load().npu_wait_s, kind)
+    if kind is NPU:
+        audit_nodes(None)
+    bundle = {kind.key: 1.0, **_pinned(config, kind)}
     wanted = Wanted(f"{vllm_config.instance_id}_dp{config.data_parallel_index}", [bundle] * config.world_size, "PACK")
     (config.placement_group,) = reserve([wanted], _GRANT_LIMIT_S)
     return config.placement_group
@@ -47,7 +51,7 @@ def _given(config: Any) -> Any:
     return config.placement_group or ray.util.get_current_placement_group()
 
 
-def _check(group: Any, config: Any) -> None:
+def _check(group: Any, config: Any, kind: Kind) -> None:
     """Raise PlacementError where the bundles of a group from outside cannot hold the engine."""
     import ray
 
@@ -62,18 +66,19 @@ def _check(group: Any, config: Any) -> None:
     indices, share = envs.VLLM_RAY_BUNDLE_INDICES or None, envs.VLLM_RAY_PER_WORKER_GPUS
 
     def check() -> None:
-        check_bundles(group.bundle_specs, free_in_bundles(group), config.world_size, indices, share, of_bundle, driver)
+        specs, free = group.bundle_specs, free_in_bundles(group, kind)
+        check_bundles(specs, free, config.world_size, indices, share, of_bundle, driver, kind)
 
     until(check, max(load().npu_wait_s, _FRESH_S))
 
 
-def _pinned(config: Any) -> dict[str, float]:
+def _pinned(config: Any, kind: Kind) -> dict[str, float]:
     """What ties an engine that is a process here, and no actor, to this node; nothing for most."""
     if config.data_parallel_size == 1 or config.data_parallel_backend == "ray":
         return {}
     import ray
 
     address = str(ray.util.get_node_ip_address())
-    free = next((node.free for node in free_npus() if node.address == address), 0)
+    free = next((node.free for node in free_npus(kind) if node.address == address), 0)
     meeting = config.data_parallel_master_ip
-    return node_of_process(config.data_parallel_index, config.world_size, meeting, address, free)
+    return node_of_process(config.data_parallel_index, config.world_size, meeting, address, free, kind)

@@ -1,7 +1,8 @@
 """vLLM's message queue, with reads that another thread can end, over shared memory and over TCP alike.
 
 vLLM 0.23 to 0.33 can end an idle read over shared memory only: a request whose worker died on another node hangs for
-300 s, vLLM's limit of an execution.
+300 s, vLLM's limit of an execution. And its shared memory keeps its name as long as the queue lives, so that a process
+that is killed leaves it behind: the name is only needed until all ends have it open.
 """
 
 from __future__ import annotations
@@ -13,7 +14,30 @@ from typing import Any
 import zmq
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 
+from vllm_ray_ascend.compat.rebind import replace, upstream
+
 _POLL_MS = 100
+
+
+def drop_name(queue: MessageQueue | None) -> None:
+    """Remove the name of the shared memory that this end has made; who has it open keeps it."""
+    buffer = getattr(queue, "buffer", None)
+    if buffer is not None and buffer.is_creator:
+        buffer.is_creator = False
+        with contextlib.suppress(FileNotFoundError):
+            buffer.shared_memory.unlink()
+
+
+def drop_names() -> None:
+    """From now on every queue of vLLM in this process, such as those of its groups, drops its name when all ends are
+    ready."""
+    wait = upstream(MessageQueue, "wait_until_ready")
+
+    def wait_until_ready(queue: MessageQueue) -> None:
+        wait(queue)
+        drop_name(queue)
+
+    replace(MessageQueue, "wait_until_ready", wait_until_ready)
 
 
 class CancellableQueue(MessageQueue):
@@ -51,15 +75,6 @@ class CancellableQueue(MessageQueue):
         buffer = getattr(self, "buffer", None)
         return None if buffer is None else str(buffer.shared_memory.name)
 
-    def release(self) -> None:
-        """Remove the shared memory that this end has made; who has it open keeps it. vLLM leaves that to the garbage
-        collector, which a process that is killed while it ends does not reach."""
-        buffer = getattr(self, "buffer", None)
-        if buffer is not None and buffer.is_creator:
-            buffer.is_creator = False
-            with contextlib.suppress(FileNotFoundError):
-                buffer.shared_memory.unlink()
-
     def cancel(self, error: BaseException) -> None:
         """End this and every later read, and a wait for the other ends, with ``error``; for one other thread than the
         reader's."""
@@ -80,6 +95,7 @@ class CancellableQueue(MessageQueue):
             super().wait_until_ready()
         finally:
             queue.local_socket, queue.remote_socket = local, remote
+        drop_name(self)
 
     def dequeue(self, timeout: float | None = None, indefinite: bool = False) -> Any:
         """The next object, as vLLM's; raises what `cancel` was given."""

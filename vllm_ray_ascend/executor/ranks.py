@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_ray_ascend.devices.numbering import physical_of_visible
-from vllm_ray_ascend.devices.visible import VARIABLE, entries
-
-_ACL = "libascendcl.so"
+from vllm_ray_ascend.accelerators.choose import current
+from vllm_ray_ascend.devices.kind import NPU
 
 
 @dataclass(frozen=True)
@@ -23,19 +20,22 @@ class Rank:
     visible: int
     physical: int
     pid: int
+    device: str = NPU.key
 
 
 def report(worker: Any) -> Rank:
     """The facts of ``worker``, in its own process and in the thread that opened its NPU: for collective_rpc."""
     import ray
 
-    visible = _opened_npu()
+    accelerator = current()
+    visible = accelerator.opened_device()
     return Rank(
         rank=worker.rank,
         address=ray.util.get_node_ip_address(),
         visible=visible,
-        physical=_physical(visible),
+        physical=accelerator.physical(visible),
         pid=os.getpid(),
+        device=accelerator.kind.key,
     )
 
 
@@ -44,34 +44,13 @@ def ready_line(version: str, stack: Mapping[str, str], ranks: Sequence[Rank]) ->
     nodes = {rank.address for rank in ranks}
     npus = {(rank.address, rank.physical) for rank in ranks}
     places = ", ".join(
-        f"rank {rank.rank} -> {rank.address} NPU {rank.visible} (physical {rank.physical})"
+        f"rank {rank.rank} -> {rank.address} {rank.device} {rank.visible} (physical {rank.physical})"
         for rank in sorted(ranks, key=lambda rank: rank.rank)
     )
-    versions = ", ".join(f"{name} {number}" for name, number in stack.items())
-    return f"vllm-ray-ascend {version} ready: {versions}; {_count(nodes, 'node')}, {_count(npus, 'NPU')}; {places}"
+    versions = ", ".join(f"{name} {number}" for name, number in stack.items() if number != "not installed")
+    device = ranks[0].device if ranks else NPU.key
+    return f"vllm-ray-ascend {version} ready: {versions}; {_count(nodes, 'node')}, {_count(npus, device)}; {places}"
 
 
 def _count(things: set[Any], name: str) -> str:
     return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
-
-
-def _opened_npu() -> int:
-    """Visible index of the NPU that this thread has open, as CANN says."""
-    found = ctypes.c_int32(-1)
-    code = ctypes.CDLL(_ACL).aclrtGetDevice(ctypes.byref(found))
-    if code:
-        raise RuntimeError(
-            f"aclrtGetDevice failed with CANN error {code}: worker process {os.getpid()} has no NPU open. Its log says "
-            "why, just before this; `npu-smi info` shows whether the NPU is healthy."
-        )
-    return found.value
-
-
-def _physical(visible: int) -> int:
-    """Physical number as CANN says, or by the visible list where CANN is too old to say."""
-    ask = getattr(ctypes.CDLL(_ACL), "aclrtGetLogicDevIdByUserDevId", None)
-    found = ctypes.c_int32(-1)
-    if ask is not None and ask(ctypes.c_int32(visible), ctypes.byref(found)) == 0:
-        return found.value
-    listed = entries(os.environ.get(VARIABLE))
-    return visible if listed is None else physical_of_visible([int(entry) for entry in listed], visible)

@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm import envs
 
+from vllm_ray_ascend.accelerators.choose import current
 from vllm_ray_ascend.cluster.registry import EngineRecord, RankRecord, claims, running
 from vllm_ray_ascend.devices.owners import check_claims
 
@@ -42,6 +43,7 @@ def record_of(executor: Any) -> EngineRecord:
         share=envs.VLLM_RAY_PER_WORKER_GPUS,
         started=time.time(),
         ranks=ranks,
+        device=current().kind.key,
     )
 
 

@@ -15,16 +15,18 @@ from vllm.v1.executor import multiproc_executor
 from vllm.v1.executor.ray_executor_v2 import RayWorkerProc
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
+from vllm_ray_ascend.accelerators.choose import current
 from vllm_ray_ascend.augment import platform_is_ours
 from vllm_ray_ascend.compat.ascend import has_port_ranges
 from vllm_ray_ascend.compat.rebind import replace, with_globals
+from vllm_ray_ascend.devices.kind import NPU
 from vllm_ray_ascend.devices.numbering import physical_of_logical
 from vllm_ray_ascend.devices.owners import check_assigned
 from vllm_ray_ascend.devices.visible import VARIABLE, complaint, entries
 from vllm_ray_ascend.engine.process import node_address, prepare_process
 from vllm_ray_ascend.environment.ports import port_variables
 from vllm_ray_ascend.errors import NotActiveError, VisibleDevicesError
-from vllm_ray_ascend.executor.queues import CancellableQueue
+from vllm_ray_ascend.executor.queues import CancellableQueue, drop_name, drop_names
 from vllm_ray_ascend.executor.settle import settle
 from vllm_ray_ascend.graphs import hooks
 from vllm_ray_ascend.lifecycle.deadlines import DEVICE, EXECUTE, HCCL, MODEL, step_limits
@@ -140,8 +142,7 @@ class RayAscendWorkerProc(RayWorkerProc):
         """After the busy loop: settle what is under way on the NPU, then vllm-ascend's groups, then as upstream."""
         if self._stopping:
             settle(self.worker)
-        if isinstance(self.worker_response_mq, CancellableQueue):
-            self.worker_response_mq.release()
+        drop_name(self.worker_response_mq)
         super().shutdown()
         if self._stopping and self._lifeline is not None:
             self._lifeline.close()
@@ -156,10 +157,13 @@ class RayAscendWorkerProc(RayWorkerProc):
 
     def _checked(self, ask: Callable[[], tuple[str, list[int]]]) -> tuple[str, list[int]]:
         node_id, ids = ask()
-        listed = entries(os.environ.get(VARIABLE))
+        kind = current().kind
+        listed = entries(os.environ.get(kind.variable))
         usable = None if listed is None else [int(entry) for entry in listed if entry.isdigit()]
+        if kind is not NPU and usable is not None and len(usable) < len(listed or ()):
+            usable = None  # a list of UUIDs: vLLM has translated what Ray assigned
         owner = f"rank {self._init_kwargs['rank']}"
-        return node_id, check_assigned(owner, ids, envs.VLLM_RAY_PER_WORKER_GPUS, usable, node_address())
+        return node_id, check_assigned(owner, ids, envs.VLLM_RAY_PER_WORKER_GPUS, usable, node_address(), kind)
 
     def initialize_worker(self, *args: Any, **kwargs: Any) -> None:
         """Open the NPU and make the worker. Arguments are the parent's, which differ between vLLM 0.23 and 0.33.
@@ -167,8 +171,9 @@ class RayAscendWorkerProc(RayWorkerProc):
         Raises VisibleDevicesError where a failure is that of the node's ASCEND_RT_VISIBLE_DEVICES.
         """
         given = inspect.signature(super().initialize_worker).bind(*args, **kwargs).arguments
-        self._tell(Holds(_own_npu(given)))
+        self._tell(Holds(_own_npu(given), current().kind.key))
         _prepare(given)
+        drop_names()
         replace(multiproc_executor, "WorkerWrapperBase", announcing(self._tell))
         hooks.install()
         try:
@@ -183,10 +188,10 @@ class RayAscendWorkerProc(RayWorkerProc):
         try:
             initialize(*args, **kwargs)
         except Exception as error:
-            import torch
-
+            if current().kind is not NPU:
+                raise
             # Only now: asking before would fix the list before vLLM 0.23 has set it.
-            reason = complaint(os.environ.get(VARIABLE), torch.npu.device_count())
+            reason = complaint(os.environ.get(VARIABLE), current().device_count())
             if reason is None:
                 raise
             raise VisibleDevicesError(f"node {node_address()}: {reason}. {_REMEDY}") from error
@@ -216,6 +221,8 @@ _REMEDY = (
 def _prepare(given: dict[str, Any]) -> None:
     """Have this node's variables, not the driver's, before HCCL or gloo read them."""
     prepare_process()
+    if current().kind is not NPU:
+        return
     copied: dict[str, str] = given.get("driver_env_vars") or {}
     environ = {**copied, **os.environ}
     limits = step_limits(
@@ -230,7 +237,7 @@ def _prepare(given: dict[str, Any]) -> None:
 
 def _own_npu(given: dict[str, Any]) -> int:
     """Physical NPU of this worker: of the engine's on this node (vLLM 0.23: a variable) the one at its local rank."""
-    assigned = given.get("assigned_physical_gpu_ids") or entries(given["env_vars"].get(VARIABLE)) or []
+    assigned = given.get("assigned_physical_gpu_ids") or entries(given["env_vars"].get(current().kind.variable)) or []
     return physical_of_logical([int(physical) for physical in assigned], given["local_rank"])
 
 
@@ -239,7 +246,7 @@ def _not_active() -> str:
 
     return (
         f"node {node_address()}: vLLM's platform is {type(current_platform).__qualname__}, not the NPU platform with "
-        f"vllm-ray-ascend (VLLM_PLUGINS={os.environ.get('VLLM_PLUGINS', 'unset')}). Install the same vllm-ascend and "
-        "vllm-ray-ascend on that node, and start Ray there without VLLM_RAY_ASCEND=0, and without a VLLM_PLUGINS that "
-        "lacks `ray_ascend`."
+        f"vllm-ray-ascend, nor CUDA's with VLLM_RAY_ASCEND=1 (VLLM_PLUGINS={os.environ.get('VLLM_PLUGINS', 'unset')}). "
+        "Install the same vllm-ascend and vllm-ray-ascend on that node, and start Ray there without VLLM_RAY_ASCEND=0, "
+        "and without a VLLM_PLUGINS that lacks `ray_ascend`."
     )

@@ -39,6 +39,7 @@ class Peer:
     pid: int
     node: str
     physical: int | None = None
+    device: str = "NPU"
     doing: str = ""
     since: float = field(default_factory=time.monotonic)
     spent: dict[str, float] = field(default_factory=dict)
@@ -48,7 +49,7 @@ class Peer:
 
     def where(self) -> str:
         """Node and NPU, as messages have it."""
-        return f"node {self.node}" + ("" if self.physical is None else f", physical NPU {self.physical}")
+        return f"node {self.node}" + ("" if self.physical is None else f", physical {self.device} {self.physical}")
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ class Hub:
                     return False
                 self._peers[connection] = Peer(message.rank, message.pid, message.node)
             elif isinstance(message, Holds):
-                peer.physical = message.physical
+                peer.physical, peer.device = message.physical, message.device
             elif isinstance(message, Doing):
                 _next_part(peer, message.what)
             elif isinstance(message, Segment):

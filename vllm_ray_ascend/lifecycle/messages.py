@@ -30,9 +30,10 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
 
 class Holds(msgspec.Struct, frozen=True, tag="holds"):
-    """The physical NPU that the sender opens."""
+    """The physical NPU, or what else ``device`` says, that the sender opens."""
 
     physical: int
+    device: str = "NPU"
 
 
 class Doing(msgspec.Struct, frozen=True, tag="doing"):

@@ -1,0 +1,86 @@
+"""Ascend NPUs, through torch_npu, CANN's runtime and vllm-ascend."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+from vllm_ray_ascend.accelerators import npu_errors
+from vllm_ray_ascend.accelerators.base import Accelerator, explained
+from vllm_ray_ascend.devices.kind import NPU
+from vllm_ray_ascend.devices.numbering import physical_of_visible
+from vllm_ray_ascend.devices.visible import entries
+
+_ACL = "libascendcl.so"
+
+
+class Npu(Accelerator):
+    """The NPUs of this process."""
+
+    kind = NPU
+    name = "npu"
+    communicator = "hccl"
+
+    @property
+    def torch_module(self) -> Any:
+        """torch.npu, which torch_npu adds to torch."""
+        import torch
+        import torch_npu  # noqa: F401
+
+        return torch.npu
+
+    @property
+    def graph_class(self) -> Any:
+        """ACL graphs; vllm-ascend's UpdatableGraph is a subclass."""
+        return self.torch_module.NPUGraph
+
+    def explain(self, error: BaseException | str) -> str | None:
+        """By the codes of HCCL and CANN's runtime, and known texts."""
+        return explained(error, npu_errors.explain)
+
+    def opened_device(self) -> int:
+        """As CANN says: torch.npu.current_device is 0 in a thread that has opened nothing."""
+        found = ctypes.c_int32(-1)
+        code = ctypes.CDLL(_ACL).aclrtGetDevice(ctypes.byref(found))
+        if code:
+            raise RuntimeError(
+                f"aclrtGetDevice failed with CANN error {code}: worker process {os.getpid()} has no NPU open. Its log "
+                "says why, just before this; `npu-smi info` shows whether the NPU is healthy."
+            )
+        return found.value
+
+    def physical(self, index: int) -> int:
+        """As CANN says, or by the visible list where CANN is too old to say."""
+        ask = getattr(ctypes.CDLL(_ACL), "aclrtGetLogicDevIdByUserDevId", None)
+        found = ctypes.c_int32(-1)
+        if ask is not None and ask(ctypes.c_int32(index), ctypes.byref(found)) == 0:
+            return found.value
+        listed = entries(os.environ.get(NPU.variable))
+        return index if listed is None else physical_of_visible([int(entry) for entry in listed], index)
+
+    def leave_groups(self) -> None:
+        """vllm-ascend's own groups (MC2, FlashComm, ...), which it has a function to destroy and never calls it."""
+        from vllm_ascend.distributed.parallel_state import destroy_ascend_model_parallel
+
+        destroy_ascend_model_parallel()
+
+    def _drop_graphs(self, model_runner: Any) -> None:
+        """By what vllm-ascend's sleep mode has for it, in 0.23 to 0.33, and with a new pool of graph memory.
+
+        A capture that could not begin, for want of a stream, leaves torch_npu's pool as if it went on: every later one
+        in that pool fails with "already recording to mempool_id" (seen with torch_npu 2.13).
+        """
+        from vllm.platforms import current_platform
+        from vllm_ascend.compilation import acl_graph
+        from vllm_ascend.device_allocator.sleep_mem_optimized import AclGraphSleepWakeupManager
+
+        AclGraphSleepWakeupManager.reset_all_graph_params()
+        AclGraphSleepWakeupManager.reset_model_runner_graph_manager(model_runner)
+        type(current_platform)._global_graph_pool = None
+        pool = current_platform.get_global_graph_pool()
+        manager: Any = getattr(model_runner, "cudagraph_manager", None)
+        if getattr(manager, "pool", None) is not None:
+            manager.pool = pool
+        for wrapper in list(acl_graph._acl_graph_wrappers):
+            wrapper.graph_pool = pool
