@@ -14,8 +14,11 @@ from typing import Any
 import torch
 import torch_npu  # noqa: F401
 
+from vllm_ray_ascend.accelerators.choose import accelerator
+
 MARKER = "RESULT "
 MIB = 1 << 20
+NPU = accelerator("npu")
 
 
 def held() -> dict[str, int]:
@@ -50,16 +53,14 @@ class Captures:
 
     def one(self, mib: int = 1) -> None:
         """Capture a graph that works on so much memory."""
-        from vllm_ray_ascend.graphs import device
-
         with torch.npu.stream(self._stream):
-            stream = device.current_stream()
+            stream = NPU.current_stream()
             graph = self._kind()
             try:
                 with torch.npu.graph(graph, pool=self._pool):
                     torch.ones(mib * MIB // 4, device="npu").mul_(2)
             finally:
-                device.restore_stream(stream)
+                NPU.set_stream(stream)
             self.graphs.append(graph)
 
     def until_it_fails(self) -> str:
@@ -80,9 +81,10 @@ def no_streams() -> dict[str, Any]:
     captures = Captures()
     before = held()
     failure = captures.until_it_fails()
-    full = held()
+    full, free = held(), NPU.free_streams()
     captures.drop()
     return {
+        "free": [free, NPU.free_streams()],
         "failure": failure,
         "graphs": full["streams"] - before["streams"],
         "left": {name: held()[name] - before[name] for name in before},
@@ -152,6 +154,8 @@ def main(hooked: bool) -> dict[str, Any]:
     if hooked:
         from vllm_ray_ascend.graphs import hooks
 
+        NPU.watch_captures()
+        NPU.watch_captures()
         hooks.install()
         hooks.install()
     torch.npu.Stream()  # torch_npu makes its streams all at once

@@ -60,6 +60,7 @@ def test_after_a_want_of_streams_graphs_are_captured_again(hooked: dict[str, Any
     assert "207008" in seen["failure"]
     assert seen["graphs"] == ROOM_FOR_GRAPHS
     assert seen["left"] == {"mib": 0, "streams": 0}
+    assert seen["free"] == [0, ROOM_FOR_GRAPHS]
     assert "already recording" in seen["same_pool"], "torch_npu mends this by now: no new pool is needed"
     assert seen["again"] == "" and seen["random"] == ""
 

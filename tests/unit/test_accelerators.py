@@ -39,7 +39,8 @@ def calls_of_the_base() -> list[tuple[str, int, list[str]]]:
 
 def test_the_base_uses_what_is_looked_at_here() -> None:
     assert {name for name, *_ in calls_of_the_base()} == {
-        "device_count", "set_device", "current_device", "current_stream", "Stream", "stream", "Event", "synchronize",
+        "device_count", "set_device", "current_device", "current_stream", "Stream", "stream", "set_stream", "Event",
+        "synchronize",
         "is_current_stream_capturing", "empty_cache", "mem_get_info", "memory_allocated", "memory_reserved",
     }  # fmt: skip
 
@@ -134,8 +135,8 @@ def graphs() -> type[Graph]:
 
 def test_captures_are_seen_from_begin_to_end(graphs: type[Graph]) -> None:
     captures = Captures()
-    watch(graphs, captures)
-    watch(graphs, captures)  # once is enough
+    watch(graphs, captures, print)
+    watch(graphs, captures, print)  # once is enough
     graph = graphs()
     assert graph.capture_begin(pool=7) == 7
     assert [captures.under_way] == [True]
@@ -149,7 +150,7 @@ def test_captures_are_seen_from_begin_to_end(graphs: type[Graph]) -> None:
 
 def test_a_capture_that_cannot_begin_is_none(graphs: type[Graph]) -> None:
     captures = Captures()
-    watch(graphs, captures)
+    watch(graphs, captures, print)
     graph = graphs()
     graph.begins = False
     with pytest.raises(RuntimeError, match="no stream"):

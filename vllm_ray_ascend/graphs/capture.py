@@ -6,12 +6,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from vllm_ray_ascend.accelerators.choose import current
 from vllm_ray_ascend.errors import GraphCaptureError
-from vllm_ray_ascend.graphs import budget, device
+from vllm_ray_ascend.graphs import budget
 from vllm_ray_ascend.graphs.groups import agree_on_least, communicators, is_first, vote
 from vllm_ray_ascend.graphs.ladder import EAGER, Failure, Plan, step_down
 from vllm_ray_ascend.graphs.reasons import Reason, why
-from vllm_ray_ascend.graphs.release import release_graphs
 from vllm_ray_ascend.graphs.runner import State, change, load_of, make_keys, plan_of, planned, state_of
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import load, variable_of
@@ -60,12 +60,13 @@ def with_vote(warmup_and_capture: Capture) -> Capture:
 
 def _attempt(capture: Callable[[], Any]) -> Reason | None:
     """Why ``capture`` failed. The error itself is not kept: its frames hold the graph and tensors of it."""
-    stream = device.current_stream()
+    npu = current()
+    stream = npu.current_stream()
     try:
         capture()
-        device.synchronize()
+        npu.synchronise()
     except Exception as error:  # noqa: BLE001  every rank must come to the vote
-        device.restore_stream(stream)
+        npu.set_stream(stream)
         return why(error)
     return None
 
@@ -81,7 +82,7 @@ def _capture(runner: Any, capture_model: Capture) -> Any:
         done, result = _try(runner, state, capture_model)
         if done:
             break
-        release_graphs(runner)
+        current().release_graphs(runner)
         plan = _lower(state, plan, asked)
         change(runner, plan)
     state.released = False
@@ -148,7 +149,7 @@ def _budgeted(runner: Any, plan: Plan) -> Plan:
     if settings.graph_budget == "off":
         return plan
     groups = communicators()
-    free = settings.graph_streams or device.free_streams()
+    free = settings.graph_streams or current().free_streams()
     free = budget.assumed(len(groups.all)) if free is None else free
     available, least = agree_on_least(free, -budget.streams(load_of(runner, len(groups.in_graphs))))
     needed = -least

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from vllm_ray_ascend.accelerators.choose import current
 from vllm_ray_ascend.graphs.reasons import Reason
 
 
@@ -79,10 +80,8 @@ def communicators() -> Communicators:
 
 
 def _is_made(group: Any) -> bool:
-    import torch
-
     try:
-        backend = group.device_group._get_backend(torch.device("npu"))
+        backend = group.device_group._get_backend(current().device(group.local_rank))
         return bool(backend.get_hccl_comm_name(group.rank_in_group, init_comm=False))
     except (AttributeError, RuntimeError, TypeError):  # another torch_npu: better counted than forgotten
         return group.device_group is not None

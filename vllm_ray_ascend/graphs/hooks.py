@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -10,7 +9,6 @@ from typing import Any
 
 from vllm_ray_ascend.compat.import_hook import when_imported
 from vllm_ray_ascend.errors import UpstreamChangedError
-from vllm_ray_ascend.graphs import device
 from vllm_ray_ascend.graphs.capture import with_steps_down, with_vote
 from vllm_ray_ascend.graphs.sleep import recapturing, releasing
 from vllm_ray_ascend.graphs.update import with_rescue, with_rescue_of_parameters
@@ -28,16 +26,12 @@ def install() -> None:
 
 
 def _install(module: ModuleType) -> None:
-    import torch
-
     runner = module.NPUModelRunner
     _around(runner, "capture_model", with_steps_down)
     _around(runner, "_warmup_and_capture", with_vote)
     _around(runner, "_update_full_graph_params_if_needed", with_rescue_of_parameters)
     _around(module.NPUWorker, "sleep", releasing)
     _around(module.NPUWorker, "wake_up", recapturing)
-    _around(torch.npu.NPUGraph, "capture_begin", _leaving_the_pool)
-    _around(torch.npu.NPUGraph, "capture_end", _leaving_the_pool)
     updatable = sys.modules.get(_UPDATABLE)
     if updatable is not None:  # vllm-ascend 0.23 has none
         _around(updatable.UpdatableGraph, "update", with_rescue)
@@ -57,21 +51,3 @@ def _around(owner: type, name: str, wrap: Wrap) -> None:
     wrapped = wrap(present)
     setattr(wrapped, _MARK, True)
     setattr(owner, name, wrapped)
-
-
-def _leaving_the_pool(capture: Callable[..., Any]) -> Callable[..., Any]:
-    """Begin or end of a capture, which leaves the memory pool as it was where it fails."""
-
-    @functools.wraps(capture)
-    def leaving(graph: Any, *args: Any, **kwargs: Any) -> Any:
-        if capture.__name__ == "capture_begin":
-            graph._vllm_ray_ascend_pool = kwargs.get("pool", args[0] if args else None)
-        try:
-            return capture(graph, *args, **kwargs)
-        except Exception:
-            pool = graph._vllm_ray_ascend_pool
-            if pool is not None:
-                device.leave_pool(pool)
-            raise
-
-    return leaving

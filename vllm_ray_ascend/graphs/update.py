@@ -10,10 +10,12 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from vllm_ray_ascend.graphs import device
+from vllm_ray_ascend.accelerators.choose import current
 from vllm_ray_ascend.log import get_logger
 
 logger = get_logger(__name__)
+
+_TRIES = 4
 
 
 def with_rescue(update: Callable[..., None]) -> Callable[..., None]:
@@ -49,7 +51,12 @@ def with_rescue_of_parameters(update: Callable[..., None]) -> Callable[..., None
 
 
 def _let_go(events: Iterable[Any], update_stream: Any) -> None:
+    npu = current()
+    waiting = (update_stream, npu.current_stream())
     try:
-        device.record_all(events, (update_stream, device.current_stream()))
-    except Exception as error:  # noqa: BLE001  the error that is under way matters more
-        logger.warning("a graph whose update failed could not be let go: %s", error)
+        # torch_npu gives out the streams of a pool in turn: a new one may be one of those that wait.
+        rescue = next(stream for _ in range(_TRIES) if (stream := npu.new_stream()) not in waiting)
+        for event in events:
+            event.record(rescue)
+    except (RuntimeError, StopIteration) as error:  # the error that is under way matters more
+        logger.warning("a graph whose update failed could not be let go: %r", error)
