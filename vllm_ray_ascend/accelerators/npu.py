@@ -110,9 +110,10 @@ class Npu(Accelerator):
         import torch_npu
 
         device = self.current_device()
-        with contextlib.suppress(RuntimeError):  # ended already, where the capture did begin
-            torch_npu._C._npu_endAllocateToPool(device, pool)
-        torch_npu._C._npu_releasePool(device, pool)
+        ways = (getattr(torch_npu._C, name, None) for name in ("_npu_endAllocateToPool", "_npu_releasePool"))
+        for undo in filter(None, ways):
+            with contextlib.suppress(RuntimeError):  # allocation has ended already, where the capture did begin
+                undo(device, pool)
 
 
 def _graphs(acl_graph: Any, model_runner: Any) -> Iterator[Any]:
