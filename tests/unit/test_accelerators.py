@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import os
 import subprocess
@@ -114,6 +115,7 @@ class Graph:
     """The two methods that torch's graphs have."""
 
     begins = True
+    ends = True
 
     def capture_begin(self, pool: Any = None) -> Any:
         if not self.begins:
@@ -121,6 +123,8 @@ class Graph:
         return pool
 
     def capture_end(self) -> str:
+        if not self.ends:
+            raise RuntimeError("broken")
         return "ended"
 
 
@@ -158,6 +162,20 @@ def test_a_capture_that_cannot_begin_is_none(graphs: type[Graph]) -> None:
     assert not captures.under_way
     captures.end()  # torch may call it all the same
     assert not captures.under_way
+
+
+def test_a_capture_that_failed_leaves_its_pool_once(graphs: type[Graph]) -> None:
+    left: list[int] = []
+    captures = Captures()
+    watch(graphs, captures, left.append)
+    for pool, begins, ends in ((1, True, True), (2, False, False), (3, True, False), (None, True, False)):
+        graph = graphs()
+        graph.begins, graph.ends = begins, ends
+        with contextlib.suppress(RuntimeError):
+            graph.capture_begin(pool=pool)
+        with contextlib.suppress(RuntimeError):  # torch ends a capture that never began as well
+            graph.capture_end()
+    assert left == [2, 3] and not captures.under_way
 
 
 def test_a_capture_waits_for_other_threads_and_not_for_its_own() -> None:
