@@ -148,6 +148,29 @@ def update() -> dict[str, Any]:
     return {"good": good, "failure": said(lambda: step(2.0, -1.0)), "synchronize": said(torch.npu.synchronize)}
 
 
+def lost() -> dict[str, Any]:
+    """A stream that joins a capture and is not there: torch_npu asks for it in its task queue, which ends with that."""
+    side, event = torch.npu.Stream(), torch.npu.Event()
+    x, stream, graphs = torch.ones(4, device="npu"), NPU.current_stream(), []
+
+    def capture() -> None:
+        graph = torch.npu.NPUGraph()
+        with torch.npu.graph(graph):
+            event.record()
+            event.wait(side)
+            with torch.npu.stream(side):
+                x.add_(1)
+            event.record(side)
+            event.wait()
+        graphs.append(graph)
+
+    worked = NPU.works()
+    while not (failure := said(capture)):
+        pass
+    NPU.set_stream(stream)
+    return {"worked": worked, "graphs": len(graphs), "failure": failure, "works": NPU.works()}
+
+
 def main(hooked: bool) -> dict[str, Any]:
     import vllm_ascend.worker.worker  # noqa: F401
 
@@ -159,7 +182,7 @@ def main(hooked: bool) -> dict[str, Any]:
         hooks.install()
         hooks.install()
     torch.npu.Stream()  # torch_npu makes its streams all at once
-    return {"no_streams": no_streams(), "broken": broken(), "update": update()}
+    return {"no_streams": no_streams(), "broken": broken(), "update": update(), "lost": lost()}
 
 
 if __name__ == "__main__":

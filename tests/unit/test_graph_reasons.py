@@ -59,7 +59,9 @@ def test_what_was_suppressed_is_no_reason() -> None:
 
 
 def test_the_verdict_names_the_lowest_rank_and_prefers_a_fault() -> None:
-    streams, fault = Reason("streams", "no stream"), Reason("fault", "broken")
+    streams, fault, lost = Reason("streams", "no stream"), Reason("fault", "broken"), Reason("lost", "gone")
+    assert verdict([streams, lost, lost]) == Reason("lost", "rank 1, and 2 more ranks: gone")
+    assert verdict([lost, fault]) == Reason("fault", "rank 1, and 1 more rank: broken")
     assert verdict([None, streams]) == Reason("streams", "rank 1: no stream")
     assert verdict([streams, streams]) == Reason("streams", "rank 0, and 1 more rank: no stream")
     assert verdict([streams, None, fault, streams]) == Reason("fault", "rank 2, and 2 more ranks: broken")

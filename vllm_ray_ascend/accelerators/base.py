@@ -124,6 +124,18 @@ class Accelerator(ABC):
         """Wait for all work on the calling thread's device."""
         self.torch_module.synchronize()
 
+    def works(self) -> bool:
+        """Whether the device still does what this thread asks of it. After an error in torch_npu's task queue (of a
+        call that it makes in another thread, as for a stream that joins a capture), it drops whatever is queued.
+        """
+        event = self.new_event()
+        try:
+            event.record()
+            self.synchronise()
+            return bool(event.query())
+        except RuntimeError:
+            return False
+
     def watch_captures(self) -> None:
         """Notice every capture of this process from now on, and tidy up after one that fails.
 

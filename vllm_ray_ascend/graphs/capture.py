@@ -11,8 +11,8 @@ from vllm_ray_ascend.errors import GraphCaptureError
 from vllm_ray_ascend.graphs import budget
 from vllm_ray_ascend.graphs.groups import agree_on_least, communicators, is_first, vote
 from vllm_ray_ascend.graphs.ladder import EAGER, Failure, Plan, step_down
-from vllm_ray_ascend.graphs.reasons import Reason, why
-from vllm_ray_ascend.graphs.runner import State, change, load_of, make_keys, plan_of, planned, state_of
+from vllm_ray_ascend.graphs.reasons import Reason, short_of_streams, why
+from vllm_ray_ascend.graphs.runner import State, change, load_of, make_keys, plan_of, planned, state_of, streams_of_one
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import load, variable_of
 
@@ -42,20 +42,35 @@ def with_vote(warmup_and_capture: Capture) -> Capture:
     """
 
     @functools.wraps(warmup_and_capture)
-    def voting(runner: Any, desc: Any, *args: Any, **kwargs: Any) -> None:
-        state = state_of(runner)
+    def voting(runner: Any, desc: Any, cudagraph_runtime_mode: Any, *args: Any, **kwargs: Any) -> None:
+        state, mode = state_of(runner), cudagraph_runtime_mode.name
+        capture = functools.partial(warmup_and_capture, runner, desc, cudagraph_runtime_mode, *args, **kwargs)
         if not state.capturing:  # vLLM tries a few graphs to estimate their memory
-            warmup_and_capture(runner, desc, *args, **kwargs)
+            capture()
             return
-        verdict = vote(_attempt(functools.partial(warmup_and_capture, runner, desc, *args, **kwargs)))
+        before = current().free_streams()
+        verdict = vote(_shortage(runner, mode, before)) or vote(_attempt(capture))
         if verdict is None:
             state.captured += 1
+            after = current().free_streams()
+            if before is not None and after is not None:
+                state.taken[mode] = before - after
             return
         state.failure = Failure(verdict.kind, state.captured, state.planned, desc.num_tokens)
         state.failure_text = verdict.text
         raise _StoppedError
 
     return voting
+
+
+def _shortage(runner: Any, mode: str, free: int | None) -> Reason | None:
+    """Too few streams for another graph like the last. To try would be worse: see `Accelerator.works`."""
+    if free is None:
+        return None
+    needed = state_of(runner).taken.get(mode)
+    if needed is None:
+        needed = streams_of_one(runner, mode, len(communicators().in_graphs))
+    return None if free >= needed else short_of_streams(free, needed)
 
 
 def _attempt(capture: Callable[[], Any]) -> Reason | None:
@@ -67,7 +82,8 @@ def _attempt(capture: Callable[[], Any]) -> Reason | None:
         npu.synchronise()
     except Exception as error:  # noqa: BLE001  every rank must come to the vote
         npu.set_stream(stream)
-        return why(error)
+        reason = why(error)
+        return reason if reason.kind == "fault" or npu.works() else reason._replace(kind="lost")
     return None
 
 
@@ -115,6 +131,11 @@ def _lower(state: State, plan: Plan, asked: Plan) -> Plan:
     if failed.kind == "fault":
         raise GraphCaptureError(f"{story} Fewer graphs would not help. --enforce-eager runs the model without graphs.")
     lower = step_down(plan, failed, asked)
+    if failed.kind == "lost":
+        raise GraphCaptureError(
+            f"{story} torch_npu lets a process do no more on its NPU after an error in its task queue, so there is no "
+            f"stepping down in this one. {_remedy(lower)}, or set {variable_of('graph_budget')}=fit."
+        )
     if load().graph_step_down == "off":
         raise GraphCaptureError(f"{story} {_remedy(lower)}, or let {switch}=on step down by itself.")
     if is_first():

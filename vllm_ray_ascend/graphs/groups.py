@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 from vllm_ray_ascend.accelerators.choose import current
 from vllm_ray_ascend.graphs.reasons import Reason
 
+_WEIGHTS = {"fault": 2, "lost": 1}
+
 
 def vote(reason: Reason | None) -> Reason | None:
-    """None where no rank has a reason, else the same one on every rank: a fault if there is any, and the lowest rank's.
+    """None where no rank has a reason, else the same one on every rank: a fault if there is any, what was lost
+    else, and the lowest rank's.
 
     Over gloo, since the NPU is what may have failed. All ranks that capture together must call it.
     """
@@ -32,7 +35,7 @@ def vote(reason: Reason | None) -> Reason | None:
 def verdict(said: list[Reason | None]) -> Reason:
     """What all ranks' reasons come to, by rank. At least one has one."""
     having = [(rank, each) for rank, each in enumerate(said) if each is not None]
-    rank, chosen = next(((rank, each) for rank, each in having if each.kind == "fault"), having[0])
+    rank, chosen = max(having, key=lambda said: _WEIGHTS.get(said[1].kind, 0))  # the first of the heaviest
     others = len(having) - 1
     more = f", and {others} more rank{'s' if others > 1 else ''}" if others else ""
     return Reason(chosen.kind, f"rank {rank}{more}: {chosen.text}")

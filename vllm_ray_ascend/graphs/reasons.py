@@ -1,11 +1,11 @@
-"""Why a graph could not be captured, in words and in the three kinds that matter. Pure."""
+"""Why a graph could not be captured, in words and in the kinds that matter. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-Kind = Literal["streams", "memory", "other", "fault"]
+Kind = Literal["streams", "memory", "other", "lost", "fault"]
 
 _STREAMS = ("207008", "stream resources insufficient", "stream resources are insufficient", "alloc sq cq fail")
 _MEMORY = ("207001", "out of memory")
@@ -13,13 +13,17 @@ _WORDS: dict[Kind, str] = {
     "streams": "the NPU has no stream left for another graph (207008)",
     "memory": "the NPU has no memory left for another graph",
     "other": "the capture failed",
+    "lost": "the capture failed for good",
     "fault": "the model failed while it was captured",
 }
 _LONGEST = 300
 
 
 class Reason(NamedTuple):
-    """What went wrong. A ``fault`` is no want of anything: fewer graphs would not help, and it must not be hidden."""
+    """What went wrong. A ``fault`` is no want of anything: fewer graphs would not help, and it must not be hidden.
+
+    ``lost``: it left the process unable to use its NPU any more.
+    """
 
     kind: Kind
     text: str
@@ -30,6 +34,11 @@ def why(error: BaseException) -> Reason:
     errors = list(_chain(error))
     first = errors[-1]
     return _reason(_kind(errors), f"{type(first).__name__}: {first}")
+
+
+def short_of_streams(free: int, needed: int) -> Reason:
+    """A graph that was not begun, since its streams are not there."""
+    return Reason("streams", f"the NPU has {free} streams left, and such a graph takes {needed}")
 
 
 def _reason(kind: Kind, said: str) -> Reason:

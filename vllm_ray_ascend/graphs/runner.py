@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_ray_ascend.graphs.budget import Load
+from vllm_ray_ascend.graphs.budget import Load, streams
 from vllm_ray_ascend.graphs.ladder import EAGER, Failure, Plan
 
 _STATE = "_vllm_ray_ascend_graphs"
@@ -23,10 +23,13 @@ class State:
     failure: Failure | None = None
     failure_text: str = ""
     released: bool = False
+    taken: dict[str, int] = field(default_factory=dict)
+    """Streams that the last graph of each mode took."""
 
     def begin(self, planned: int) -> None:
         """A capture of ``planned`` graphs begins."""
         self.capturing, self.captured, self.planned, self.failure = True, 0, planned, None
+        self.taken.clear()
 
 
 def state_of(runner: Any) -> State:
@@ -61,6 +64,12 @@ def load_of(runner: Any, groups: int) -> Load:
     modes = [mode for mode, _ in planned(runner)]
     layers: int = runner.model_config.get_num_layers(runner.parallel_config)
     return Load(modes.count("FULL"), modes.count("PIECEWISE"), layers, groups, on_vector_cores)
+
+
+def streams_of_one(runner: Any, mode: str, groups: int) -> int:
+    """Streams that a batch's graphs in ``mode`` should take, by the estimate."""
+    every = load_of(runner, groups)
+    return streams(every._replace(whole=int(mode == "FULL"), in_pieces=int(mode == "PIECEWISE")))
 
 
 def change(runner: Any, plan: Plan) -> None:
