@@ -64,8 +64,11 @@ def with_vote(warmup_and_capture: Capture) -> Capture:
 
 
 def _shortage(runner: Any, mode: str, free: int | None) -> Reason | None:
-    """Too few streams for another graph like the last. To try would be worse: see `Accelerator.works`."""
-    if free is None:
+    """Too few streams for another graph like the last. To try would be worse: see `Accelerator.works`.
+
+    Without steps down, the attempt itself decides.
+    """
+    if free is None or load().graph_step_down == "off":
         return None
     needed = state_of(runner).taken.get(mode)
     if needed is None:
