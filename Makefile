@@ -1,6 +1,7 @@
 # The project's commands. Each sets up what it needs: a virtual environment in .venv, made by PYTHON.
 #   make serve   the main job: `vllm serve` over Ray on NPUs (MODEL=, SERVE_ARGS=, PORT=, SERVE_ONCE=1)
 #   make test    all tests; make test-matrix: also the slow combinations
+#   make test-faults  faults of every kind in every phase, or FAULTS_COUNT random ones (FAULTS_SEED)
 #   make lint    ruff and mypy
 #   make bench   compare executors (BENCH_ARGS='--quick'); see benchmarks/README.md
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.10 python3,$(if $(shell command -v $(name)),$(name))))
@@ -8,7 +9,7 @@ RUN := .venv/bin
 ON_SOFTWARE_NPUS := $(RUN)/vllm-ray-ascend softnpu exec --
 PYTEST_ARGS ?=
 
-.PHONY: serve test test-matrix lint format bench clean
+.PHONY: serve test test-matrix test-faults lint format bench clean
 
 serve:
 	@$(PYTHON) demo/install.py
@@ -26,6 +27,10 @@ test:
 test-matrix:
 	@$(PYTHON) demo/install.py test
 	$(RUN)/python -m pytest tests/e2e -m 'slow or not slow' $(PYTEST_ARGS)
+
+test-faults:
+	@$(PYTHON) demo/install.py test
+	$(RUN)/python -m pytest tests/faults $(PYTEST_ARGS)
 
 lint:
 	@$(PYTHON) demo/install.py test lint

@@ -57,6 +57,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         float,
         Meta(ge=0, description="seconds for an orderly end of workers, then they are killed; vLLM gives 5 in all"),
     ] = 3.0
+    recover: Annotated[
+        Literal["0", "1"],
+        Meta(description="1: an engine whose worker died or hung restarts its workers and serves on; 0: it ends"),
+    ] = "0"
     node_env: Annotated[
         Literal["derive", "off"],
         Meta(description="derive: set HCCL's and gloo's interface, address and ports on each node, where nobody did"),

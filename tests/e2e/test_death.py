@@ -100,7 +100,8 @@ def test_an_engine_starts_on_the_same_npus_at_once_and_ends_in_order(two_nodes_o
         server._process.send_signal(signal.SIGINT)
         server._process.wait(LIMIT_S)
     log = (tmp_path / "log").read_text()
-    assert "Worker process" not in log and "did not end in time" not in log and "EngineDeadError" not in log
+    ended, _, _ = log.partition("engine manager stopped")  # its client may say EngineDeadError then
+    assert "Worker process" not in log and "did not end in time" not in log and "EngineDeadError" not in ended
     check_all_gone(two_nodes_of_two)
 
 

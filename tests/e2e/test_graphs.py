@@ -94,7 +94,7 @@ def test_a_step_down_that_is_not_wanted_names_the_setting_and_the_budget_fits() 
 
 @pytest.mark.slow
 def test_a_largest_graph_without_memory_is_left_out() -> None:
-    with node("memory", {"SOFTNPU_FAULTS": "memory:device=1,capturing=1,nth=1"}) as cluster:
+    with node("memory", {"SOFTNPU_FAULTS": "no_memory:device=1,capturing=1,nth=1"}) as cluster:
         records, log = run(cluster)
     assert records is not None, log[-6000:]
     check(records[0], [1, 2, 4])

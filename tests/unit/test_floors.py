@@ -25,7 +25,15 @@ FLOORS: tuple[frozenset[str], ...] = (
 )
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 HEAVY = {"torch", "torch_npu", "ray", "vllm", "vllm_ascend"}
-LATE = ("engine/actors.py", "engine/manager.py", "executor/", "platform.py", "softnpu/ops/", "softnpu/cluster/probe.py")
+LATE = (
+    "engine/actors.py",
+    "engine/going_on.py",
+    "engine/manager.py",
+    "executor/",
+    "platform.py",
+    "softnpu/ops/",
+    "softnpu/cluster/probe.py",
+)
 """Files that are imported only where those packages are in use."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -23,17 +24,18 @@ from vllm_ray_ascend.cluster.groups import release
 from vllm_ray_ascend.cluster.registry import EngineRecord, publish, unheeded_list, withdraw
 from vllm_ray_ascend.compat.rebind import with_globals
 from vllm_ray_ascend.compat.versions import stack
-from vllm_ray_ascend.engine.process import driver_variable, variables_that_stay
+from vllm_ray_ascend.engine.process import driver_variable, end_without_collecting, variables_that_stay
 from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, early_variables
-from vllm_ray_ascend.errors import WorkerLateError
+from vllm_ray_ascend.errors import VllmRayAscendError, WorkerLateError
 from vllm_ray_ascend.executor.life import Life
 from vllm_ray_ascend.executor.placing import place
 from vllm_ray_ascend.executor.queues import CancellableQueue
 from vllm_ray_ascend.executor.ranks import Rank, ready_line, report
 from vllm_ray_ascend.executor.record import check_owners, record_of
+from vllm_ray_ascend.executor.recovery import Recovery, refuse_unrecoverable
 from vllm_ray_ascend.executor.start import Start, hung_text, late_text
-from vllm_ray_ascend.executor.worker import LIFELINE, STEPS, RayAscendWorkerProc
-from vllm_ray_ascend.lifecycle.deadlines import PAIRS, step_limits
+from vllm_ray_ascend.executor.worker import LIFELINE, RayAscendWorkerProc
+from vllm_ray_ascend.lifecycle.deadlines import PAIRS, STEPS, step_limits
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import load
 
@@ -57,8 +59,13 @@ class RayAscendExecutor(RayExecutorV2):
     ray_worker_handles: list[Any]
 
     def _init_executor(self) -> None:
+        end_without_collecting()
         self._own_group: Any = None
         self._record: EngineRecord | None = None
+        self._recovery = _recovery(self.vllm_config)
+        self._start_all()
+
+    def _start_all(self) -> None:
         self._life = Life(self)
         self._hang_s = _hang_s()
         self._start = Start(self._life)
@@ -94,6 +101,8 @@ class RayAscendExecutor(RayExecutorV2):
     ) -> Any:
         """As upstream's. Parts of the start and steps have a limit, after which the log says what each rank does."""
         self._life.check()
+        if self._recovery is not None:
+            self._recovery.note(method, args, kwargs)
         part = self._start.part
         if part:
             limit = self._start.limit_s(part)
@@ -136,6 +145,44 @@ class RayAscendExecutor(RayExecutorV2):
         """Watch the workers by their connections, and by Ray where one has none. Upstream polls Ray alone."""
         self._life.watch(inline)
 
+    @property
+    def cause(self) -> VllmRayAscendError | None:
+        """What ended the engine; None while all is well."""
+        return self._life.cause
+
+    def register_failure_callback(self, callback: Callable[[], None]) -> None:
+        """As upstream's; kept for workers that come after a restart."""
+        self._on_failure = callback
+        super().register_failure_callback(callback)
+
+    def may_restart(self, limit_s: float = 0.0) -> bool:
+        """Whether the workers have failed, waited for ``limit_s`` seconds, and `restart` may have them anew."""
+        if self._recovery is None or self._life.wait_for_loss(limit_s) is None:
+            return False
+        if why := self._recovery.obstacle():
+            logger.error("The workers are not restarted: %s", why)
+        return not why
+
+    def restart(self) -> None:
+        """After a failure: all workers anew, in the same bundles, made ready as the old ones were. Raises what ends
+        their start."""
+        recovery = self._recovery
+        assert recovery is not None
+        started = time.monotonic()
+        group, self._own_group = self._own_group, None
+        self.shutdown()
+        self._finalizer.detach()
+        recovery.restarts.append(started)
+        self._own_group = group
+        logger.warning("Restarting all workers (restart %d of this engine)", len(recovery.restarts))
+        self._start_all()
+        super().register_failure_callback(self._on_failure)
+        calls, recovery.calls = recovery.calls, []
+        for call in calls:
+            with self._start.phase(call.method):
+                self.collective_rpc(call.method, None, *call.args, **call.kwargs)
+        logger.warning("All workers were restarted in %.1f s", time.monotonic() - started)
+
     def shutdown(self) -> None:
         """End the workers in order, kill what is left as upstream does, leave the registry, give our group's NPUs back.
 
@@ -163,7 +210,8 @@ class RayAscendExecutor(RayExecutorV2):
 
     def _initialize_ray_cluster(self, parallel_config: Any, ray_address: str | None = None, **options: Any) -> None:
         """vLLM's, after our checks and with our placement group, so that vLLM neither waits for one nor keeps it."""
-        self._own_group = place(self.vllm_config, ray_address)
+        if self._own_group is None:
+            self._own_group = place(self.vllm_config, ray_address)
         initialize_ray_cluster(parallel_config, ray_address, **options)
 
     def _bundles(self, placement_group: Any) -> list[Any]:
@@ -177,6 +225,8 @@ class RayAscendExecutor(RayExecutorV2):
         suffix = f"_dp{dp_rank}"
         if dp_rank and not instance_id.endswith(suffix):
             instance_id += suffix
+        if self._recovery is not None and self._recovery.restarts:
+            instance_id += f"_restart{len(self._recovery.restarts)}"
         name: str = build_actor_name(instance_id, *sizes)
         return name
 
@@ -188,6 +238,17 @@ class RayAscendExecutor(RayExecutorV2):
         kind = current().kind
         if note := unheeded_list(os.environ.get(kind.variable), record.address, [record], kind):
             logger.warning("%s", note)
+
+
+def _recovery(vllm_config: Any) -> Recovery | None:
+    """Where the user wants workers restarted: what that takes, and an engine core that waits for it."""
+    if load().recover == "0":
+        return None
+    refuse_unrecoverable(vllm_config)
+    from vllm_ray_ascend.engine.going_on import let_engines_go_on
+
+    let_engines_go_on()
+    return Recovery()
 
 
 def _hang_s() -> float:

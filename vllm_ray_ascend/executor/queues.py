@@ -1,22 +1,31 @@
 """vLLM's message queue, with reads that another thread can end, over shared memory and over TCP alike.
 
 vLLM 0.23 to 0.33 can end an idle read over shared memory only: a request whose worker died on another node hangs for
-300 s, vLLM's limit of an execution. And its shared memory keeps its name as long as the queue lives, so that a process
-that is killed leaves it behind: the name is only needed until all ends have it open.
+300 s, vLLM's limit of an execution. Between nodes it goes through ZeroMQ's threads; ours does not (lifecycle/wire.py).
+And its shared memory keeps its name as long as the queue lives, so that a process that is killed leaves it behind: the
+name is only needed until all ends have it open.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
-import zmq
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
+from vllm.utils.network_utils import get_ip
 
 from vllm_ray_ascend.compat.rebind import replace, upstream
+from vllm_ray_ascend.lifecycle.wire import Reader, Writer
+from vllm_ray_ascend.settings import load
 
 _POLL_MS = 100
+_WORD_S = 1.0
+"""How long the executor's word may be late, that says why an end of a queue is gone."""
+_WIRE = "vllm_ray_ascend_wire"
+"""On the handle of a queue: its writer's address."""
 
 
 def drop_name(queue: MessageQueue | None) -> None:
@@ -41,32 +50,35 @@ def drop_names() -> None:
 
 
 class CancellableQueue(MessageQueue):
-    """A MessageQueue whose readers end with the exception given to `cancel`."""
+    """A MessageQueue whose ends stop with the exception given to `cancel`, with TCP of its own between nodes."""
 
+    local_socket: Any
+    remote_socket: Any
     _cancelled: BaseException | None = None
-    _cancel_writer: Any = None
-    _cancel_reader: Any = None
-    _poller: Any = None
 
     working_on: str = ""
     """In a worker: the method that it was last asked for, until it asks for the next one."""
     working_since: float = 0.0
     """When that was read, as time.monotonic() has it."""
 
+    def __init__(
+        self, n_reader: int, n_local_reader: int, *args: Any, connect_ip: str | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(n_reader, n_local_reader, *args, connect_ip=connect_ip, **kwargs)
+        self._heard = threading.Event()
+        if self.n_remote_reader > 0:
+            writer = Writer(connect_ip or get_ip(), load().silence_s, self._check)
+            self._take_wire(writer)
+            setattr(self.handle, _WIRE, writer.address)
+
     @staticmethod
     def create_from_handle(handle: Any, rank: int) -> CancellableQueue:
         """The reading end, as vLLM's."""
         queue: Any = MessageQueue.create_from_handle(handle, rank)
         queue.__class__ = CancellableQueue
+        queue._heard = threading.Event()
         if queue._is_remote_reader:
-            context = zmq.Context()
-            address = f"inproc://cancel-{id(queue)}"
-            queue._cancel_reader, queue._cancel_writer = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
-            queue._cancel_reader.bind(address)
-            queue._cancel_writer.connect(address)
-            queue._poller = zmq.Poller()
-            for socket in (queue.remote_socket, queue._cancel_reader):
-                queue._poller.register(socket, zmq.POLLIN)
+            queue._take_wire(Reader(getattr(handle, _WIRE), load().silence_s))
         reading: CancellableQueue = queue
         return reading
 
@@ -76,66 +88,77 @@ class CancellableQueue(MessageQueue):
         return None if buffer is None else str(buffer.shared_memory.name)
 
     def cancel(self, error: BaseException) -> None:
-        """End this and every later read, and a wait for the other ends, with ``error``; for one other thread than the
-        reader's."""
+        """End this and every later read or write, and a wait for the other ends, with ``error``; for one other thread
+        than the one that uses the queue."""
         if self._cancelled is not None:
             return
         self._cancelled = error
-        if self._cancel_writer is not None:
-            self._cancel_writer.send(b"")
-        if not self._is_writer:
-            self.shutdown()
+        self._heard.set()
+        self.shutdown()
+
+    def shutdown(self) -> None:
+        """As vLLM's, and the connections between nodes are closed."""
+        super().shutdown()
+        if isinstance(self.remote_socket, Reader | Writer):
+            self.remote_socket.close()
 
     def wait_until_ready(self) -> None:
         """Wait for the other ends, as vLLM's; raises what `cancel` was given."""
-        queue: Any = self
-        local, remote = queue.local_socket, queue.remote_socket
-        queue.local_socket, queue.remote_socket = (socket and _Patient(socket, self) for socket in (local, remote))
+        local = self.local_socket
+        self.local_socket = local and _Patient(local, self._check)
         try:
             super().wait_until_ready()
+        except OSError as error:
+            raise self._reason(error) from error
         finally:
-            queue.local_socket, queue.remote_socket = local, remote
+            self.local_socket = local
         drop_name(self)
+
+    def enqueue(self, obj: Any, timeout: float | None = None) -> None:
+        """Write an object, as vLLM's; raises what `cancel` was given."""
+        try:
+            super().enqueue(obj, timeout)
+        except ConnectionError as error:
+            raise self._reason(error) from error
 
     def dequeue(self, timeout: float | None = None, indefinite: bool = False) -> Any:
         """The next object, as vLLM's; raises what `cancel` was given."""
         self.working_on = ""
+        self._check()
         try:
-            if self._poller is not None:
-                timeout = self._wait_for_either(timeout)
-            if self._cancelled is not None:
-                raise self._cancelled
             item = super().dequeue(timeout, indefinite)
-        except RuntimeError:
-            if self._cancelled is not None:
-                raise self._cancelled from None
-            raise
+        except (RuntimeError, ConnectionError) as error:
+            raise self._reason(error) from error
         self.working_since = time.monotonic()
         method = item[0] if isinstance(item, tuple) and item else ""
         self.working_on = method if isinstance(method, str) else "a function"
         return item
 
-    def _wait_for_either(self, timeout: float | None) -> float | None:
-        """Return when there is something to read, or the queue is cancelled, or ``timeout`` seconds are over: what is
-        left of them."""
-        if timeout is None:
-            self._poller.poll()
-            return None
-        deadline = time.monotonic() + timeout
-        self._poller.poll(max(0.0, timeout) * 1000)
-        return max(0.0, deadline - time.monotonic())
+    def _check(self) -> None:
+        if self._cancelled is not None:
+            raise self._cancelled
+
+    def _reason(self, error: Exception) -> BaseException:
+        """What ended the queue: its other end may be gone before we hear why."""
+        if isinstance(error, ConnectionError):
+            self._heard.wait(_WORD_S)
+        return error if self._cancelled is None else self._cancelled
+
+    def _take_wire(self, wire: Reader | Writer) -> None:
+        """Use ``wire`` between nodes."""
+        self.remote_socket.close(linger=0)
+        self.remote_socket = wire
 
 
 class _Patient:
-    """A socket whose `recv` ends when its queue is cancelled."""
+    """A ZeroMQ socket whose `recv` ends when ``check`` raises."""
 
-    def __init__(self, socket: Any, queue: CancellableQueue) -> None:
+    def __init__(self, socket: Any, check: Callable[[], None]) -> None:
         self._socket = socket
-        self._queue = queue
+        self._check = check
         self.send = socket.send
 
     def recv(self) -> Any:
         while not self._socket.poll(_POLL_MS):
-            if self._queue._cancelled is not None:
-                raise self._queue._cancelled
+            self._check()
         return self._socket.recv()

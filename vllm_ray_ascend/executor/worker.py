@@ -30,7 +30,7 @@ from vllm_ray_ascend.executor.pairs import connect_pairs
 from vllm_ray_ascend.executor.queues import CancellableQueue, drop_name, drop_names
 from vllm_ray_ascend.executor.settle import settle
 from vllm_ray_ascend.graphs import hooks
-from vllm_ray_ascend.lifecycle.deadlines import DEVICE, EXECUTE, HCCL, MODEL, step_limits
+from vllm_ray_ascend.lifecycle.deadlines import DEVICE, EXECUTE, HCCL, MODEL, STEPS, step_limits
 from vllm_ray_ascend.lifecycle.lifeline import Lifeline
 from vllm_ray_ascend.lifecycle.messages import Doing, Holds, Message, Segment
 from vllm_ray_ascend.lifecycle.shared_memory import mapped, remove
@@ -41,17 +41,13 @@ logger = get_logger(__name__)
 
 LIFELINE = "_VLLM_RAY_ASCEND_LIFELINE"
 """Where a worker finds its executor."""
-STEPS = ("execute_model", "sample_tokens", "execute_dummy_batch")
-"""What vLLM asks of workers while it serves: when one of these fails, the engine is at its end."""
-
-
 _START_STEPS = (
     "connect_pairs",
     "determine_available_memory",
     "initialize_from_config",
     "compile_or_warm_up_model",
 )
-"""The same of what is asked while an engine starts."""
+"""What is asked while an engine starts: a failure is told at once, as in STEPS."""
 
 
 class RayAscendWorkerProc(RayWorkerProc):

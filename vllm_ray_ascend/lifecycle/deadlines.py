@@ -14,6 +14,9 @@ _HCCL_UNIT_S = 68
 """Atlas A2 counts HCCL_EXEC_TIMEOUT in units of 68 s and rounds up."""
 _HCCL_DEFAULT_S = 1836
 
+STEPS = ("execute_model", "sample_tokens", "execute_dummy_batch")
+"""What vLLM asks of workers while it serves: when one of these fails, the engine is at its end."""
+
 WORKERS = "worker processes"
 RENDEZVOUS = "rendezvous"
 DEVICE = "NPUs and their groups"
