@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
-
 from demo.train.recitation import DENSE
 from tests.e2e.conftest import on_head
 from tests.e2e.generate import MARKER
@@ -66,48 +64,3 @@ def test_ranks_step_down_together_and_capture_anew() -> None:
     assert "with 3 of 4 graphs captured" in first and "has 1 streams left, and such a graph takes 3" in first
     assert "kept 3 of 4: 1, 4, 8" in first
     assert "with 1 of 3 graphs captured: rank 1:" in second and "kept 1 of 4: 8" in second
-
-
-@pytest.mark.slow
-def test_without_any_stream_for_graphs_the_engine_runs_eagerly() -> None:
-    with node("eager", {"SOFTNPU_STREAMS": str(BEFORE)}) as cluster:
-        records, log = run(cluster)
-        assert records is not None, log[-6000:]
-        check(records[0], [], "NONE")
-        assert "Stepping down: no graphs, every batch runs eagerly. VLLM_RAY_ASCEND_GRAPH_STEP_DOWN=off" in log
-        records, log = run(cluster, VLLM_RAY_ASCEND_GRAPH_STEP_DOWN="off")
-    assert records is None
-    assert "GraphCaptureError" in log and "Run without graphs (--enforce-eager)" in log
-
-
-@pytest.mark.slow
-def test_a_step_down_that_is_not_wanted_names_the_setting_and_the_budget_fits() -> None:
-    with node("off", {"SOFTNPU_STREAMS": str(BEFORE + 2 * OF_A_GRAPH)}) as cluster:
-        records, log = run(cluster, VLLM_RAY_ASCEND_GRAPH_STEP_DOWN="off")
-        assert records is None
-        assert "GraphCaptureError" in log and '"cudagraph_capture_sizes": [1, 8]' in log
-        settings = {"VLLM_RAY_ASCEND_GRAPH_STEP_DOWN": "off", "VLLM_RAY_ASCEND_GRAPH_BUDGET": "fit"}
-        records, log = run(cluster, **settings)
-    assert records is not None, log[-6000:]
-    check(records[0], [1, 8])
-
-
-@pytest.mark.slow
-def test_a_largest_graph_without_memory_is_left_out() -> None:
-    with node("memory", {"SOFTNPU_FAULTS": "no_memory:device=1,capturing=1,nth=1"}) as cluster:
-        records, log = run(cluster)
-    assert records is not None, log[-6000:]
-    check(records[0], [1, 2, 4])
-    assert "rank 1: the NPU has no memory left for another graph" in log
-
-
-@pytest.mark.slow
-def test_a_sleep_releases_graphs_and_waking_captures_them() -> None:
-    with node("sleep", {}) as cluster:
-        records, log = run(cluster, "sleep", "wake")
-    assert records is not None, log[-6000:]
-    start, asleep, awake = records
-    check(start, SIZES)
-    check(awake, SIZES)
-    for worker in asleep["workers"]:
-        assert worker["sizes"] == [] and worker["streams"] == BEFORE
