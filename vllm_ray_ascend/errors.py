@@ -59,5 +59,13 @@ class WorkerLateError(VllmRayAscendError, TimeoutError):
     """Workers did not finish a part of the start, or a step, in the time that it may take."""
 
 
+class GraphCaptureError(VllmRayAscendError, RuntimeError):
+    """ACL graphs could not be captured, and fewer were not wanted or would not help."""
+
+
+class PipelinePairError(VllmRayAscendError, RuntimeError):
+    """Two neighbouring stages of a pipeline cannot send to each other."""
+
+
 class SoftNpuError(VllmRayAscendError, RuntimeError):
     """The software NPU cannot be built, started or used here."""

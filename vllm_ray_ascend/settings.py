@@ -65,6 +65,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Literal["derive", "off"],
         Meta(description="derive: set HCCL's and gloo's interface, address and ports on each node, where nobody did"),
     ] = "derive"
+    graph_step_down: Annotated[
+        Literal["on", "off"],
+        Meta(description="on: where NPU streams or memory do not suffice, capture fewer graphs; off: that is an error"),
+    ] = "on"
+    graph_budget: Annotated[
+        Literal["off", "warn", "fit"],
+        Meta(description="estimate the streams of graphs before the capture: warn of too many, or trim the sizes"),
+    ] = "off"
+    graph_streams: Annotated[
+        int,
+        Meta(ge=0, description="streams that graph_budget may count on; 0 asks the driver, or takes 1800"),
+    ] = 0
+    graph_sleep: Annotated[
+        Literal["release", "keep"],
+        Meta(description="release graphs when the engine sleeps and capture anew on waking, or keep them"),
+    ] = "release"
 
 
 class Switch(NamedTuple):

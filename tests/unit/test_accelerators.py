@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import os
 import subprocess
@@ -39,7 +40,8 @@ def calls_of_the_base() -> list[tuple[str, int, list[str]]]:
 
 def test_the_base_uses_what_is_looked_at_here() -> None:
     assert {name for name, *_ in calls_of_the_base()} == {
-        "device_count", "set_device", "current_device", "current_stream", "Stream", "stream", "Event", "synchronize",
+        "device_count", "set_device", "current_device", "current_stream", "Stream", "stream", "set_stream", "Event",
+        "synchronize",
         "is_current_stream_capturing", "empty_cache", "mem_get_info", "memory_allocated", "memory_reserved",
     }  # fmt: skip
 
@@ -113,6 +115,7 @@ class Graph:
     """The two methods that torch's graphs have."""
 
     begins = True
+    ends = True
 
     def capture_begin(self, pool: Any = None) -> Any:
         if not self.begins:
@@ -120,6 +123,8 @@ class Graph:
         return pool
 
     def capture_end(self) -> str:
+        if not self.ends:
+            raise RuntimeError("broken")
         return "ended"
 
 
@@ -134,8 +139,8 @@ def graphs() -> type[Graph]:
 
 def test_captures_are_seen_from_begin_to_end(graphs: type[Graph]) -> None:
     captures = Captures()
-    watch(graphs, captures)
-    watch(graphs, captures)  # once is enough
+    watch(graphs, captures, print)
+    watch(graphs, captures, print)  # once is enough
     graph = graphs()
     assert graph.capture_begin(pool=7) == 7
     assert [captures.under_way] == [True]
@@ -149,7 +154,7 @@ def test_captures_are_seen_from_begin_to_end(graphs: type[Graph]) -> None:
 
 def test_a_capture_that_cannot_begin_is_none(graphs: type[Graph]) -> None:
     captures = Captures()
-    watch(graphs, captures)
+    watch(graphs, captures, print)
     graph = graphs()
     graph.begins = False
     with pytest.raises(RuntimeError, match="no stream"):
@@ -157,6 +162,20 @@ def test_a_capture_that_cannot_begin_is_none(graphs: type[Graph]) -> None:
     assert not captures.under_way
     captures.end()  # torch may call it all the same
     assert not captures.under_way
+
+
+def test_a_capture_that_failed_leaves_its_pool_once(graphs: type[Graph]) -> None:
+    left: list[int] = []
+    captures = Captures()
+    watch(graphs, captures, left.append)
+    for pool, begins, ends in ((1, True, True), (2, False, False), (3, True, False), (None, True, False)):
+        graph = graphs()
+        graph.begins, graph.ends = begins, ends
+        with contextlib.suppress(RuntimeError):
+            graph.capture_begin(pool=pool)
+        with contextlib.suppress(RuntimeError):  # torch ends a capture that never began as well
+            graph.capture_end()
+    assert left == [2, 3] and not captures.under_way
 
 
 def test_a_capture_waits_for_other_threads_and_not_for_its_own() -> None:

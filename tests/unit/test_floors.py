@@ -17,7 +17,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "log", "__init__"}),
     frozenset({"settings", "devices"}),
     frozenset({"environment", "compat"}),
-    frozenset({"accelerators", "augment", "cluster", "lifecycle", "softnpu"}),
+    frozenset({"accelerators", "augment", "cluster", "graphs", "lifecycle", "softnpu"}),
     frozenset({"engine"}),
     frozenset({"executor", "platform"}),
     frozenset({"plugin"}),

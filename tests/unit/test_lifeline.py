@@ -120,9 +120,9 @@ def test_what_a_worker_holds_is_told_when_it_dies(hub: Hub, deaths: Deaths, star
 def test_a_failure_is_told_once_with_its_words_and_the_process_lives(hub: Hub, deaths: Deaths, start: Any) -> None:
     worker = start(0)
     wait_for_ranks(hub, [0])
-    say(worker, "line.fail(ValueError('a')); line.fail(ValueError('b')); line.tell(Doing('c'))")
+    say(worker, "line.fail(ValueError('a'), 'means b'); line.fail(ValueError('c')); line.tell(Doing('c'))")
     wait_for(lambda: hub.peers()[0].doing == "c")
-    assert deaths.seen == [Loss(0, worker.pid, "node 10.0.0.9", "ValueError: a")]
+    assert deaths.seen == [Loss(0, worker.pid, "node 10.0.0.9", "ValueError: a\nmeans b")]
 
 
 def test_parts_of_a_start_are_timed(hub: Hub, start: Any) -> None:

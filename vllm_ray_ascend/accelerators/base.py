@@ -71,6 +71,13 @@ class Accelerator(ABC):
     def _drop_graphs(self, model_runner: Any) -> None:
         """Forget every captured graph, so that nothing refers to them any more."""
 
+    def free_streams(self) -> int | None:
+        """Streams that the driver still has for the calling thread's device; None where it does not tell."""
+        return None
+
+    def _leave_pool(self, pool: Any) -> None:  # noqa: B027  torch.cuda does so itself
+        """Undo a failed capture's claim on its ``pool`` of memory where torch does not."""
+
     def device_count(self) -> int:
         """Devices that this process sees."""
         return int(self.torch_module.device_count())
@@ -105,6 +112,10 @@ class Accelerator(ABC):
         scope: AbstractContextManager[Any] = self.torch_module.stream(stream)
         return scope
 
+    def set_stream(self, stream: Any) -> None:
+        """Make ``stream`` the calling thread's: torch's context of a capture keeps its own where the capture fails."""
+        self.torch_module.set_stream(stream)
+
     def new_event(self, timed: bool = False) -> Any:
         """An event to record in a stream and wait for; ``timed`` ones can be compared by elapsed_time."""
         return self.torch_module.Event(enable_timing=timed)
@@ -113,9 +124,24 @@ class Accelerator(ABC):
         """Wait for all work on the calling thread's device."""
         self.torch_module.synchronize()
 
+    def works(self) -> bool:
+        """Whether the device still does what this thread asks of it. After an error in torch_npu's task queue (of a
+        call that it makes in another thread, as for a stream that joins a capture), it drops whatever is queued.
+        """
+        event = self.new_event()
+        try:
+            event.record()
+            self.synchronise()
+            return bool(event.query())
+        except RuntimeError:
+            return False
+
     def watch_captures(self) -> None:
-        """Notice every capture of this process from now on. Called once, before anything is captured."""
-        watch(self.graph_class, self.captures)
+        """Notice every capture of this process from now on, and tidy up after one that fails.
+
+        Called once, before anything is captured.
+        """
+        watch(self.graph_class, self.captures, self._leave_pool)
 
     def capturing(self) -> bool:
         """Whether a graph is being captured, by any thread that `watch_captures` sees, or in this one's stream."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from vllm_ray_ascend.errors import CaptureError
 
 _MARK = "_vllm_ray_ascend_captures"
+_POOL = "_vllm_ray_ascend_pool"
 _WAIT_S = 60.0
 
 
@@ -72,8 +73,11 @@ class Captures:
                 self._changed.notify_all()
 
 
-def watch(graph_class: Any, captures: Captures) -> None:
-    """Tell ``captures`` of every capture by ``graph_class`` (torch's, so that vLLM's and subclasses count), once."""
+def watch(graph_class: Any, captures: Captures, leave_pool: Callable[[Any], None]) -> None:
+    """Tell ``captures`` of every capture by ``graph_class`` (torch's, so that vLLM's and subclasses count), once.
+
+    Where one fails to begin or to end, ``leave_pool`` is called with the pool of memory that it was given.
+    """
     begin, end = graph_class.capture_begin, graph_class.capture_end
     if getattr(begin, _MARK, None) is captures:
         return
@@ -81,18 +85,29 @@ def watch(graph_class: Any, captures: Captures) -> None:
     @functools.wraps(begin)
     def capture_begin(self: Any, *args: Any, **kwargs: Any) -> Any:
         captures.begin()
+        setattr(self, _POOL, kwargs.get("pool", args[0] if args else None))
         try:
             return begin(self, *args, **kwargs)
         except BaseException:
             captures.end()
+            _leave(self)
             raise
 
     @functools.wraps(end)
     def capture_end(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return end(self, *args, **kwargs)
+        except BaseException:
+            _leave(self)
+            raise
         finally:
             captures.end()
+
+    def _leave(graph: Any) -> None:
+        pool = getattr(graph, _POOL, None)
+        setattr(graph, _POOL, None)  # torch ends a capture that never began as well
+        if pool is not None:
+            leave_pool(pool)
 
     setattr(capture_begin, _MARK, captures)
     graph_class.capture_begin, graph_class.capture_end = capture_begin, capture_end

@@ -52,8 +52,7 @@ class Cuda(Accelerator):
         """There are none besides vLLM's."""
 
     def _drop_graphs(self, model_runner: Any) -> None:
-        """Those of vLLM's wrappers, and of the second model runner's manager "
-        "(vllm/v1/worker/gpu/cudagraph_utils.py)."""
+        """Those of vLLM's wrappers, and of the second model runner's manager (vllm/v1/worker/gpu/)."""
         from vllm.compilation.breakable_cudagraph import BreakableCUDAGraphWrapper
         from vllm.compilation.cuda_graph import CUDAGraphWrapper
 

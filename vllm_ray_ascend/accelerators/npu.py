@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 from vllm_ray_ascend.accelerators import npu_errors
@@ -13,6 +16,7 @@ from vllm_ray_ascend.devices.numbering import physical_of_visible
 from vllm_ray_ascend.devices.visible import entries
 
 _ACL = "libascendcl.so"
+_BREAKABLE = "vllm.compilation.breakable_cudagraph"
 
 
 class Npu(Accelerator):
@@ -59,6 +63,12 @@ class Npu(Accelerator):
         listed = entries(os.environ.get(NPU.variable))
         return index if listed is None else physical_of_visible([int(entry) for entry in listed], index)
 
+    def free_streams(self) -> int | None:
+        """As CANN says, 8.5 and later."""
+        ask = getattr(ctypes.CDLL(_ACL), "aclrtGetStreamAvailableNum", None)
+        found = ctypes.c_uint32()
+        return found.value if ask is not None and ask(ctypes.byref(found)) == 0 else None
+
     def leave_groups(self) -> None:
         """vllm-ascend's own groups (MC2, FlashComm, ...), which it has a function to destroy and never calls it."""
         from vllm_ascend.distributed.parallel_state import destroy_ascend_model_parallel
@@ -68,6 +78,7 @@ class Npu(Accelerator):
     def _drop_graphs(self, model_runner: Any) -> None:
         """By what vllm-ascend's sleep mode has for it, in 0.23 to 0.33, and with a new pool of graph memory.
 
+        Each graph is reset as well: else it lives for as long as an error or an output holds on to it.
         A capture that could not begin, for want of a stream, leaves torch_npu's pool as if it went on: every later one
         in that pool fails with "already recording to mempool_id" (seen with torch_npu 2.13).
         """
@@ -75,12 +86,38 @@ class Npu(Accelerator):
         from vllm_ascend.compilation import acl_graph
         from vllm_ascend.device_allocator.sleep_mem_optimized import AclGraphSleepWakeupManager
 
+        for graph in _graphs(acl_graph, model_runner):
+            graph.reset()
+        AclGraphSleepWakeupManager.clear_all_attention_workspaces()
         AclGraphSleepWakeupManager.reset_all_graph_params()
         AclGraphSleepWakeupManager.reset_model_runner_graph_manager(model_runner)
+        breakable = getattr(sys.modules.get(_BREAKABLE), "BreakableCUDAGraphWrapper", None)  # since vLLM 0.28
+        if breakable is not None:
+            breakable.clear_all_graphs()
+        encoder: Any = getattr(model_runner, "encoder_cudagraph_manager", None)
+        if hasattr(encoder, "clear"):
+            encoder.clear()
         type(current_platform)._global_graph_pool = None
         pool = current_platform.get_global_graph_pool()
         manager: Any = getattr(model_runner, "cudagraph_manager", None)
         if getattr(manager, "pool", None) is not None:
             manager.pool = pool
-        for wrapper in list(acl_graph._acl_graph_wrappers):
+        for wrapper in (*acl_graph._acl_graph_wrappers, *(breakable._all_instances if breakable else ())):
             wrapper.graph_pool = pool
+
+    def _leave_pool(self, pool: Any) -> None:
+        """Else that memory is never given back: torch_npu releases the pool only where a capture began and ended."""
+        import torch_npu
+
+        device = self.current_device()
+        ways = (getattr(torch_npu._C, name, None) for name in ("_npu_endAllocateToPool", "_npu_releasePool"))
+        for undo in filter(None, ways):
+            with contextlib.suppress(RuntimeError):  # allocation has ended already, where the capture did begin
+                undo(device, pool)
+
+
+def _graphs(acl_graph: Any, model_runner: Any) -> Iterator[Any]:
+    """All that vllm-ascend holds: its wrappers', and those of its second model runner's manager."""
+    for wrapper in list(acl_graph._acl_graph_wrappers):
+        yield from (entry.aclgraph for entry in wrapper.concrete_aclgraph_entries.values() if entry.aclgraph)
+    yield from getattr(getattr(model_runner, "cudagraph_manager", None), "graphs", {}).values()

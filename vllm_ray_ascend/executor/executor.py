@@ -29,7 +29,6 @@ from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, early_variables
 from vllm_ray_ascend.errors import VllmRayAscendError, WorkerLateError
 from vllm_ray_ascend.executor.answers import AnsweringExecutor
 from vllm_ray_ascend.executor.life import Life
-from vllm_ray_ascend.executor.pairs import connect_pairs
 from vllm_ray_ascend.executor.placing import place
 from vllm_ray_ascend.executor.queues import CancellableQueue
 from vllm_ray_ascend.executor.ranks import Rank, ready_line, report
@@ -96,7 +95,7 @@ class RayAscendExecutor(AnsweringExecutor):
         self._enter_registry()
         if self.parallel_config.pipeline_parallel_size > 1:
             with self._start.phase(PAIRS):
-                self.collective_rpc(connect_pairs)
+                self.collective_rpc("connect_pairs")
 
     def collective_rpc(
         self, method: str | Callable[..., Any], timeout: float | None = None, *args: Any, **kwargs: Any

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm_ray_ascend.accelerators.choose import current
+from vllm_ray_ascend.errors import PipelinePairError
+
 
 def neighbours(size: int) -> list[tuple[int, int]]:
     """The pairs of a pipeline of ``size`` stages, in the one order in which all stages connect them."""
@@ -25,10 +28,27 @@ def connect_pairs(worker: Any) -> None:
     for pair in neighbours(group.world_size):
         if own not in pair:
             continue
-        for sender, receiver in (pair, pair[::-1]):
-            tensor = torch.zeros(1, dtype=torch.int32, device=worker.device)
-            if own == sender:
-                distributed.send(tensor, group.ranks[receiver], group=group.device_group)
-            else:
-                distributed.recv(tensor, group.ranks[sender], group=group.device_group)
-    torch.accelerator.synchronize()
+        try:
+            for sender, receiver in (pair, pair[::-1]):
+                tensor = torch.zeros(1, dtype=torch.int32, device=worker.device)
+                if own == sender:
+                    distributed.send(tensor, group.ranks[receiver], group=group.device_group)
+                else:
+                    distributed.recv(tensor, group.ranks[sender], group=group.device_group)
+            torch.accelerator.synchronize()
+        except RuntimeError as error:
+            ranks = tuple(group.ranks[stage] for stage in pair)
+            raise PipelinePairError(
+                failure(pair, ranks, current().communicator, error, current().explain(error))
+            ) from error
+
+
+def failure(
+    pair: tuple[int, int], ranks: tuple[int, ...], communicator: str, error: Exception, explanation: str | None
+) -> str:
+    """What to say of a pair that cannot be connected."""
+    remedy = explanation or "Look for the first error in the logs of both ranks."
+    return (
+        f"Pipeline stages {pair[0]} and {pair[1]} (ranks {ranks[0]} and {ranks[1]}) cannot be connected by "
+        f"{communicator}: {error}\n{remedy}"
+    )

@@ -22,6 +22,7 @@ MAKES_READY = frozenset(
 )
 """What an engine asks of its workers before it serves: asked of new ones as well, in the same order."""
 CHANGES_NOTHING = frozenset(STEPS) | {
+    "connect_pairs",  # ours, of every start
     "take_draft_token_ids",
     "check_health",
     "get_supported_tasks",

@@ -11,12 +11,12 @@ logger = get_logger(__name__)
 
 
 def settle(worker: Any) -> None:
-    """Wait for pending pipeline sends, then for the NPU, then leave the platform's own groups, in this order.
+    """Wait for pending pipeline sends, then for the device, then release graphs and leave the platform's own groups.
 
-    A send's buffer must live until it is done, and a group until nothing uses it. What fails is logged: the
-    process ends all the same.
+    A send's buffer must live until it is done, a graph until it has run, and a group until nothing uses it. What fails
+    is logged: the process ends all the same.
     """
-    for step in (_pending_sends, _synchronise, _platform_groups):
+    for step in (_pending_sends, _synchronise, _graphs, _platform_groups):
         try:
             step(worker)
         except Exception as error:  # noqa: BLE001  the next step is no worse for it
@@ -30,6 +30,10 @@ def _pending_sends(worker: Any) -> None:
 
 def _synchronise(_: Any) -> None:
     current().synchronise()
+
+
+def _graphs(worker: Any) -> None:
+    current().release_graphs(getattr(worker.worker, "model_runner", None))
 
 
 def _platform_groups(_: Any) -> None:

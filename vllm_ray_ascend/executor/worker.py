@@ -25,9 +25,11 @@ from vllm_ray_ascend.devices.owners import check_assigned
 from vllm_ray_ascend.devices.visible import VARIABLE, complaint, entries
 from vllm_ray_ascend.engine.process import node_address, prepare_process
 from vllm_ray_ascend.environment.ports import port_variables
-from vllm_ray_ascend.errors import NotActiveError, VisibleDevicesError
+from vllm_ray_ascend.errors import NotActiveError, VisibleDevicesError, VllmRayAscendError
+from vllm_ray_ascend.executor.pairs import connect_pairs
 from vllm_ray_ascend.executor.queues import CancellableQueue, drop_name, drop_names
 from vllm_ray_ascend.executor.settle import settle
+from vllm_ray_ascend.graphs import hooks
 from vllm_ray_ascend.lifecycle.deadlines import DEVICE, EXECUTE, HCCL, MODEL, STEPS, step_limits
 from vllm_ray_ascend.lifecycle.lifeline import Lifeline
 from vllm_ray_ascend.lifecycle.messages import Doing, Holds, Message, Segment
@@ -36,6 +38,14 @@ from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import load
 
 logger = get_logger(__name__)
+
+_START_STEPS = (
+    "connect_pairs",
+    "determine_available_memory",
+    "initialize_from_config",
+    "compile_or_warm_up_model",
+)
+"""What is asked while an engine starts: a failure is told at once, as in STEPS."""
 
 
 class RayAscendWorkerProc(RayWorkerProc):
@@ -71,6 +81,12 @@ class RayAscendWorkerProc(RayWorkerProc):
     def _tell(self, message: Message) -> None:
         if self._lifeline is not None:
             self._lifeline.tell(message)
+
+    def _fail(self, error: BaseException) -> None:
+        """Tell the executor that this worker cannot go on, why, and what an error of the device means."""
+        if self._lifeline is not None:
+            own = isinstance(error, VllmRayAscendError)  # which say what to do by themselves
+            self._lifeline.fail(error, None if own else current().explain(error))
 
     def _activity(self) -> str:
         queue = getattr(self, "rpc_broadcast_mq", None)
@@ -114,20 +130,19 @@ class RayAscendWorkerProc(RayWorkerProc):
 
     def run(self) -> None:
         """As upstream's; a step that fails in one rank ends the engine now, not when its siblings' HCCL gives up."""
-        for name in STEPS:
+        self.worker.connect_pairs = functools.partial(connect_pairs, self.worker)
+        for name in (*STEPS, *_START_STEPS):
             if hasattr(self.worker, name):
-                setattr(self.worker, name, self._reporting(getattr(self.worker, name)))
+                setattr(self.worker, name, self._reporting(name, getattr(self.worker, name)))
         super().run()
 
-    def _reporting(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(call)
+    def _reporting(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def reporting(*args: Any, **kwargs: Any) -> Any:
             try:
                 return call(*args, **kwargs)
             except Exception as error:
-                logger.exception("%s failed", call.__name__)
-                if self._lifeline is not None:
-                    self._lifeline.fail(error)
+                logger.exception("%s failed", name)
+                self._fail(error)
                 raise
 
         return reporting
@@ -169,11 +184,12 @@ class RayAscendWorkerProc(RayWorkerProc):
         _prepare(given)
         drop_names()
         replace(multiproc_executor, "WorkerWrapperBase", announcing(self._tell))
+        current().watch_captures()
+        hooks.install()
         try:
             self._initialize(super().initialize_worker, *args, **kwargs)
         except Exception as error:
-            if self._lifeline is not None:
-                self._lifeline.fail(error)
+            self._fail(error)
             raise
         self._tell(Doing(""))
 

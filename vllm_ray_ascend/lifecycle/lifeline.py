@@ -58,9 +58,10 @@ class Lifeline:
         with self._sending, contextlib.suppress(OSError):
             self._socket.sendall(line(message))
 
-    def fail(self, error: BaseException) -> None:
-        """Tell the owner that this process cannot go on, and why."""
-        self.tell(Failed(f"{type(error).__name__}: {error}"))
+    def fail(self, error: BaseException, explanation: str | None = None) -> None:
+        """Tell the owner that this process cannot go on, why, and what that means where it is known."""
+        said = f"{type(error).__name__}: {error}"
+        self.tell(Failed(f"{said}\n{explanation}" if explanation else said))
 
     def close(self) -> None:
         """Tell the owner that this process is done: it need not wait for its end."""

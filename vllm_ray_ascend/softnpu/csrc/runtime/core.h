@@ -66,6 +66,7 @@ void release_memory(int physical, size_t bytes);
 size_t used_memory(int physical);
 bool take_streams(int physical, int count);      // false: the budget is exhausted
 void return_streams(int physical, int count);
+int used_streams(int physical);
 void opened(int physical);
 void closed(int physical);
 void communicators(int delta);
@@ -155,6 +156,7 @@ aclError record(Graph& graph, const Stream& stream, Work work);            // ca
 aclError join_capture(const std::shared_ptr<Graph>&, const std::shared_ptr<Stream>&);  // capture_mutex held
 aclError occupy(Graph& graph, const void* owner);                          // capture_mutex held
 void invalidate(Graph& graph);
+bool capture_in_progress();                                                // of any stream of this process
 
 // ---- events
 // One recording of an event; waiters hold it, so recording anew does not disturb them.

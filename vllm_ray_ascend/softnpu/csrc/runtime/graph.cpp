@@ -103,7 +103,7 @@ aclError end(const std::shared_ptr<Stream>& stream, aclmdlRI* out) {
   *out = nullptr;
   if (graph->state == Graph::State::kInvalidated) return fail(ACL_ERROR_RT_STREAM_CAPTURE_INVALIDATED, "the capture was broken by a forbidden call");
   graph->state = Graph::State::kReady;
-  if (fault("capture")) return fail(ACL_ERROR_RT_STREAM_CAPTURE_INVALIDATED, "capture failure asked for by SOFTNPU_FAULTS");
+  if (fault("capture", {{"device", std::to_string(graph->physical)}})) return fail(ACL_ERROR_RT_STREAM_CAPTURE_INVALIDATED, "capture failure asked for by SOFTNPU_FAULTS");
   if (!joined(*graph)) return fail(ACL_ERROR_RT_STREAM_UNJOINED, "a stream drawn into the capture was not joined back to the stream it began on");
   *out = graphs().add(graph);
   return ACL_SUCCESS;
@@ -170,6 +170,11 @@ aclError join_capture(const std::shared_ptr<Graph>& graph, const std::shared_ptr
 void invalidate(Graph& graph) {
   std::lock_guard<std::mutex> lock(capture_mutex());
   if (graph.state == Graph::State::kCapturing) graph.state = Graph::State::kInvalidated;
+}
+
+bool capture_in_progress() {
+  std::lock_guard<std::mutex> lock(capture_mutex());
+  return !active().empty();
 }
 
 bool capturing(aclrtStream handle) {

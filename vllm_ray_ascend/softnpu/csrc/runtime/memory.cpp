@@ -85,7 +85,7 @@ namespace {
 aclError allocate(void** out, size_t size) {
   if (!out || !size) return fail(ACL_ERROR_RT_PARAM_INVALID, "aclrtMalloc of no bytes, or to no address");
   if (visible_device() < 0) return fail(ACL_ERROR_RT_CONTEXT_NULL, "aclrtMalloc needs a device: call aclrtSetDevice first");
-  if (fault("no_memory", {{"device", std::to_string(visible_list()[visible_device()])}}))
+  if (fault("no_memory", {{"device", std::to_string(visible_list()[visible_device()])}, {"capturing", capture_in_progress() ? "1" : "0"}}))
     return fail(ACL_ERROR_RT_MEMORY_ALLOCATION, "out of memory: asked for by SOFTNPU_FAULTS");
   aclError code = ACL_SUCCESS;
   size = whole_pages(size);

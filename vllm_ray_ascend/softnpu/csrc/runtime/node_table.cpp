@@ -165,10 +165,14 @@ bool charge_memory(int physical, size_t bytes) {
 
 void release_memory(int physical, size_t bytes) { mapping().mine().bytes[physical] -= bytes; }
 
+int used_streams(int physical) {
+  return static_cast<int>(sum([=](Slot& slot) { return slot.streams[physical].load(); }));
+}
+
 bool take_streams(int physical, int count) {
   auto& mine = mapping().mine().streams[physical];
   mine += count;
-  if (sum([=](Slot& slot) { return slot.streams[physical].load(); }) <= static_cast<uint64_t>(stream_budget())) return true;
+  if (used_streams(physical) <= stream_budget()) return true;
   mine -= count;
   return false;
 }

@@ -196,6 +196,13 @@ aclError aclrtStreamQuery(aclrtStream handle, aclrtStreamStatus* status) {
   return ACL_SUCCESS;
 }
 
+aclError aclrtGetStreamAvailableNum(uint32_t* count) {
+  int physical = physical_device();
+  if (physical < 0) return fail(ACL_ERROR_RT_CONTEXT_NULL, "aclrtGetStreamAvailableNum needs a device: call aclrtSetDevice first");
+  *count = static_cast<uint32_t>(std::max(0, stream_budget() - table::used_streams(physical)));
+  return ACL_SUCCESS;
+}
+
 aclError aclrtStreamGetId(aclrtStream handle, int32_t* id) {
   auto stream = resolve(handle);
   if (!stream || !id) return fail(ACL_ERROR_RT_PARAM_INVALID, "aclrtStreamGetId of an unknown stream");
