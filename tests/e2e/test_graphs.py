@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
+
 from demo.train.recitation import DENSE
 from tests.e2e.conftest import on_head
 from tests.e2e.generate import MARKER
@@ -48,6 +50,7 @@ def check(record: dict[str, Any], sizes: list[int], mode: str = "FULL_DECODE_ONL
         assert bool(worker["replays"]) is bool(sizes) or record["stage"] != "start"
 
 
+@pytest.mark.slow  # the same ladder, with two workers and no engine: tests/softnpu/test_graph_steps.py
 def test_ranks_step_down_together_and_capture_anew() -> None:
     """Streams for three graphs; then rank 1 alone fails at its second of those."""
     budget = BEFORE + 3 * OF_A_GRAPH + 1
