@@ -19,8 +19,8 @@ HOST = "127.0.0.1"
 
 
 def connected(readers: int = 1) -> tuple[Writer, list[Reader]]:
-    writer = Writer(HOST, 30, lambda: None)
-    ends = [Reader(writer.address, 30) for _ in range(readers)]
+    writer = Writer(HOST, lambda: None)
+    ends = [Reader(writer.address) for _ in range(readers)]
     for _ in ends:
         assert writer.recv() == b""
     return writer, ends
@@ -70,10 +70,10 @@ def test_one_part_is_what_the_start_says() -> None:
 
 
 def test_a_stranger_is_no_reader() -> None:
-    writer = Writer(HOST, 30, lambda: None)
+    writer = Writer(HOST, lambda: None)
     with socket.create_connection(writer.address[:2]) as stranger:
         stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-        reader = Reader(writer.address, 30)
+        reader = Reader(writer.address)
         writer.recv()
         writer.send(b"secret")
         assert reader.recv() == b"secret"
@@ -122,7 +122,7 @@ def test_waiting_for_a_reader_ends_with_what_the_check_raises() -> None:
         if ended.is_set():
             raise ValueError("the engine has ended")
 
-    writer = Writer(HOST, 30, check)
+    writer = Writer(HOST, check)
     thread, found = in_thread(writer.recv)
     ended.set()
     thread.join(10)
@@ -133,4 +133,4 @@ def test_a_writer_that_is_not_there() -> None:
     with socket.create_server((HOST, 0)) as free:
         address = WireAddress(HOST, free.getsockname()[1], b"0" * 16)
     with pytest.raises(OSError, match="refused"):
-        Reader(address, 30)
+        Reader(address)

@@ -20,7 +20,6 @@ from vllm.utils.network_utils import get_ip
 
 from vllm_ray_ascend.compat.rebind import replace, upstream
 from vllm_ray_ascend.lifecycle.wire import Reader, Writer
-from vllm_ray_ascend.settings import load
 
 _POLL_MS = 100
 _WORD_S = 1.0
@@ -71,7 +70,7 @@ class CancellableQueue(MessageQueue):
         self._heard = threading.Event()
         if self.n_remote_reader > 0:
             check = weakref.WeakMethod(self._check)  # a cycle would leave ZeroMQ's sockets to the garbage collector
-            writer = Writer(connect_ip or get_ip(), load().silence_s, lambda: _call(check))
+            writer = Writer(connect_ip or get_ip(), lambda: _call(check))
             self._take_wire(writer)
             setattr(self.handle, _WIRE, writer.address)
 
@@ -82,7 +81,7 @@ class CancellableQueue(MessageQueue):
         queue.__class__ = CancellableQueue
         queue._heard = threading.Event()
         if queue._is_remote_reader:
-            queue._take_wire(Reader(getattr(handle, _WIRE), load().silence_s))
+            queue._take_wire(Reader(getattr(handle, _WIRE)))
         reading: CancellableQueue = queue
         return reading
 

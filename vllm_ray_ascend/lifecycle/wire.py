@@ -2,7 +2,8 @@
 
 A ZeroMQ socket hands every message to a thread of its own and back, on both sides; on busy cores that is most of a
 round trip between nodes. These block in the kernel, end at once where the other process does, and can be closed by
-another thread. Their methods are those that vLLM's MessageQueue calls of a ZeroMQ socket.
+another thread. Their methods are those that vLLM's MessageQueue calls of a ZeroMQ socket. A node that vanishes without a
+word is the lifeline's matter, which closes them: here a reader may be silent for as long as a step takes.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ import socket
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
-
-from vllm_ray_ascend.lifecycle.sockets import keep_alive
 
 _COUNT = struct.Struct("!I")
 _LENGTH = struct.Struct("!Q")
@@ -40,11 +39,10 @@ class WireAddress(NamedTuple):
 class Writer:
     """Sends every message to all readers. ``check`` is called while it waits for one, and may raise."""
 
-    def __init__(self, host: str, silence_s: float, check: Callable[[], None]) -> None:
+    def __init__(self, host: str, check: Callable[[], None]) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, 0), family=family, backlog=128)
         self._listener.settimeout(_ACCEPT_POLL_S)
-        self._silence_s = silence_s
         self._check = check
         self._readers: list[socket.socket] = []
         self.address = WireAddress(host, self._listener.getsockname()[1], secrets.token_bytes(_TOKEN_BYTES))
@@ -60,7 +58,7 @@ class Writer:
                     break
                 connection.close()
         connection.settimeout(None)
-        keep_alive(connection, self._silence_s)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._readers.append(connection)
         return b""
 
@@ -93,11 +91,11 @@ class Writer:
 class Reader:
     """Reads the messages of one writer."""
 
-    def __init__(self, address: WireAddress, silence_s: float) -> None:
+    def __init__(self, address: WireAddress) -> None:
         """Connects. Raises OSError where the writer cannot be reached."""
         self._socket = socket.create_connection(address[:2], timeout=_CONNECT_LIMIT_S)
         self._socket.settimeout(None)
-        keep_alive(self._socket, silence_s)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket.sendall(address.token)
         self._poll = select.poll()
         self._poll.register(self._socket, select.POLLIN)
