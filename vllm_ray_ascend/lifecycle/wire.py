@@ -2,8 +2,10 @@
 
 A ZeroMQ socket hands every message to a thread of its own and back, on both sides; on busy cores that is most of a
 round trip between nodes. These block in the kernel, end at once where the other process does, and can be closed by
-another thread. Their methods are those that vLLM's MessageQueue calls of a ZeroMQ socket. A node that vanishes without a
-word is the lifeline's matter, which closes them: here a reader may be silent for as long as a step takes.
+another thread. Their methods are those that vLLM's MessageQueue calls of a ZeroMQ socket.
+
+A node that vanishes without a word is the lifeline's matter, which closes them: here a reader may be silent for as long
+as its step takes.
 """
 
 from __future__ import annotations
