@@ -38,7 +38,9 @@ TOKENS = 64
 async def batches_in_flight(engine: Engine) -> None:
     """Many requests at once, each with its own right text; a stage begins a batch while the next stage has another."""
     await engine.workers("take_batches")
-    prompts = line_prompts()
+    # Long ones fill a batch each while they are prefilled; short ones alone would all be in the same batch for good.
+    lines = zen_text().splitlines(keepends=True)
+    prompts = [*line_prompts()[:4], *("".join(lines[:number]) for number in range(8, 18))]
     answers = await asyncio.gather(*(engine.ask(prompt, max_tokens=TOKENS) for prompt in prompts))
     for prompt, answer in zip(prompts, answers, strict=True):
         given = answer.outputs[0]

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tests.e2e.facts import WorkerFacts
+
+
+def ending(note: dict[str, Any], get_output: Callable[[], Any]) -> Callable[[], Any]:
+    """``get_output`` of a batch, whose end it is."""
+
+    def get() -> Any:
+        output = get_output()
+        note["end"] = time.monotonic_ns()
+        return output
+
+    return get
 
 
 class ParityWorker(WorkerFacts):
@@ -30,7 +42,10 @@ class ParityWorker(WorkerFacts):
         def noting_sample(*args: Any, **kwargs: Any) -> Any:
             result = sample(*args, **kwargs)
             if self.noted:
-                self.noted[-1] |= {"end": time.monotonic_ns(), "output": type(result).__name__}
+                note = self.noted[-1]
+                note |= {"end": time.monotonic_ns(), "output": type(result).__name__}
+                if hasattr(result, "get_output"):  # the NPU still computes; another thread waits for it
+                    result.get_output = ending(note, result.get_output)
             return result
 
         runner.execute_model, runner.sample_tokens = noting_execute, noting_sample
