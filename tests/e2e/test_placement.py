@@ -189,6 +189,7 @@ from types import SimpleNamespace
 import ray
 from vllm_ray_ascend.cluster.groups import Wanted, reserve
 from vllm_ray_ascend.cluster.placement import RankPlacement
+from vllm_ray_ascend.devices.kind import NPU
 from vllm_ray_ascend.engine.manager import RayAscendEngineActorManager
 from vllm_ray_ascend.errors import PlacementError, ShortageError
 
@@ -198,6 +199,7 @@ group = ray.util.placement_group
 held = [group([{"NPU": 1, "node:" + head: 0.001}] * 5), group([{"NPU": 1, "node:" + second: 0.001}] * 4)]
 ray.get([each.ready() for each in held])
 manager = object.__new__(RayAscendEngineActorManager)
+manager._kind = NPU
 manager.placements = [RankPlacement(0, 0, (second,) * 4)]
 manager.created_placement_groups = held[1:]
 config = SimpleNamespace(instance_id="e", parallel_config=SimpleNamespace(world_size=4, data_parallel_master_ip=head))
