@@ -70,6 +70,7 @@ def test_moe_with_expert_parallelism_and_a_list_on_one_raylet(one_list: Cluster,
     check_nothing_left(one_list)
 
 
+@pytest.mark.slow
 def test_12942_without_the_plugin(one_list: Cluster, tmp_path: Path) -> None:
     """Ray DP: the engine core's empty list reaches its workers, which then see no NPU at all."""
     with (
@@ -141,6 +142,7 @@ def four_nodes_of_one() -> Iterator[Cluster]:
         yield cluster
 
 
+@pytest.mark.slow
 def test_ranks_that_span_nodes(four_nodes_of_one: Cluster, tmp_path: Path) -> None:
     with server_of(four_nodes_of_one, DENSE, tmp_path / "log", *SPAN, **PACK) as server:
         server.wait_until_healthy()
@@ -240,8 +242,8 @@ def test_scale_up_pins_a_rank_to_the_node_of_its_local_rank(two_nodes_of_eight: 
     )
     assert (before, after, at_last) == (2, 3, 3)
     assert not_granted == (
-        "Ray did not grant placement group big ({NPU: 9, CPU: 1} + {CPU: 1}, PACK) within 5 s, although its NPUs were "
-        "free a moment before: another engine took them, or the nodes lack CPUs. `ray status` and "
+        "Ray did not grant placement group big ({NPU: 9, CPU: 1} + {CPU: 1}, PACK) within 5 s, although all of it was "
+        "free a moment before: another engine took it, or the nodes lack CPUs. `ray status` and "
         "`vllm-ray-ascend topology` show who holds what; start again."
     )
     assert (placed, local_ranks) == ([second], [1])
