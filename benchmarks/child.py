@@ -59,9 +59,9 @@ class Session:
         marks.mark("begin")
         executor = engine.timed_executor(config, marks)(config)
         pids, workers = engine.started(executor)
+        self._ended.append((executor, executor.rpc_broadcast_mq, executor.response_mqs))
         end = ending.stop(executor, pids) if victim is None else ending.kill(executor, pids, victim)
         _give_back(config)
-        self._ended.append(executor)
         return {"phases": phases(marks, workers), "end": end}
 
 
