@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.threads import in_thread
 from vllm_ray_ascend.executor.queues import CancellableQueue
 
 LIMIT_S = 20.0
@@ -39,20 +40,6 @@ def ends() -> Iterator[list[CancellableQueue]]:
         queue.close()
 
 
-def ended(call: Callable[[], Any]) -> tuple[threading.Thread, list[BaseException]]:
-    found: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            call()
-        except BaseException as error:  # noqa: BLE001 - SystemExit too
-            found.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    return thread, found
-
-
 def test_both_kinds_of_readers_get_small_and_large_objects(ends: list[CancellableQueue]) -> None:
     writer, near, far = ends
     small: Any = ("execute_model", (1,), {})
@@ -77,7 +64,7 @@ def test_shared_memory_has_no_name_once_all_are_ready(ends: list[CancellableQueu
 
 @pytest.mark.parametrize("reader", [1, 2], ids=["shared memory", "TCP"])
 def test_a_read_ends_with_what_cancels_it(ends: list[CancellableQueue], reader: int) -> None:
-    thread, found = ended(lambda: ends[reader].dequeue(indefinite=True))
+    thread, found = in_thread(lambda: ends[reader].dequeue(indefinite=True))
     ends[reader].cancel(SystemExit(3))
     thread.join(LIMIT_S)
     assert isinstance(found[0], SystemExit) and found[0].code == 3
@@ -86,7 +73,7 @@ def test_a_read_ends_with_what_cancels_it(ends: list[CancellableQueue], reader: 
 
 
 def test_a_writer_that_is_gone_is_said_to_be(ends: list[CancellableQueue]) -> None:
-    thread, found = ended(lambda: ends[2].dequeue(indefinite=True))
+    thread, found = in_thread(lambda: ends[2].dequeue(indefinite=True))
     ends[0].close()
     thread.join(LIMIT_S)
     assert isinstance(found[0], ConnectionError)
@@ -94,7 +81,7 @@ def test_a_writer_that_is_gone_is_said_to_be(ends: list[CancellableQueue]) -> No
 
 def test_a_wait_for_ends_that_never_come_is_cancelled() -> None:
     writer = CancellableQueue(2, 1, connect_ip="127.0.0.1", max_chunk_bytes=1 << 20)
-    thread, found = ended(writer.wait_until_ready)
+    thread, found = in_thread(writer.wait_until_ready)
     writer.cancel(RuntimeError("the engine has ended"))
     thread.join(LIMIT_S)
     assert str(found[0]) == "the engine has ended"
@@ -109,6 +96,6 @@ def test_queues_that_nobody_holds_are_collected() -> None:
             CancellableQueue(1, local, connect_ip="127.0.0.1", max_chunk_bytes=1 << 20)
         gc.collect()
 
-    thread, found = ended(forget)
+    thread, found = in_thread(forget)
     thread.join(LIMIT_S)
-    assert not thread.is_alive() and not found
+    assert not thread.is_alive() and found == [None]

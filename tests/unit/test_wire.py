@@ -7,11 +7,12 @@ import pickle
 import socket
 import threading
 import time
-from collections.abc import Callable
 
 import pytest
 
-from vllm_ray_ascend.lifecycle.wire import Reader, WireAddress, Writer
+from tests.threads import in_thread
+from vllm_ray_ascend.lifecycle.messages import Address
+from vllm_ray_ascend.lifecycle.wire import Reader, Writer
 
 pytestmark = pytest.mark.unit
 
@@ -24,21 +25,6 @@ def connected(readers: int = 1) -> tuple[Writer, list[Reader]]:
     for _ in ends:
         assert writer.recv() == b""
     return writer, ends
-
-
-def in_thread(call: Callable[[], object]) -> tuple[threading.Thread, list[object]]:
-    """``call`` in a thread, and what it returns or raises, once it has."""
-    found: list[object] = []
-
-    def run() -> None:
-        try:
-            found.append(call())
-        except (OSError, ValueError) as error:
-            found.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    return thread, found
 
 
 def test_every_reader_gets_every_message_in_order() -> None:
@@ -71,7 +57,7 @@ def test_one_part_is_what_the_start_says() -> None:
 
 def test_a_stranger_is_no_reader() -> None:
     writer = Writer(HOST, lambda: None)
-    with socket.create_connection(writer.address[:2]) as stranger:
+    with socket.create_connection((HOST, writer.address.port)) as stranger:
         stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
         reader = Reader(writer.address)
         writer.recv()
@@ -131,6 +117,6 @@ def test_waiting_for_a_reader_ends_with_what_the_check_raises() -> None:
 
 def test_a_writer_that_is_not_there() -> None:
     with socket.create_server((HOST, 0)) as free:
-        address = WireAddress(HOST, free.getsockname()[1], b"0" * 16)
+        address = Address(HOST, free.getsockname()[1], "0" * 32)
     with pytest.raises(OSError, match="refused"):
         Reader(address)

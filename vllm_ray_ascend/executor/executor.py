@@ -30,7 +30,7 @@ from vllm_ray_ascend.errors import VllmRayAscendError, WorkerLateError
 from vllm_ray_ascend.executor.answers import AnsweringExecutor
 from vllm_ray_ascend.executor.life import Life
 from vllm_ray_ascend.executor.placing import place
-from vllm_ray_ascend.executor.queues import CancellableQueue
+from vllm_ray_ascend.executor.queues import CancellableQueue, queues_of
 from vllm_ray_ascend.executor.ranks import Rank, ready_line, report
 from vllm_ray_ascend.executor.record import check_owners, record_of
 from vllm_ray_ascend.executor.recovery import Recovery, refuse_unrecoverable
@@ -195,11 +195,10 @@ class RayAscendExecutor(AnsweringExecutor):
             self.shutting_down = False  # a failure has set it, and upstream's part is still to come
         if not ray.is_initialized():
             self.ray_worker_handles = []
-        queues = [getattr(self, "rpc_broadcast_mq", None), *getattr(self, "response_mqs", ())]
+        queues = queues_of(self)
         super().shutdown()
         for queue in queues:
-            if queue is not None:
-                queue.close()
+            queue.close()
         if getattr(self.parallel_config, "assigned_physical_gpu_ids", None) is not None:
             self.parallel_config.assigned_physical_gpu_ids = None  # Ray's choice for these workers, not the user's
         record, self._record = getattr(self, "_record", None), None

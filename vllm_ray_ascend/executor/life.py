@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from vllm_ray_ascend.errors import VllmRayAscendError, WorkerDiedError, WorkerFailedError
-from vllm_ray_ascend.executor.queues import drop_name
+from vllm_ray_ascend.executor.queues import queues_of
 from vllm_ray_ascend.lifecycle.hub import Hub, Loss, Peer
 from vllm_ray_ascend.lifecycle.messages import DIE, STOP
 from vllm_ray_ascend.lifecycle.shared_memory import remove
@@ -100,9 +100,8 @@ class Life:
         callback, executor.failure_callback = getattr(executor, "failure_callback", None), None
         if self._hub is not None:
             self._hub.order(DIE, but)
-        for queue in (getattr(executor, "rpc_broadcast_mq", None), *getattr(executor, "response_mqs", ())):
-            if queue is not None:
-                queue.cancel(cause)
+        for queue in queues_of(executor):
+            queue.cancel(cause)
         if callback is not None:
             callback()
         logger.error("%s", cause)
@@ -129,7 +128,6 @@ class Life:
             remove(segments)
         if late:
             logger.warning("ranks %s did not end in time and are killed", late)
-        drop_name(getattr(self._executor, "rpc_broadcast_mq", None))
         self._hub.close()
         self._hub = None
         return True

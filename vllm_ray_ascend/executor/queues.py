@@ -39,6 +39,12 @@ def drop_name(queue: MessageQueue | None) -> None:
             buffer.shared_memory.unlink()
 
 
+def queues_of(executor: Any) -> list[CancellableQueue]:
+    """The queues that an executor has now: none before its start has come so far, nor after its end."""
+    queues = (getattr(executor, "rpc_broadcast_mq", None), *getattr(executor, "response_mqs", ()))
+    return [queue for queue in queues if queue is not None]
+
+
 def drop_names() -> None:
     """From now on every queue of vLLM in this process, such as those of its groups, drops its name when all ends are
     ready."""
@@ -106,11 +112,12 @@ class CancellableQueue(MessageQueue):
             self.remote_socket.close()
 
     def close(self) -> None:
-        """Close all sockets; for the thread that used the queue, which it does no more.
+        """Close all sockets, and drop the name; for the thread that used the queue, which it does no more.
 
         Left to the garbage collector, ZeroMQ's context may come before its sockets, and then waits for them for good.
         """
         self.shutdown()
+        drop_name(self)
         condition = self._spin_condition
         for holder, names in ((self, ("local_socket",)), (condition, _NOTIFYING)):
             for name in names:

@@ -25,7 +25,7 @@ from vllm_ray_ascend.lifecycle.messages import (
     Segment,
     parse,
 )
-from vllm_ray_ascend.lifecycle.sockets import keep_alive
+from vllm_ray_ascend.lifecycle.sockets import keep_alive, listen
 
 _CHUNK = 65536
 _MOST_UNREAD = 1 << 20
@@ -69,8 +69,7 @@ class Hub:
     def __init__(self, host: str, silence_s: float, on_loss: Callable[[Loss], None]) -> None:
         self._on_loss = on_loss
         self._silence_s = silence_s
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, 0), family=family, backlog=128)
+        self._listener = listen(host)
         self._token = secrets.token_hex(8)
         self.address = Address(host, self._listener.getsockname()[1], self._token)
         self._peers: dict[socket.socket, Peer] = {}

@@ -1,8 +1,14 @@
-"""How long a connection may be silent."""
+"""Sockets as all of this room has them: where one listens, and how long a connection may be silent."""
 
 from __future__ import annotations
 
 import socket
+
+
+def listen(host: str) -> socket.socket:
+    """A socket that listens on an address of this node, on a port of the system's choice."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, 0), family=family, backlog=128)
 
 
 def keep_alive(connection: socket.socket, silence_s: float) -> None:

@@ -16,7 +16,9 @@ import select
 import socket
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+
+from vllm_ray_ascend.lifecycle.messages import Address
+from vllm_ray_ascend.lifecycle.sockets import listen
 
 _COUNT = struct.Struct("!I")
 _LENGTH = struct.Struct("!Q")
@@ -30,24 +32,16 @@ _TOKEN_BYTES = 16
 Buffer = bytes | bytearray | memoryview
 
 
-class WireAddress(NamedTuple):
-    """Where a writer listens, and the word by which it knows its readers."""
-
-    host: str
-    port: int
-    token: bytes
-
-
 class Writer:
     """Sends every message to all readers. ``check`` is called while it waits for one, and may raise."""
 
     def __init__(self, host: str, check: Callable[[], None]) -> None:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, 0), family=family, backlog=128)
+        self._listener = listen(host)
         self._listener.settimeout(_ACCEPT_POLL_S)
         self._check = check
         self._readers: list[socket.socket] = []
-        self.address = WireAddress(host, self._listener.getsockname()[1], secrets.token_bytes(_TOKEN_BYTES))
+        self._token = secrets.token_hex(_TOKEN_BYTES)
+        self.address = Address(host, self._listener.getsockname()[1], self._token)
 
     def recv(self) -> bytes:
         """Wait for the next reader to connect."""
@@ -56,7 +50,7 @@ class Writer:
             with contextlib.suppress(TimeoutError, ConnectionError):  # nobody yet, or a stranger who left
                 connection, _ = self._listener.accept()
                 connection.settimeout(_CONNECT_LIMIT_S)
-                if secrets.compare_digest(_exactly(connection, _TOKEN_BYTES), self.address.token):
+                if secrets.compare_digest(_exactly(connection, len(self._token)), self._token.encode()):
                     break
                 connection.close()
         connection.settimeout(None)
@@ -93,12 +87,12 @@ class Writer:
 class Reader:
     """Reads the messages of one writer."""
 
-    def __init__(self, address: WireAddress) -> None:
+    def __init__(self, address: Address) -> None:
         """Connects. Raises OSError where the writer cannot be reached."""
-        self._socket = socket.create_connection(address[:2], timeout=_CONNECT_LIMIT_S)
+        self._socket = socket.create_connection((address.host, address.port), timeout=_CONNECT_LIMIT_S)
         self._socket.settimeout(None)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket.sendall(address.token)
+        self._socket.sendall(address.token.encode())
         self._poll = select.poll()
         self._poll.register(self._socket, select.POLLIN)
         self._pending = b""
