@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.e2e.facts import WorkerFacts
 from tests.e2e.generate import MARKER, generate
 
 
-class GraphFacts:
-    """Mixed into vllm-ascend's worker: its graphs, and the streams that its process holds."""
+class GraphFacts(WorkerFacts):
+    """Mixed into vllm-ascend's worker: its graphs, their replays, and the streams that its process holds."""
 
     def graph_facts(self) -> dict[str, Any]:
         """Sizes with a graph, the mode, and what the software NPU counts for this process."""
@@ -33,19 +34,6 @@ class GraphFacts:
             "memory": sum(held.memory for held in holdings() if held.pid == os.getpid()),
             "replays": getattr(self, "replays", 0),
         }
-
-    def count_replays(self) -> None:
-        """Start to count."""
-        import torch
-
-        replay = torch.npu.NPUGraph.replay
-
-        def counted(graph: Any) -> Any:
-            self.replays += 1
-            return replay(graph)
-
-        self.replays = 0
-        torch.npu.NPUGraph.replay = counted
 
     def release_graphs(self) -> None:
         """As an orderly end or a change of groups does."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import openai
 import pytest
@@ -17,15 +18,18 @@ from vllm_ray_ascend.softnpu.cluster.plan import Cluster
 pytestmark = pytest.mark.e2e
 
 
-def pids(cluster: Cluster) -> dict[int, int]:
-    (engine,) = topology_of(cluster)["engines"]
-    return {rank["rank"]: rank["pid"] for rank in engine["ranks"]}
+class Process(NamedTuple):
+    """A worker's, by the index of its node and its number there."""
+
+    node: int
+    pid: int
 
 
-def node_of(cluster: Cluster, rank: int) -> int:
+def workers(cluster: Cluster) -> dict[int, Process]:
+    """Those of the one engine, by rank."""
     (engine,) = topology_of(cluster)["engines"]
-    address = next(each["address"] for each in engine["ranks"] if each["rank"] == rank)
-    return next(node.index for node in cluster.nodes if node.address == address)
+    index = {node.address: node.index for node in cluster.nodes}
+    return {rank["rank"]: Process(index[rank["address"]], rank["pid"]) for rank in engine["ranks"]}
 
 
 def wait_for_log(log: Path, text: str) -> None:
@@ -35,10 +39,10 @@ def wait_for_log(log: Path, text: str) -> None:
         time.sleep(0.1)
 
 
-def check_serves_on(server: Server, cluster: Cluster, before: dict[int, int]) -> dict[int, int]:
+def check_serves_on(server: Server, cluster: Cluster, before: dict[int, Process]) -> dict[int, Process]:
     check_text(server, DENSE, 1)
-    now = pids(cluster)
-    assert not set(now.values()) & set(before.values())
+    now = workers(cluster)
+    assert not {each.pid for each in now.values()} & {each.pid for each in before.values()}
     return now
 
 
@@ -46,14 +50,14 @@ def test_an_engine_goes_on_after_its_workers_died(two_nodes_of_two: Cluster, tmp
     """In the middle of a request, which fails, and while it has nothing to do, when nobody notices."""
     with server_of(two_nodes_of_two, DENSE, tmp_path / "log", *SIZES, VLLM_RAY_ASCEND_RECOVER="1") as server:
         server.wait_until_healthy()
-        first = pids(two_nodes_of_two)
+        first = workers(two_nodes_of_two)
         stream = endless(server)
-        kill(two_nodes_of_two, node_of(two_nodes_of_two, 3), first[3])
+        kill(two_nodes_of_two, *first[3])
         with pytest.raises(openai.APIError):
             for _ in stream:
                 pass
         second = check_serves_on(server, two_nodes_of_two, first)
-        kill(two_nodes_of_two, node_of(two_nodes_of_two, 0), second[0])
+        kill(two_nodes_of_two, *second[0])
         wait_for_log(tmp_path / "log", "restart 2 of this engine")  # a request before that would have begun
         check_serves_on(server, two_nodes_of_two, second)
     log = (tmp_path / "log").read_text()
