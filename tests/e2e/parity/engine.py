@@ -15,7 +15,8 @@ TOLERANCE = 1e-3
 ALL_TOKENS = 320
 CHUNK = 64
 """Most tokens in a batch: longer prompts are prefilled in chunks."""
-GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2]}
+GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+SIZES = [1, 2]
 
 
 class WrongError(AssertionError):
@@ -97,13 +98,16 @@ def start(options: dict[str, Any]) -> Engine:
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
+    given = options.get("arguments", {})
+    drafts = given.get("speculative_config", {}).get("num_speculative_tokens", 0)
+    sizes = [(drafts + 1) * requests for requests in SIZES]  # a step has a token of each request, and its drafts
     arguments = AsyncEngineArgs(
         model=options["model"],
         dtype="float32",
         tensor_parallel_size=options["tp"],
         pipeline_parallel_size=options["pp"],
         distributed_executor_backend=options.get("backend", "ray"),
-        compilation_config=GRAPHS,
+        compilation_config={**GRAPHS, "cudagraph_capture_sizes": sizes},
         max_model_len=1024,
         max_num_seqs=16,
         max_num_batched_tokens=CHUNK,
@@ -112,6 +116,6 @@ def start(options: dict[str, Any]) -> Engine:
         structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},  # it would write blanks only
         additional_config={"weight_nz_mode": 0},  # vllm-ascend refuses to wake up otherwise
         seed=0,
-        **options.get("arguments", {}),
+        **given,
     )
     return Engine(AsyncLLM.from_engine_args(arguments, stat_loggers=[RayPrometheusStatLogger]), options)
