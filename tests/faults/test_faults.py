@@ -1,7 +1,8 @@
 """Faults of every kind in every phase: what is said, how soon, and that nothing is left. `make test-faults`, no part of
 CI. Each case starts an engine on the NPUs of the one before, at once.
 
-FAULTS_COUNT random cases (FAULTS_SEED) instead of one of each kind; a line of JSON a case goes to FAULTS_OUT.
+FAULTS_COUNT random cases (FAULTS_SEED) instead of one of each kind; a line of JSON a case goes to FAULTS_OUT. Two runs
+at once need clusters of different names: FAULTS_CLUSTER.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import re
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +37,7 @@ from vllm_ray_ascend.softnpu.cluster.plan import Cluster
 
 _COUNT = int(os.environ.get("FAULTS_COUNT", "0"))
 CASES = combinations(int(os.environ.get("FAULTS_SEED", "0")), _COUNT) if _COUNT else every_kind()
+CLUSTER = os.environ.get("FAULTS_CLUSTER", "faults")
 OUT = Path(os.environ.get("FAULTS_OUT", ROOT / ".demo" / "faults.jsonl"))
 LIMITS = {
     "VLLM_RAY_ASCEND_HANG_S": "20",
@@ -45,6 +48,7 @@ LIMITS = {
 }
 LIMIT_S = 240.0
 GRAPHS = '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2]}'
+_OF_A_SERVER = 3
 BEFORE_THE_START = {Fault.NO_DEVICE, Fault.NO_CAPTURE}
 
 
@@ -53,13 +57,14 @@ class Made:
     """A cluster that is made anew after a fault that breaks it."""
 
     folder: Path
+    sockets: Path
     stack: contextlib.ExitStack
     cluster: Cluster | None = None
 
     def get(self) -> Cluster:
         if self.cluster is None:
             settings = {node: {"SOFTNPU_FAULTS": f"@{self.folder / str(node)}"} for node in (1, 2)}
-            self.cluster = self.stack.enter_context(cluster_of("faults", 2, 1, settings))
+            self.cluster = self.stack.enter_context(cluster_of(CLUSTER, 2, 1, settings))
         return self.cluster
 
     def drop(self) -> None:
@@ -69,8 +74,9 @@ class Made:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
-    with contextlib.ExitStack() as stack:
-        yield Made(tmp_path_factory.mktemp("npu-faults"), stack)
+    # Sockets have a folder of their own, with a short name: a path of one may have no more than 107 characters.
+    with tempfile.TemporaryDirectory(prefix="faults-") as sockets, contextlib.ExitStack() as stack:
+        yield Made(tmp_path_factory.mktemp("npu-faults"), Path(sockets), stack)
 
 
 class Asking(threading.Thread):
@@ -95,8 +101,8 @@ class Asking(threading.Thread):
         self.first.set()
 
 
-def server_of(case: Case, cluster: Cluster, log: Path) -> Server:
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), **LIMITS}
+def server_of(case: Case, cluster: Cluster, sockets: Path, log: Path) -> Server:
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_RPC_BASE_PATH": str(sockets), **LIMITS}
     arguments = (
         *("--tensor-parallel-size", str(case.tp), "--pipeline-parallel-size", str(case.pp), "--max-model-len", "512"),
         *("--max-num-seqs", "4", "--kv-cache-memory-bytes", str(16 << 20), "--compilation-config", GRAPHS),
@@ -136,11 +142,12 @@ def ended(server: Server) -> bool:
     return server._process.poll() is not None
 
 
-def all_gone(cluster: Cluster, limit_s: float) -> float:
+def all_gone(cluster: Cluster, injector: Injector, limit_s: float) -> float:
     """Seconds until nothing is left; fails with what is."""
     started = time.monotonic()
     while True:
         try:
+            assert injector.processes() == []
             check_all_gone(cluster)
         except AssertionError:
             if time.monotonic() - started > limit_s:
@@ -158,7 +165,7 @@ def test_fault(case: Case, made: Made, tmp_path: Path) -> None:
     if case.fault in BEFORE_THE_START:
         injector.inject(case)
     seconds: dict[str, float] = {}
-    with server_of(case, cluster, tmp_path / "log") as server:
+    with server_of(case, cluster, made.sockets, tmp_path / "log") as server:
         if case.serves_on:
             server.wait_until_healthy()
             check_text(server, DENSE, 1)
@@ -166,8 +173,8 @@ def test_fault(case: Case, made: Made, tmp_path: Path) -> None:
             asking = reach(case, server) if case.fault not in BEFORE_THE_START else None
             if case.fault not in BEFORE_THE_START:
                 injector.inject(case)
-            if case.phase is Phase.IDLE and case.fault in (Fault.STOP, Fault.SILENT):
-                asking = Asking(server, PROMPTS[0])  # idle workers are not asked whether they live
+            if case.phase is Phase.IDLE and case.fault is Fault.SILENT:
+                asking = Asking(server, PROMPTS[0])  # who is not asked is not found to be silent
             check_told(case, server, seconds)
             if asking is not None:
                 asking.join(LIMIT_S)
@@ -178,7 +185,12 @@ def test_fault(case: Case, made: Made, tmp_path: Path) -> None:
             injector.join_link(case)
         made.drop()
     else:
-        seconds["clean"] = all_gone(cluster, 60)
+        seconds["clean"] = all_gone(cluster, injector, 60)
+    files = [path.name for path in made.sockets.iterdir()]
+    for name in files:
+        (made.sockets / name).unlink()
+    # Who gets SIGKILL cannot remove its own; of a worker's and an engine core's the others see to it.
+    assert len(files) <= (_OF_A_SERVER if case.fault is Fault.SERVER else 0), f"files of sockets are left: {files}"
     note(case, seconds)
 
 
