@@ -94,24 +94,22 @@ def test_nobody_is_asked_while_a_call_is_under_way(hub: Hub, start: Any, watched
     watched.wait_until_silent()
 
 
-def test_a_worker_that_answers_late_is_no_hung_one(hub: Hub, start: Any, watched: Watched) -> None:  # noqa: F811
-    """As after the whole machine was stopped: the first question says nothing."""
-    worker = start(0)
-    wait_for_ranks(hub, [0])
-    watched.wait_until_asked(1)
-    first = threading.Event()
+def test_who_answers_the_second_question_is_no_hung_worker() -> None:
+    """As after the whole machine was stopped, when the first one's time is over at once."""
+    asked = threading.Semaphore(0)
+    answers = iter([{0: None}, {0: "here"}])
+    told = threading.Event()
 
-    def ask(limit_s: float) -> Reports:
-        if not first.is_set():
-            first.set()
-            return {0: None}
-        return hub.ask(LIMIT_S)
+    def ask(_: float) -> Reports:
+        asked.release()
+        return next(answers, {0: "here"})
 
-    watched.pulse._ask = ask
-    assert first.wait(LIMIT_S)
-    watched.pulse._ask = watched._ask
-    watched.wait_until_asked(2)
-    assert not watched.told and worker.poll() is None
+    pulse = Pulse(ask, PULSE_S, lambda reports: told.set())
+    pulse.start()
+    for _ in range(4):
+        assert asked.acquire(timeout=LIMIT_S)
+    pulse.stop()
+    assert not told.is_set()
 
 
 def test_a_worker_that_dies_is_not_waited_for(hub: Hub, deaths: Deaths, start: Any, watched: Watched) -> None:  # noqa: F811
