@@ -18,9 +18,9 @@ class Fault(Enum):
     NO_DEVICE = "an NPU does not open"
     NO_CAPTURE = "a graph capture fails"
     DRIVER = "the engine core gets SIGKILL"
-    SERVER = "the server, which started the engine core, gets SIGKILL"
     RAYLET = "a node's raylet gets SIGKILL"
     LINK = "a node's link is cut"
+    SERVER = "the server, which started the engine core, gets SIGKILL"
 
 
 class Phase(Enum):
@@ -45,9 +45,9 @@ WHERE: dict[Fault, frozenset[Phase]] = {
     Fault.NO_DEVICE: frozenset({Phase.START}),
     Fault.NO_CAPTURE: frozenset({Phase.CAPTURE}),
     Fault.DRIVER: ANY,
-    Fault.SERVER: frozenset({Phase.CAPTURE, Phase.IDLE, Phase.DECODE}),
     Fault.RAYLET: ANY - {Phase.END},
     Fault.LINK: SERVING,
+    Fault.SERVER: frozenset({Phase.CAPTURE, Phase.IDLE, Phase.DECODE}),
 }
 LAYOUTS = ((2, 1), (1, 2))
 """Tensor and pipeline parallel sizes."""
