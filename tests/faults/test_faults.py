@@ -46,7 +46,7 @@ LIMITS = {
     "VLLM_RAY_ASCEND_WARM_UP_LIMIT_S": "60",
     "VLLM_RAY_ASCEND_SILENCE_S": "5",
 }
-LIMIT_S = 240.0
+LIMIT_S = 600.0
 GRAPHS = '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2]}'
 _OF_A_SERVER = 3
 BEFORE_THE_START = {Fault.NO_DEVICE, Fault.NO_CAPTURE}
