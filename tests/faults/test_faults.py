@@ -170,6 +170,7 @@ def test_fault(case: Case, made: Made, tmp_path: Path) -> None:
     if case.fault in BEFORE_THE_START:
         injector.inject(case)
     seconds: dict[str, float] = {}
+    said = ""
     with server_of(case, cluster, made.sockets, tmp_path / "log") as server:
         if case.serves_on:
             server.wait_until_healthy()
@@ -180,7 +181,7 @@ def test_fault(case: Case, made: Made, tmp_path: Path) -> None:
                 injector.inject(case)
             if case.phase is Phase.IDLE and case.fault is Fault.SILENT:
                 asking = Asking(server, PROMPTS[0])  # who is not asked is not found to be silent
-            check_told(case, server, seconds)
+            said = check_told(case, server, seconds)
             if asking is not None:
                 asking.join(LIMIT_S)
                 assert asking.error is not None and not isinstance(asking.error, openai.APITimeoutError)
@@ -190,17 +191,17 @@ def test_fault(case: Case, made: Made, tmp_path: Path) -> None:
             injector.join_link(case)
         made.drop()
     else:
-        seconds["clean"] = all_gone(cluster, injector, 60)
+        seconds["clean"] = all_gone(cluster, injector, 180)
     files = [path.name for path in made.sockets.iterdir()]
     for name in files:
         (made.sockets / name).unlink()
     # Who gets SIGKILL cannot remove its own; of a worker's and an engine core's the others see to it.
     assert len(files) <= (_OF_A_SERVER if case.fault is Fault.SERVER else 0), f"files of sockets are left: {files}"
-    note(case, seconds)
+    note(case, seconds, said)
 
 
-def check_told(case: Case, server: Server, seconds: dict[str, float]) -> None:
-    """The log says what it has to, and the server ends."""
+def check_told(case: Case, server: Server, seconds: dict[str, float]) -> str:
+    """The log says what it has to, and the server ends. Returns the line that says it."""
     started = time.monotonic()
     pattern = expected(case)
     if pattern is not None:
@@ -209,10 +210,12 @@ def check_told(case: Case, server: Server, seconds: dict[str, float]) -> None:
         assert re.search(pattern, server.log.read_text()), f"{server.log} does not say: {pattern}"
     until(lambda: ended(server), LIMIT_S, "the end of the server")
     seconds["ended"] = time.monotonic() - started
+    lines = [line for line in server.log.read_text().splitlines() if pattern and re.search(pattern, line)]
+    return lines[0].rpartition("] ")[2] if lines else ""
 
 
-def note(case: Case, seconds: dict[str, float]) -> None:
+def note(case: Case, seconds: dict[str, float], said: str) -> None:
     OUT.parent.mkdir(parents=True, exist_ok=True)
     with OUT.open("a") as stream:
         rounded = {name: round(value, 3) for name, value in seconds.items()}
-        stream.write(json.dumps({"case": str(case), **rounded}) + "\n")
+        stream.write(json.dumps({"case": str(case), **rounded, "said": said}) + "\n")
