@@ -97,7 +97,7 @@ def test_nobody_is_asked_while_a_call_is_under_way(hub: Hub, start: Any, watched
 def test_who_answers_the_second_question_is_no_hung_worker() -> None:
     """As after the whole machine was stopped, when the first one's time is over at once."""
     asked = threading.Semaphore(0)
-    answers = iter([{0: None}, {0: "here"}])
+    answers: Iterator[Reports] = iter([{0: None}, {0: "here"}])
     told = threading.Event()
 
     def ask(_: float) -> Reports:
