@@ -122,11 +122,12 @@ def _select_executor(module: ModuleType) -> None:
 
 
 def _select_manager(module: ModuleType) -> None:
-    from vllm_ray_ascend.engine.ending import grant_time
+    from vllm_ray_ascend.engine.ending import grant_time, leave_no_sockets
     from vllm_ray_ascend.engine.manager import RayAscendEngineActorManager
 
     replace(module, "CoreEngineActorManager", RayAscendEngineActorManager)
     grant_time(module)
+    leave_no_sockets(module)
     _select_device_ids(module)
 
 

@@ -17,6 +17,9 @@ _DEVICE_FAULTS = {
     Fault.NO_CAPTURE: "capture:nth=1",
 }
 _WORKER = "RayAscendWorkerProc"
+_ENGINE_CORE = "VLLM::EngineCore"
+_SERVER = "vllm serve "
+_NONE_FOUND = 1  # pgrep's exit status
 
 
 class Injector:
@@ -37,7 +40,9 @@ class Injector:
         if case.fault in _SIGNALS:
             self._kill(node, _SIGNALS[case.fault], _WORKER)
         elif case.fault is Fault.DRIVER:
-            self._kill(1, "KILL", "VLLM::EngineCore")
+            self._kill(1, "KILL", _ENGINE_CORE)
+        elif case.fault is Fault.SERVER:
+            self._kill(1, "KILL", _SERVER)
         elif case.fault is Fault.RAYLET:
             self._kill(node, "KILL", "/raylet/raylet ")
         elif case.fault is Fault.LINK:
@@ -51,6 +56,17 @@ class Injector:
         """Undo a cut, so that the node can be cleaned."""
         link = self._cluster.nodes[case.rank].link
         subprocess.run(["ip", "link", "set", link, "up"], check=True)
+
+    def processes(self) -> list[str]:
+        """What runs of any engine, on all nodes."""
+        found = []
+        for node in self._cluster.nodes:
+            for pattern in (_WORKER, _ENGINE_CORE, _SERVER):
+                command = manager.node_command(self._cluster, node.index, ["pgrep", "-fa", pattern])
+                done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+                assert done.returncode in (0, _NONE_FOUND), done.stderr
+                found += done.stdout.splitlines()
+        return found
 
     def _kill(self, node: int, signal: str, pattern: str) -> None:
         command = manager.node_command(self._cluster, node, ["pkill", f"-{signal}", "-f", pattern])

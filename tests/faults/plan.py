@@ -20,6 +20,7 @@ class Fault(Enum):
     DRIVER = "the engine core gets SIGKILL"
     RAYLET = "a node's raylet gets SIGKILL"
     LINK = "a node's link is cut"
+    SERVER = "the server, which started the engine core, gets SIGKILL"
 
 
 class Phase(Enum):
@@ -46,6 +47,7 @@ WHERE: dict[Fault, frozenset[Phase]] = {
     Fault.DRIVER: ANY,
     Fault.RAYLET: ANY - {Phase.END},
     Fault.LINK: SERVING,
+    Fault.SERVER: frozenset({Phase.CAPTURE, Phase.IDLE, Phase.DECODE}),
 }
 LAYOUTS = ((2, 1), (1, 2))
 """Tensor and pipeline parallel sizes."""
@@ -53,6 +55,7 @@ BREAKS_THE_CLUSTER = frozenset({Fault.RAYLET, Fault.LINK})
 _DIES = r"(Worker process \d+ of rank \d .*died|rank \d \(.*\) failed: )"
 _LATE = r"are not ready after"
 _HANGS = r"has not ended after"
+_SILENT = r"have no work, and have not answered"
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,11 @@ def combinations(seed: int, count: int) -> list[Case]:
 
 def expected(case: Case) -> str | None:
     """A pattern that the log has to have; None where the engine core is in no state to say anything, or ends anyway."""
-    if case.fault is Fault.DRIVER or case.phase is Phase.END or case.serves_on:
+    if case.fault in (Fault.DRIVER, Fault.SERVER) or case.phase is Phase.END or case.serves_on:
         return None
     if case.fault is Fault.STOP:
+        if case.phase is Phase.IDLE:
+            return _SILENT
         return _LATE if case.phase in (Phase.START, Phase.CAPTURE) else _HANGS
     if case.fault is Fault.SILENT:
         return rf"{_HANGS}|{_DIES}"

@@ -1,7 +1,8 @@
 """Faults of every kind in every phase: what is said, how soon, and that nothing is left. `make test-faults`, no part of
 CI. Each case starts an engine on the NPUs of the one before, at once.
 
-FAULTS_COUNT random cases (FAULTS_SEED) instead of one of each kind; a line of JSON a case goes to FAULTS_OUT.
+FAULTS_COUNT random cases (FAULTS_SEED) instead of one of each kind; a line of JSON a case goes to FAULTS_OUT. Two runs
+at once need clusters of different names: FAULTS_CLUSTER.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import re
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +37,7 @@ from vllm_ray_ascend.softnpu.cluster.plan import Cluster
 
 _COUNT = int(os.environ.get("FAULTS_COUNT", "0"))
 CASES = combinations(int(os.environ.get("FAULTS_SEED", "0")), _COUNT) if _COUNT else every_kind()
+CLUSTER = os.environ.get("FAULTS_CLUSTER", "faults")
 OUT = Path(os.environ.get("FAULTS_OUT", ROOT / ".demo" / "faults.jsonl"))
 LIMITS = {
     "VLLM_RAY_ASCEND_HANG_S": "20",
@@ -43,8 +46,9 @@ LIMITS = {
     "VLLM_RAY_ASCEND_WARM_UP_LIMIT_S": "60",
     "VLLM_RAY_ASCEND_SILENCE_S": "5",
 }
-LIMIT_S = 240.0
+LIMIT_S = 600.0
 GRAPHS = '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2]}'
+_OF_A_SERVER = 3
 BEFORE_THE_START = {Fault.NO_DEVICE, Fault.NO_CAPTURE}
 
 
@@ -53,13 +57,14 @@ class Made:
     """A cluster that is made anew after a fault that breaks it."""
 
     folder: Path
+    sockets: Path
     stack: contextlib.ExitStack
     cluster: Cluster | None = None
 
     def get(self) -> Cluster:
         if self.cluster is None:
             settings = {node: {"SOFTNPU_FAULTS": f"@{self.folder / str(node)}"} for node in (1, 2)}
-            self.cluster = self.stack.enter_context(cluster_of("faults", 2, 1, settings))
+            self.cluster = self.stack.enter_context(cluster_of(CLUSTER, 2, 1, settings))
         return self.cluster
 
     def drop(self) -> None:
@@ -69,8 +74,9 @@ class Made:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
-    with contextlib.ExitStack() as stack:
-        yield Made(tmp_path_factory.mktemp("npu-faults"), stack)
+    # Sockets have a folder of their own, with a short name: a path of one may have no more than 107 characters.
+    with tempfile.TemporaryDirectory(prefix="faults-") as sockets, contextlib.ExitStack() as stack:
+        yield Made(tmp_path_factory.mktemp("npu-faults"), Path(sockets), stack)
 
 
 class Asking(threading.Thread):
@@ -95,11 +101,16 @@ class Asking(threading.Thread):
         self.first.set()
 
 
-def server_of(case: Case, cluster: Cluster, log: Path) -> Server:
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), **LIMITS}
+def server_of(case: Case, cluster: Cluster, sockets: Path, log: Path) -> Server:
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_RPC_BASE_PATH": str(sockets), **LIMITS}
+    graphs: tuple[str, ...] = ("--compilation-config", GRAPHS)
+    if case.fault is Fault.NO_MEMORY and case.phase is Phase.PREFILL:
+        # This model never asks for more than torch_npu has kept since the warm-up, unless that keeps nothing.
+        environ["PYTORCH_NO_NPU_MEMORY_CACHING"] = "1"
+        graphs = ("--enforce-eager",)
     arguments = (
         *("--tensor-parallel-size", str(case.tp), "--pipeline-parallel-size", str(case.pp), "--max-model-len", "512"),
-        *("--max-num-seqs", "4", "--kv-cache-memory-bytes", str(16 << 20), "--compilation-config", GRAPHS),
+        *("--max-num-seqs", "4", "--kv-cache-memory-bytes", str(16 << 20), *graphs),
     )
     options = Options(model=str(DENSE), port=free_port(), arguments=arguments, once=True, npus=1)
     return Server(options, place_in(cluster, environ), log)
@@ -136,11 +147,12 @@ def ended(server: Server) -> bool:
     return server._process.poll() is not None
 
 
-def all_gone(cluster: Cluster, limit_s: float) -> float:
+def all_gone(cluster: Cluster, injector: Injector, limit_s: float) -> float:
     """Seconds until nothing is left; fails with what is."""
     started = time.monotonic()
     while True:
         try:
+            assert injector.processes() == []
             check_all_gone(cluster)
         except AssertionError:
             if time.monotonic() - started > limit_s:
@@ -158,7 +170,8 @@ def test_fault(case: Case, made: Made, tmp_path: Path) -> None:
     if case.fault in BEFORE_THE_START:
         injector.inject(case)
     seconds: dict[str, float] = {}
-    with server_of(case, cluster, tmp_path / "log") as server:
+    said = ""
+    with server_of(case, cluster, made.sockets, tmp_path / "log") as server:
         if case.serves_on:
             server.wait_until_healthy()
             check_text(server, DENSE, 1)
@@ -166,9 +179,9 @@ def test_fault(case: Case, made: Made, tmp_path: Path) -> None:
             asking = reach(case, server) if case.fault not in BEFORE_THE_START else None
             if case.fault not in BEFORE_THE_START:
                 injector.inject(case)
-            if case.phase is Phase.IDLE and case.fault in (Fault.STOP, Fault.SILENT):
-                asking = Asking(server, PROMPTS[0])  # idle workers are not asked whether they live
-            check_told(case, server, seconds)
+            if case.phase is Phase.IDLE and case.fault is Fault.SILENT:
+                asking = Asking(server, PROMPTS[0])  # who is not asked is not found to be silent
+            said = check_told(case, server, seconds)
             if asking is not None:
                 asking.join(LIMIT_S)
                 assert asking.error is not None and not isinstance(asking.error, openai.APITimeoutError)
@@ -178,12 +191,17 @@ def test_fault(case: Case, made: Made, tmp_path: Path) -> None:
             injector.join_link(case)
         made.drop()
     else:
-        seconds["clean"] = all_gone(cluster, 60)
-    note(case, seconds)
+        seconds["clean"] = all_gone(cluster, injector, 180)
+    files = [path.name for path in made.sockets.iterdir()]
+    for name in files:
+        (made.sockets / name).unlink()
+    # Who gets SIGKILL cannot remove its own; of a worker's and an engine core's the others see to it.
+    assert len(files) <= (_OF_A_SERVER if case.fault is Fault.SERVER else 0), f"files of sockets are left: {files}"
+    note(case, seconds, said)
 
 
-def check_told(case: Case, server: Server, seconds: dict[str, float]) -> None:
-    """The log says what it has to, and the server ends."""
+def check_told(case: Case, server: Server, seconds: dict[str, float]) -> str:
+    """The log says what it has to, and the server ends. Returns the line that says it."""
     started = time.monotonic()
     pattern = expected(case)
     if pattern is not None:
@@ -192,10 +210,12 @@ def check_told(case: Case, server: Server, seconds: dict[str, float]) -> None:
         assert re.search(pattern, server.log.read_text()), f"{server.log} does not say: {pattern}"
     until(lambda: ended(server), LIMIT_S, "the end of the server")
     seconds["ended"] = time.monotonic() - started
+    lines = [line for line in server.log.read_text().splitlines() if pattern and re.search(pattern, line)]
+    return lines[0].rpartition("] ")[2] if lines else ""
 
 
-def note(case: Case, seconds: dict[str, float]) -> None:
+def note(case: Case, seconds: dict[str, float], said: str) -> None:
     OUT.parent.mkdir(parents=True, exist_ok=True)
     with OUT.open("a") as stream:
         rounded = {name: round(value, 3) for name, value in seconds.items()}
-        stream.write(json.dumps({"case": str(case), **rounded}) + "\n")
+        stream.write(json.dumps({"case": str(case), **rounded, "said": said}) + "\n")

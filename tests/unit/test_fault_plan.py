@@ -7,7 +7,7 @@ import re
 import pytest
 
 from tests.faults.plan import WHERE, Case, Fault, Phase, combinations, every_kind, expected
-from vllm_ray_ascend.executor.start import hung_text, late_text
+from vllm_ray_ascend.executor.start import hung_text, idle_text, late_text
 
 pytestmark = pytest.mark.unit
 
@@ -28,4 +28,6 @@ def test_patterns_meet_our_messages() -> None:
     late = expected(Case(Fault.STOP, Phase.START, 1, 2, 1))
     assert stopped and re.search(stopped, hung_text("execute_model", 20, {0: "in HCCL", 1: None}))
     assert late and re.search(late, late_text("model", 20, [1], {0: "waiting", 1: None}))
+    idle = expected(Case(Fault.STOP, Phase.IDLE, 1, 2, 1))
+    assert idle and re.search(idle, idle_text(20, {0: "waiting for work", 1: None}))
     assert not re.search(stopped, "Executor failed.")

@@ -102,6 +102,18 @@ def engine_utils() -> ast.Module:
     return source("vllm", "v1/engine/utils.py")
 
 
+@pytest.mark.parametrize("module", ["v1/engine/utils.py", "v1/utils.py"])
+def test_paths_of_sockets_are_asked_for_by_a_name_that_we_replace(module: str) -> None:
+    assert "get_open_zmq_ipc_path" in names(source("vllm", module))
+
+
+def test_a_queues_handle_has_the_paths_of_its_sockets() -> None:
+    tree = source("vllm", "distributed/device_communicators/shm_broadcast.py")
+    handle = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Handle")
+    fields = {ast.unparse(node.target) for node in handle.body if isinstance(node, ast.AnnAssign)}
+    assert {"local_subscribe_addr", "local_notify_addr"} <= fields
+
+
 @pytest.mark.parametrize("name", ["get_env_vars_to_copy", "CoreEngineActorManager"])
 def test_the_managers_start_looks_up_what_we_replace(engine_utils: ast.Module, name: str) -> None:
     assert name in names(method(engine_utils, "CoreEngineActorManager", "__init__"))

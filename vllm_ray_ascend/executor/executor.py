@@ -24,6 +24,7 @@ from vllm_ray_ascend.cluster.groups import release
 from vllm_ray_ascend.cluster.registry import EngineRecord, publish, unheeded_list, withdraw
 from vllm_ray_ascend.compat.rebind import with_globals
 from vllm_ray_ascend.compat.versions import stack
+from vllm_ray_ascend.engine.ending import end_with_server
 from vllm_ray_ascend.engine.process import driver_variable, end_without_collecting, variables_that_stay
 from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, early_variables
 from vllm_ray_ascend.errors import VllmRayAscendError, WorkerLateError
@@ -61,14 +62,15 @@ class RayAscendExecutor(AnsweringExecutor):
 
     def _init_executor(self) -> None:
         end_without_collecting()
+        end_with_server()
         self._own_group: Any = None
         self._record: EngineRecord | None = None
         self._recovery = _recovery(self.vllm_config)
         self._start_all()
 
     def _start_all(self) -> None:
-        self._life = Life(self)
         self._hang_s = _hang_s()
+        self._life = Life(self, self._hang_s)
         self._start = Start(self._life)
         try:
             self._start_workers()
@@ -104,6 +106,9 @@ class RayAscendExecutor(AnsweringExecutor):
         self._life.check()
         if self._recovery is not None:
             self._recovery.note(method, args, kwargs)
+        return self._life.pulse.during(lambda: self._limited(method, timeout, *args, **kwargs))
+
+    def _limited(self, method: str | Callable[..., Any], timeout: float | None, *args: Any, **kwargs: Any) -> Any:
         part = self._start.part
         if part:
             limit = self._start.limit_s(part)

@@ -6,10 +6,12 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from vllm_ray_ascend.errors import VllmRayAscendError, WorkerDiedError, WorkerFailedError
+from vllm_ray_ascend.errors import VllmRayAscendError, WorkerDiedError, WorkerFailedError, WorkerLateError
 from vllm_ray_ascend.executor.queues import queues_of
+from vllm_ray_ascend.executor.start import idle_text
 from vllm_ray_ascend.lifecycle.hub import Hub, Loss, Peer
 from vllm_ray_ascend.lifecycle.messages import DIE, STOP
+from vllm_ray_ascend.lifecycle.pulse import Pulse, Reports
 from vllm_ray_ascend.lifecycle.shared_memory import remove
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import load
@@ -27,8 +29,11 @@ _REPORT_LIMIT_S = 2.0
 class Life:
     """Whether the workers of one executor live, and how they end."""
 
-    def __init__(self, executor: RayAscendExecutor) -> None:
+    def __init__(self, executor: RayAscendExecutor, hang_s: float) -> None:
+        """``hang_s``: seconds after which a worker counts as hung."""
         self._executor = executor
+        self._hang_s = hang_s
+        self.pulse = Pulse(self.reports, hang_s, self._silent)
         self._hub: Hub | None = None
         self._changed = threading.Condition()
         self._ending = False
@@ -52,9 +57,10 @@ class Life:
         now = time.monotonic()
         return {peer.rank: (peer.doing, now - peer.since) for peer in self.peers()}
 
-    def reports(self) -> dict[int, str | None]:
-        """What each connected rank says that it does; None for one that does not answer."""
-        return self._hub.ask(_REPORT_LIMIT_S) if self._hub else {}
+    def reports(self, limit_s: float = _REPORT_LIMIT_S) -> dict[int, str | None]:
+        """What each connected rank says that it does; None for one that does not answer within ``limit_s`` seconds."""
+        hub = self._hub
+        return hub.ask(limit_s) if hub else {}
 
     def check(self) -> None:
         """Raise what ended the engine, if it has ended."""
@@ -68,7 +74,8 @@ class Life:
         return self.cause
 
     def watch(self, inline: bool) -> None:
-        """Watch by Ray as well those workers that are not connected."""
+        """Ask idle workers whether they live, and watch by Ray as well those that are not connected."""
+        self.pulse.start()
         connected = {peer.rank for peer in self.peers()}
         unseen = {
             handle.run_ref: handle.rank for handle in self._executor.ray_worker_handles if handle.rank not in connected
@@ -97,6 +104,7 @@ class Life:
             executor = self._executor
             executor.is_failed = executor.shutting_down = True  # both, before the callback, as upstream's watch
             self._changed.notify_all()
+        self.pulse.stop()
         callback, executor.failure_callback = getattr(executor, "failure_callback", None), None
         if self._hub is not None:
             self._hub.order(DIE, but)
@@ -115,6 +123,7 @@ class Life:
             if self._ending:
                 return False
             self._ending = True
+        self.pulse.stop()
         if self._hub is None:
             return True
         late = self._hub.ranks()
@@ -139,6 +148,9 @@ class Life:
             self.fail(WorkerFailedError(text), but=loss.rank)
         else:
             self.fail(WorkerDiedError(_obituary(loss)))
+
+    def _silent(self, reports: Reports) -> None:
+        self.fail(WorkerLateError(idle_text(self._hang_s, reports)))
 
     def _watch_by_ray(self, unseen: dict[Any, int]) -> None:
         """A call that blocks would crash if Ray were shut down under it: short ones, as upstream's."""

@@ -19,6 +19,7 @@ from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 from vllm.utils.network_utils import get_ip
 
 from vllm_ray_ascend.compat.rebind import replace, upstream
+from vllm_ray_ascend.lifecycle.shared_memory import remove
 from vllm_ray_ascend.lifecycle.wire import Reader, Writer
 
 _POLL_MS = 100
@@ -29,6 +30,9 @@ _NOTIFYING = ("local_notify_socket", "write_cancel_socket", "read_cancel_socket"
 _WIRE = "vllm_ray_ascend_wire"
 """On the handle of a queue: its writer's address."""
 
+socket_files: set[str] = set()
+"""Of all queues of which this process has had an end: for its own end, where the writer may be gone without a word."""
+
 
 def drop_name(queue: MessageQueue | None) -> None:
     """Remove the name of the shared memory that this end has made; who has it open keeps it."""
@@ -37,6 +41,12 @@ def drop_name(queue: MessageQueue | None) -> None:
         buffer.is_creator = False
         with contextlib.suppress(FileNotFoundError):
             buffer.shared_memory.unlink()
+
+
+def files_of(queue: MessageQueue) -> list[str]:
+    """Of the sockets by which the ends on one node have met: paths, for nobody's use once all are connected."""
+    addresses = (getattr(queue.handle, name, None) for name in ("local_subscribe_addr", "local_notify_addr"))
+    return [address.removeprefix("ipc://") for address in addresses if address]
 
 
 def queues_of(executor: Any) -> list[CancellableQueue]:
@@ -51,6 +61,7 @@ def drop_names() -> None:
     wait = upstream(MessageQueue, "wait_until_ready")
 
     def wait_until_ready(queue: MessageQueue) -> None:
+        socket_files.update(files_of(queue))
         wait(queue)
         drop_name(queue)
 
@@ -73,6 +84,7 @@ class CancellableQueue(MessageQueue):
         self, n_reader: int, n_local_reader: int, *args: Any, connect_ip: str | None = None, **kwargs: Any
     ) -> None:
         super().__init__(n_reader, n_local_reader, *args, connect_ip=connect_ip, **kwargs)
+        socket_files.update(files_of(self))
         self._heard = threading.Event()
         if self.n_remote_reader > 0:
             check = weakref.WeakMethod(self._check)  # a cycle would leave ZeroMQ's sockets to the garbage collector
@@ -85,6 +97,7 @@ class CancellableQueue(MessageQueue):
         """The reading end, as vLLM's."""
         queue: Any = MessageQueue.create_from_handle(handle, rank)
         queue.__class__ = CancellableQueue
+        socket_files.update(files_of(queue))
         queue._heard = threading.Event()
         if queue._is_remote_reader:
             queue._take_wire(Reader(getattr(handle, _WIRE)))
@@ -112,12 +125,13 @@ class CancellableQueue(MessageQueue):
             self.remote_socket.close()
 
     def close(self) -> None:
-        """Close all sockets, and drop the name; for the thread that used the queue, which it does no more.
+        """Close all sockets, and drop all names; for the thread that used the queue, which it does no more.
 
         Left to the garbage collector, ZeroMQ's context may come before its sockets, and then waits for them for good.
         """
         self.shutdown()
         drop_name(self)
+        remove(files_of(self))
         condition = self._spin_condition
         for holder, names in ((self, ("local_socket",)), (condition, _NOTIFYING)):
             for name in names:

@@ -160,5 +160,14 @@ def hung_text(method: str, limit_s: float, reports: Mapping[int, str | None]) ->
     )
 
 
+def idle_text(limit_s: float, reports: Mapping[int, str | None]) -> str:
+    """Which ranks do not answer though nothing was asked of them but that."""
+    silent = [rank for rank, report in reports.items() if report is None]
+    return (
+        f"Ranks {silent} have no work, and have not answered for half of {limit_s:g} s: stopped, or a thread of theirs "
+        f"keeps the interpreter busy. If so, raise VLLM_RAY_ASCEND_HANG_S. What each rank does:{_listed(reports)}"
+    )
+
+
 def _listed(reports: Mapping[int, str | None]) -> str:
     return "".join(f"\n  rank {rank}: {report or 'does not answer'}" for rank, report in reports.items())

@@ -27,7 +27,7 @@ from vllm_ray_ascend.engine.process import node_address, prepare_process
 from vllm_ray_ascend.environment.ports import port_variables
 from vllm_ray_ascend.errors import NotActiveError, VisibleDevicesError, VllmRayAscendError
 from vllm_ray_ascend.executor.pairs import connect_pairs
-from vllm_ray_ascend.executor.queues import CancellableQueue, drop_name, drop_names
+from vllm_ray_ascend.executor.queues import CancellableQueue, drop_name, drop_names, files_of, socket_files
 from vllm_ray_ascend.executor.settle import settle
 from vllm_ray_ascend.graphs import hooks
 from vllm_ray_ascend.lifecycle.deadlines import DEVICE, EXECUTE, HCCL, MODEL, STEPS, step_limits
@@ -113,20 +113,21 @@ class RayAscendWorkerProc(RayWorkerProc):
         """
         queue = getattr(self, "rpc_broadcast_mq", None)
         if lost and queue is not None:
-            remove(mapped())
+            remove(mapped() | socket_files)
             limit = threading.Timer(load().stop_grace_s, os._exit, (1,))
             limit.daemon = True
             limit.start()
             self._stop()
             return
-        remove(mapped() - (set() if lost or queue is None else {queue.segment()}))
+        remove(socket_files | mapped() - (set() if lost or queue is None else {queue.segment()}))
         os._exit(1)
 
     def _init_message_queues(self, *args: Any, **kwargs: Any) -> None:
         """vLLM's queues, with reads that `_stop` can end, and shared memory that the executor knows of."""
         with_globals(super()._init_message_queues.__func__, MessageQueue=CancellableQueue)(self, *args, **kwargs)
         if (segment := self.worker_response_mq.segment()) is not None:
-            self._tell(Segment(segment))
+            for name in (segment, *files_of(self.worker_response_mq)):
+                self._tell(Segment(name))
 
     def run(self) -> None:
         """As upstream's; a step that fails in one rank ends the engine now, not when its siblings' HCCL gives up."""
@@ -152,6 +153,7 @@ class RayAscendWorkerProc(RayWorkerProc):
         if self._stopping:
             settle(self.worker)
         drop_name(self.worker_response_mq)
+        remove(socket_files)
         super().shutdown()
         if self._stopping and self._lifeline is not None:
             self._lifeline.close()

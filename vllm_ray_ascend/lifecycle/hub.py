@@ -111,7 +111,7 @@ class Hub:
                 peer.report = None
         self.order(ASK)
         with self._changed:
-            self._changed.wait_for(lambda: all(peer.report is not None for peer in peers), limit_s)
+            self._changed.wait_for(lambda: not self._owing(peers), limit_s)
             return {peer.rank: peer.report for peer in sorted(peers, key=lambda peer: peer.rank)}
 
     def wait_until_gone(self, limit_s: float) -> list[int]:
@@ -126,6 +126,10 @@ class Hub:
             self._wake.close()
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=5)
+
+    def _owing(self, asked: list[Peer]) -> bool:
+        """Whether an answer is still to come: not of those that are gone."""
+        return any(peer.report is None for peer in self._peers.values() if peer in asked)
 
     def _run(self) -> None:
         while True:

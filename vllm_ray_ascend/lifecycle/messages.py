@@ -43,7 +43,7 @@ class Doing(msgspec.Struct, frozen=True, tag="doing"):
 
 
 class Segment(msgspec.Struct, frozen=True, tag="segment"):
-    """A shared memory segment that has to be removed when the sender is gone."""
+    """A shared memory segment, or the path of a socket's file, that has to be removed when the sender is gone."""
 
     name: str
 

@@ -1,4 +1,4 @@
-"""Shared memory segments of Python, which outlive a process that is killed."""
+"""What outlives a process: shared memory of Python, and the files of ZeroMQ's sockets, which it never removes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ def mapped() -> set[str]:
 
 
 def remove(names: Iterable[str]) -> None:
-    """Remove segments, as far as they are still there. Processes that have them open keep them until they end."""
+    """Remove segments, and files by their whole path, as far as they are still there.
+
+    Processes that have them open keep them until they end.
+    """
     for name in names:
         with contextlib.suppress(OSError):
             (_FOLDER / name).unlink()
