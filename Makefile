@@ -3,7 +3,8 @@
 #   make test    all tests; make test-matrix: also the slow combinations
 #   make test-faults  faults of every kind in every phase, or FAULTS_COUNT random ones (FAULTS_SEED)
 #   make test-upstream   vLLM's own tests of its Ray executor and its message queue, against ours (GROUPS=)
-#   make lint    ruff and mypy
+#   make lint    ruff and mypy; the pipelines, container files and manifests against their schemas
+#   make docs    the documentation, into site/; make docs-serve shows it while it is written
 #   make bench   compare executors (BENCH_ARGS='--quick'); see benchmarks/README.md
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.10 python3,$(if $(shell command -v $(name)),$(name))))
 RUN := .venv/bin
@@ -11,7 +12,7 @@ ON_SOFTWARE_NPUS := $(RUN)/vllm-ray-ascend softnpu exec --
 PYTEST_ARGS ?=
 GROUPS ?=
 
-.PHONY: serve test test-matrix test-faults test-upstream lint format bench clean
+.PHONY: serve test test-matrix test-faults test-upstream lint format docs docs-serve bench clean
 
 serve:
 	@$(PYTHON) demo/install.py
@@ -43,15 +44,27 @@ lint:
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+	$(RUN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(RUN)/check-jsonschema --builtin-schema vendor.github-actions .github/actions/*/action.yml
+	$(RUN)/hadolint ci/containers/*.Dockerfile
+	$(RUN)/python -m ci.manifests
 
 format:
 	@$(PYTHON) demo/install.py lint
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
 
+docs:
+	@$(PYTHON) demo/install.py docs
+	NO_MKDOCS_2_WARNING=1 $(RUN)/python -m mkdocs build --strict
+
+docs-serve:
+	@$(PYTHON) demo/install.py docs
+	NO_MKDOCS_2_WARNING=1 $(RUN)/python -m mkdocs serve
+
 bench:
 	@$(PYTHON) demo/install.py bench
 	@$(RUN)/python -m benchmarks $(BENCH_ARGS)
 
 clean:
-	rm -rf .venv .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .demo build dist site ci-results *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

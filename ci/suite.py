@@ -19,8 +19,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from ci import runner as machine
 from ci.junit import Outcome, merged, outcome
-from ci.runner import detect
 from ci.suites import EVERY_CHANGE, SUITES, Suite, chosen
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
         print(f"run_suite: {'no suite ' + ', '.join(unknown) if unknown else 'which suite?'}", file=sys.stderr)
         print(f"  one of: {', '.join(SUITES)}; all: {', '.join(EVERY_CHANGE)}", file=sys.stderr)
         return 2
-    runner = detect()
+    runner = machine.detect()
     print(f"runner: {runner.describe()}", *(f"  note: {note}" for note in runner.notes), sep="\n", flush=True)
     options.results.mkdir(parents=True, exist_ok=True)
     left_out: dict[str, list[str]] = {}

@@ -14,7 +14,7 @@ import yaml
 
 from ci import suite as command
 from ci.junit import outcome
-from ci.runner import Runner
+from ci.runner import Runner, detect
 from ci.suites import EVERY_CHANGE, NEEDS, SUITES, Suite, chosen
 
 pytestmark = pytest.mark.unit
@@ -115,7 +115,7 @@ def test_the_command(arguments: list[str], code: int, said: str) -> None:
 
 
 def test_a_suite_that_cannot_run_says_why(tmp_path: Path) -> None:
-    missing = next((name for name in ("npu", "cuda") if SUITES[name].lacks(command.detect().has)), None)
+    missing = next((name for name in ("npu", "cuda") if SUITES[name].lacks(detect().has)), None)
     if missing is None:
         pytest.skip("this machine has an NPU and a GPU")
     arguments = [sys.executable, "-m", "ci.suite", missing, "--results", str(tmp_path)]
