@@ -10,7 +10,7 @@ from ci.contract.__main__ import supported
 from ci.contract.facts import check, files
 from ci.releases import Sources, fetch
 
-pytestmark = pytest.mark.contract
+pytestmark = pytest.mark.unit
 _THREADS = 8
 
 

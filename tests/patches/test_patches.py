@@ -20,7 +20,7 @@ from ci.releases import fetch
 from tests.patches.overlay import overlay
 from tests.patches.report import read
 
-pytestmark = pytest.mark.patches
+pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 300
 ON_SOFTWARE_NPUS = ("vllm-ascend", "ray-ascend")
