@@ -2,8 +2,12 @@
 #   make serve   the main job: `vllm serve` over Ray on NPUs (MODEL=, SERVE_ARGS=, PORT=, SERVE_ONCE=1)
 #   make test    all tests; make test-matrix: also the slow combinations
 #   make test-faults  faults of every kind in every phase, or FAULTS_COUNT random ones (FAULTS_SEED)
+#   make check-patches   patches/ against every supported release of upstream
+#   make contract  what we rely on in upstream, in every supported release (CONTRACT='vllm==0.34.0': in these)
+#   make test-release RELEASES='vllm=0.32.0'   the basic tests with other releases of upstream
 #   make test-upstream   vLLM's own tests of its Ray executor and its message queue, against ours (GROUPS=)
-#   make lint    ruff and mypy
+#   make lint    ruff and mypy; the pipelines, container files and manifests against their schemas
+#   make docs    the documentation, into site/; make docs-serve shows it while it is written
 #   make bench   compare executors (BENCH_ARGS='--quick'); see benchmarks/README.md
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.10 python3,$(if $(shell command -v $(name)),$(name))))
 RUN := .venv/bin
@@ -11,7 +15,7 @@ ON_SOFTWARE_NPUS := $(RUN)/vllm-ray-ascend softnpu exec --
 PYTEST_ARGS ?=
 GROUPS ?=
 
-.PHONY: serve test test-matrix test-faults test-upstream lint format bench clean
+.PHONY: serve test check-patches contract test-release test-matrix test-faults test-upstream lint format docs docs-serve bench clean
 
 serve:
 	@$(PYTHON) demo/install.py
@@ -21,6 +25,10 @@ test:
 	@$(PYTHON) demo/install.py test
 	@echo '== unit tests'
 	$(RUN)/python -m pytest tests/unit $(PYTEST_ARGS)
+	@echo '== every supported release of upstream: what we rely on, and patches/'
+	$(RUN)/python -m pytest tests/contract $(PYTEST_ARGS)
+	$(RUN)/python -m ci.check_patches
+	$(RUN)/python -m pytest tests/patches $(PYTEST_ARGS)
 	@echo '== on software NPUs: the device layer, HCCL, the plugin, clusters'
 	$(ON_SOFTWARE_NPUS) $(RUN)/python -m pytest tests/softnpu $(PYTEST_ARGS)
 	@echo '== whole engines and servers'
@@ -34,6 +42,18 @@ test-faults:
 	@$(PYTHON) demo/install.py test
 	$(RUN)/python -m pytest tests/faults $(PYTEST_ARGS)
 
+check-patches:
+	@$(PYTHON) demo/install.py test
+	$(RUN)/python -m ci.check_patches
+
+contract:
+	@$(PYTHON) demo/install.py test
+	$(RUN)/python -m ci.contract $(CONTRACT)
+
+test-release:
+	@$(PYTHON) demo/install.py test
+	$(RUN)/python -m ci.run_release $(RELEASES)
+
 test-upstream:
 	@$(PYTHON) demo/install.py test upstream
 	$(RUN)/python -m ci.upstream $(GROUPS) -- $(PYTEST_ARGS)
@@ -43,15 +63,27 @@ lint:
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+	$(RUN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(RUN)/check-jsonschema --builtin-schema vendor.github-actions .github/actions/*/action.yml
+	$(RUN)/hadolint ci/containers/*.Dockerfile
+	$(RUN)/python -m ci.manifests
 
 format:
 	@$(PYTHON) demo/install.py lint
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
 
+docs:
+	@$(PYTHON) demo/install.py docs
+	NO_MKDOCS_2_WARNING=1 $(RUN)/python -m mkdocs build --strict
+
+docs-serve:
+	@$(PYTHON) demo/install.py docs
+	NO_MKDOCS_2_WARNING=1 $(RUN)/python -m mkdocs serve
+
 bench:
 	@$(PYTHON) demo/install.py bench
 	@$(RUN)/python -m benchmarks $(BENCH_ARGS)
 
 clean:
-	rm -rf .venv .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .demo build dist site ci-results *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Make .venv with all that is run here: `python demo/install.py [test] [lint] [bench] [upstream]`.
+"""Make .venv with all that is run here: `python demo/install.py [test] [lint] [docs] [bench] [upstream]`.
 
 Runs with the standard library of Python 3.10 to 3.12 alone.  A second run with unchanged requirement files does nothing
 and takes a moment.  Every package is pinned, dependencies included, so pip resolves nothing but torch's own needs:
@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements"
-GROUPS = ("demo", "test", "lint", "bench", "upstream")
+GROUPS = ("demo", "test", "lint", "docs", "bench", "upstream")
 _SHOW_EVERY_S = 10.0
 
 # vllm-ascend comes as source only. Its metadata step imports torch, which must not look for CANN then; its custom
@@ -143,7 +143,8 @@ STEPS: dict[str, list[tuple[str, Callable[[Path], None]]]] = {
         ("vllm-ray-ascend", lambda python: pip(python, "--no-deps", "--no-build-isolation", "--editable", ROOT)),
     ],
     "test": [("pytest and others", _from_file("test.txt", "--no-deps"))],
-    "lint": [("ruff and mypy", _from_file("lint.txt", "--no-deps"))],
+    "lint": [("ruff, mypy and what checks files of others", _from_file("lint.txt", "--no-deps"))],
+    "docs": [("mkdocs", _from_file("docs.txt", "--no-deps"))],
     "bench": [("matplotlib", _from_file("bench.txt", "--no-deps"))],
     "upstream": [("what vLLM's own tests need", _from_file("upstream.txt", "--no-deps"))],
 }

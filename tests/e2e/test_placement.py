@@ -18,6 +18,8 @@ from tests.e2e.placed import check_text, check_topology, cluster_of, npus_by_nod
 from tests.e2e.test_bad_input import check_nothing_left
 from vllm_ray_ascend.softnpu.cluster.plan import Cluster
 
+pytestmark = pytest.mark.multinode
+
 VISIBLE = "ASCEND_RT_VISIBLE_DEVICES"
 DP_RAY = ("--data-parallel-backend", "ray")
 

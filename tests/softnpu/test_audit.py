@@ -19,7 +19,10 @@ from vllm_ray_ascend.softnpu.activate import environment
 from vllm_ray_ascend.softnpu.cluster import manager, namespaces, processes
 from vllm_ray_ascend.softnpu.cluster.plan import Cluster, Shape, node_environment, ray_start_command
 
-pytestmark = pytest.mark.skipif(namespaces.missing() is not None, reason=str(namespaces.missing()))
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(namespaces.missing() is not None, reason=str(namespaces.missing())),
+]
 
 NAME = f"audit-{os.getpid()}"
 NOSET = "RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES"

@@ -16,6 +16,8 @@ import pytest
 from vllm_ray_ascend.softnpu.cluster import manager, namespaces, processes, state
 from vllm_ray_ascend.softnpu.cluster.plan import Cluster, ClusterError, Shape, plain_state_dir
 
+pytestmark = pytest.mark.integration
+
 NAME = f"test-{os.getpid()}"
 OTHER = f"plain-{os.getpid()}"
 

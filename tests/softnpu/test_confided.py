@@ -16,6 +16,8 @@ from vllm_ray_ascend.engine.actors import _OnItsNode
 from vllm_ray_ascend.engine.process import Confided
 from vllm_ray_ascend.lifecycle.hub import Hub
 
+pytestmark = pytest.mark.integration
+
 SECRET = "confided-secret-3318"
 
 

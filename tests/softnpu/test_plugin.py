@@ -16,7 +16,7 @@ from tests.softnpu.plugin_script import MARKER
 from vllm_ray_ascend import __version__
 from vllm_ray_ascend.softnpu.activate import environment
 
-pytestmark = pytest.mark.softnpu
+pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parents[2]
 QUIET = {

@@ -1,0 +1,163 @@
+"""Check the Kubernetes manifests of docs/kuberay: `python -m ci.manifests [--crds FOLDER]`, part of `make lint`.
+
+Pod templates and services are held against Kubernetes' own schema. That of KubeRay's resources is in no package of the
+registries; FOLDER with its ray.io_*.yaml (helm-chart/kuberay-operator/crds of its repository) checks those too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MANIFESTS = Path(__file__).resolve().parent.parent / "docs" / "kuberay"
+KUBERNETES = "1.33"
+_NPU_PREFIX = "huawei.com/Ascend"
+
+
+def documents(text: str) -> list[dict[str, Any]]:
+    """The resources of a file, with YAML's anchors resolved as KubeRay sees them."""
+    return [json.loads(json.dumps(each)) for each in yaml.safe_load_all(text)]
+
+
+def cluster_of(document: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The Ray cluster that a resource describes, if it does."""
+    spec = document.get("spec", {})
+    key = {"RayCluster": None, "RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}.get(document["kind"], "")
+    found: Mapping[str, Any] | None = spec if key is None else spec.get(key)
+    return found
+
+
+def groups(cluster: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The groups of nodes with their names, the head first."""
+    yield "head", cluster["headGroupSpec"]
+    for group in cluster.get("workerGroupSpecs", ()):
+        yield group["groupName"], group
+
+
+def problems_of_group(name: str, group: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the NPUs of a group: Ray has to be told of as many as Kubernetes gives."""
+    given = 0
+    for container in group["template"]["spec"]["containers"]:
+        limits, requests = (container["resources"].get(key, {}) for key in ("limits", "requests"))
+        npus = {key: value for key, value in limits.items() if key.startswith(_NPU_PREFIX)}
+        if npus != {key: value for key, value in requests.items() if key.startswith(_NPU_PREFIX)}:
+            yield f"{name}: limits and requests of NPUs differ: {limits}, {requests}"
+        given += sum(int(value) for value in npus.values())
+        mounted = {mount["name"] for mount in container.get("volumeMounts", ())}
+        volumes = {volume["name"] for volume in group["template"]["spec"].get("volumes", ())}
+        if mounted - volumes:
+            yield f"{name}: no volume {', '.join(sorted(mounted - volumes))}"
+    told = told_to_ray(group["rayStartParams"].get("resources", ""))
+    if told.get("NPU", 0) != given:
+        yield f"{name}: Kubernetes gives {given} NPUs, Ray is told of {told.get('NPU', 0)}"
+    if "num-gpus" in group["rayStartParams"]:
+        yield f"{name}: with num-gpus Ray may not look for NPUs"
+
+
+def told_to_ray(text: str) -> dict[str, float]:
+    """What `ray start --resources=TEXT` gets after a shell has read it. Raises ValueError where that is no JSON."""
+    words = shlex.split(text)
+    found = json.loads(words[0]) if len(words) == 1 else {}
+    if text and not found:
+        raise ValueError(f"resources: {text} is not one word of JSON for a shell")
+    return dict(found)
+
+
+def problems(text: str) -> list[str]:
+    """What is wrong with the Ray clusters of a file."""
+    clusters = [cluster for document in documents(text) if (cluster := cluster_of(document)) is not None]
+    found = [each for cluster in clusters for name, group in groups(cluster) for each in problems_of_group(name, group)]
+    images = {
+        container["image"]
+        for cluster in clusters
+        for _, group in groups(cluster)
+        for container in group["template"]["spec"]["containers"]
+    }
+    return [*found, *([f"nodes have different images: {sorted(images)}"] if len(images) > 1 else [])]
+
+
+def kubernetes_problems(text: str) -> list[str]:
+    """What Kubernetes' schema says of the pods and services of a file."""
+    import kubernetes_validate
+
+    parts: list[dict[str, Any]] = []
+    for document in documents(text):
+        cluster = cluster_of(document)
+        if cluster is None:
+            parts.append(document)
+            continue
+        for name, group in groups(cluster):
+            parts.append({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, **_pod(group["template"])})
+    found = []
+    for part in parts:
+        try:
+            kubernetes_validate.validate(part, KUBERNETES, strict=True)
+        except (kubernetes_validate.ValidationError, kubernetes_validate.SchemaNotFoundError) as error:
+            found.append(f"{part['kind']} {part['metadata']['name']}: {str(error).splitlines()[0]}")
+    return found
+
+
+def custom_problems(text: str, crds: Path) -> list[str]:
+    """What the schema of KubeRay's resources, in the files of ``crds``, says."""
+    import jsonschema
+
+    schemas = {}
+    for path in crds.glob("ray.io_*.yaml"):
+        definition = yaml.safe_load(path.read_text())["spec"]
+        for version in definition["versions"]:
+            schemas[definition["names"]["kind"], version["name"]] = strict(version["schema"]["openAPIV3Schema"])
+    found = []
+    for document in documents(text):
+        group, _, version = document["apiVersion"].rpartition("/")
+        if group != "ray.io":
+            continue
+        validator = jsonschema.Draft202012Validator(schemas[document["kind"], version])
+        found += [f"{error.json_path}: {error.message[:200]}" for error in validator.iter_errors(document)]
+    return found
+
+
+def strict(schema: Any) -> Any:
+    """``schema`` with unknown fields refused, as `kubectl apply` warns of them; and either kind of a number or text."""
+    if isinstance(schema, list):
+        return [strict(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: strict(value) for key, value in schema.items()}
+    loose = schema.get("x-kubernetes-preserve-unknown-fields") or "additionalProperties" in schema
+    if isinstance(schema.get("properties"), dict) and schema.get("type") == "object" and not loose:
+        made["additionalProperties"] = False
+    return made
+
+
+def _pod(template: Mapping[str, Any]) -> dict[str, Any]:
+    return {"spec": template["spec"]}
+
+
+def main(arguments: list[str]) -> int:
+    """Check every manifest; 1 where something is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m ci.manifests", description=__doc__.partition("\n")[0])
+    parser.add_argument("--crds", type=Path, help="folder with KubeRay's ray.io_*.yaml")
+    options = parser.parse_args(arguments)
+    files = sorted(MANIFESTS.glob("*.yaml"))
+    bad = 0
+    for path in files:
+        text = path.read_text()
+        found = [*problems(text), *kubernetes_problems(text)]
+        if options.crds:
+            found += custom_problems(text, options.crds)
+        for each in found:
+            print(f"{path.name}: {each}")
+        bad += len(found)
+    print(f"{len(files)} manifests: {bad or 'nothing'} to mend")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# One entry for CI: ci/run_suite.sh SUITE [--flaky fail] [--pytest -k x]; --list says which suites there are.
+# Makes .venv with what the tests run, unless CI_PYTHON names a Python that has it all (a container of ci/containers).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if [[ -n "${CI_PYTHON:-}" ]]; then
+  exec "$CI_PYTHON" -m ci.suite "$@"
+fi
+for name in "${PYTHON:-python3.11}" python3.12 python3.10 python3; do
+  if command -v "$name" >/dev/null; then python="$name"; break; fi
+done
+"${python:?no Python found: install python3.11, or name one in PYTHON}" demo/install.py test
+exec .venv/bin/python -m ci.suite "$@"
