@@ -2,6 +2,9 @@
 #   make serve   the main job: `vllm serve` over Ray on NPUs (MODEL=, SERVE_ARGS=, PORT=, SERVE_ONCE=1)
 #   make test    all tests; make test-matrix: also the slow combinations
 #   make test-faults  faults of every kind in every phase, or FAULTS_COUNT random ones (FAULTS_SEED)
+#   make check-patches   patches/ against every supported release of upstream
+#   make contract  what we rely on in upstream, in every supported release (CONTRACT='vllm==0.34.0': in these)
+#   make test-release RELEASES='vllm=0.32.0'   the basic tests with other releases of upstream
 #   make test-upstream   vLLM's own tests of its Ray executor and its message queue, against ours (GROUPS=)
 #   make lint    ruff and mypy; the pipelines, container files and manifests against their schemas
 #   make docs    the documentation, into site/; make docs-serve shows it while it is written
@@ -12,7 +15,7 @@ ON_SOFTWARE_NPUS := $(RUN)/vllm-ray-ascend softnpu exec --
 PYTEST_ARGS ?=
 GROUPS ?=
 
-.PHONY: serve test test-matrix test-faults test-upstream lint format docs docs-serve bench clean
+.PHONY: serve test check-patches contract test-release test-matrix test-faults test-upstream lint format docs docs-serve bench clean
 
 serve:
 	@$(PYTHON) demo/install.py
@@ -22,6 +25,10 @@ test:
 	@$(PYTHON) demo/install.py test
 	@echo '== unit tests'
 	$(RUN)/python -m pytest tests/unit $(PYTEST_ARGS)
+	@echo '== every supported release of upstream: what we rely on, and patches/'
+	$(RUN)/python -m pytest tests/contract $(PYTEST_ARGS)
+	$(RUN)/python -m ci.check_patches
+	$(RUN)/python -m pytest tests/patches $(PYTEST_ARGS)
 	@echo '== on software NPUs: the device layer, HCCL, the plugin, clusters'
 	$(ON_SOFTWARE_NPUS) $(RUN)/python -m pytest tests/softnpu $(PYTEST_ARGS)
 	@echo '== whole engines and servers'
@@ -34,6 +41,18 @@ test-matrix:
 test-faults:
 	@$(PYTHON) demo/install.py test
 	$(RUN)/python -m pytest tests/faults $(PYTEST_ARGS)
+
+check-patches:
+	@$(PYTHON) demo/install.py test
+	$(RUN)/python -m ci.check_patches
+
+contract:
+	@$(PYTHON) demo/install.py test
+	$(RUN)/python -m ci.contract $(CONTRACT)
+
+test-release:
+	@$(PYTHON) demo/install.py test
+	$(RUN)/python -m ci.run_release $(RELEASES)
 
 test-upstream:
 	@$(PYTHON) demo/install.py test upstream

@@ -65,8 +65,8 @@ SUITES: Mapping[str, Suite] = _suites(
     ),
     Suite(
         "integration",
-        "the plugin, Ray clusters and vLLM's engine together, on software NPUs",
-        ("tests/softnpu",),
+        "the plugin, Ray clusters and vLLM's engine together, on software NPUs; the patches of patches/",
+        ("tests/softnpu", "tests/patches"),
         "integration and not slow",
         _ENGINES,
         wrapped=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections import deque
@@ -31,6 +32,13 @@ PROMPT, WANTED = 3 * CHUNK + 5, 6
 @pytest.fixture
 def scheduler(monkeypatch: pytest.MonkeyPatch) -> Iterator[AsyncScheduler]:
     monkeypatch.setattr(os, "environ", os.environ.copy())  # vllm-ascend sets variables where it makes a config
+    with a_scheduler() as made:
+        yield made
+
+
+@contextlib.contextmanager
+def a_scheduler() -> Iterator[AsyncScheduler]:
+    """The scheduler of an engine with two pipeline stages."""
     config = EngineArgs(
         model=str(DENSE),
         dtype="float32",

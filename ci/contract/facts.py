@@ -1,0 +1,180 @@
+"""What we rely on in upstream's sources: ci/contract/facts.toml, and every import in our own code."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from packaging.specifiers import SpecifierSet
+
+from ci.contract import code
+from ci.matrix import tomllib
+from ci.releases import Sources
+
+TABLE = Path(__file__).with_name("facts.toml")
+PACKAGE = Path(__file__).parents[2] / "vllm_ray_ascend"
+PROJECTS = {"vllm": "vllm", "vllm_ascend": "vllm-ascend", "ray": "ray"}
+KINDS = ("has", "uses", "takes", "says", "bases", "body")
+
+
+class Broken(NamedTuple):
+    """A fact that a release contradicts."""
+
+    where: str
+    """The place in upstream's source, with what was expected of it."""
+    found: str
+    """What is there instead."""
+    by: str
+    """Which of our files relies on it, and for what."""
+
+    def __str__(self) -> str:
+        return f"{self.where}\n    found: {self.found}\n    relied on by: {self.by}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module, class or function of upstream, and what we rely on there."""
+
+    project: str
+    file: str
+    of: str = ""
+    by: str = ""
+    releases: SpecifierSet = field(default_factory=SpecifierSet)
+    """In which it holds; elsewhere we do without."""
+    unless_gone: bool = False
+    """Whether it may be missing as a whole, and we do without."""
+    has: Sequence[str] = ()
+    """Names that it defines."""
+    uses: Sequence[str] = ()
+    """Global names that it reads, for which it can be given others."""
+    takes: Sequence[str] = ()
+    """Parameters, in this order among its others."""
+    says: Sequence[str] = ()
+    """Expressions or statements that stand in it."""
+    bases: Sequence[str] = ()
+    """Its base classes, all of them."""
+    body: Mapping[str, str] | None = None
+    """Fingerprint of all of it, by the releases for which it was read through."""
+
+    def holds_in(self, version: str) -> bool:
+        """Whether we rely on it in this release."""
+        return self.releases.contains(version, prereleases=True)
+
+    def broken(self, sources: Sources) -> list[Broken]:
+        """What is not so in a release."""
+        place = f"{self.file}{f', {self.of}' if self.of else ''}"
+        text = sources.text(self.file)
+        node = None if text is None else code.find(code.parse(text), self.of)
+        if node is None:
+            if self.unless_gone:
+                return []
+            return [Broken(place, "no such file" if text is None else "no such name", self.by)]
+        found = [*self._missing(node), *self._body(node, sources.version)]
+        return [Broken(f"{place} {expected}", actual, self.by) for expected, actual in found]
+
+    def _missing(self, node: ast.AST) -> Iterator[tuple[str, str]]:
+        if lacking := sorted(set(self.has) - code.names(node)):
+            yield f"has {', '.join(lacking)}", "not defined there"
+        if lacking := sorted(set(self.uses) - code.used(node)):
+            yield f"uses {', '.join(lacking)}", "never read there"
+        given = code.parameters(node)
+        if [name for name in given if name in self.takes] != list(self.takes):
+            yield f"takes {', '.join(self.takes)}", f"takes {', '.join(given)}"
+        for text in self.says:
+            if not code.says(node, text):
+                yield f"says `{text}`", "it does not"
+        if self.bases and code.bases(node) != list(self.bases):
+            yield f"is made from {', '.join(self.bases)}", ", ".join(code.bases(node))
+
+    def _body(self, node: ast.AST, version: str) -> Iterator[tuple[str, str]]:
+        if self.body is None:
+            return
+        print_, known = code.fingerprint(node), dict(self.body)
+        accepted = [each for range_, each in known.items() if SpecifierSet(range_).contains(version, prereleases=True)]
+        if print_ not in accepted:
+            expected = " or ".join(accepted) or "for this release nobody has read it"
+            before = [range_ for range_, each in known.items() if each == print_]
+            same = f", as in {before[0]}" if before else ": read what changed, then add it"
+            yield f"is as it was read ({expected})", f"{print_}{same}"
+
+
+@functools.cache
+def table() -> list[Place]:
+    """All places: those in facts.toml, and what our own code imports. Raises ValueError for an entry that is none."""
+    with TABLE.open("rb") as file:
+        tables = tomllib.load(file)
+    return [*(_place(project, entry) for project, entries in tables.items() for entry in entries), *imported()]
+
+
+def _place(project: str, entry: Mapping[str, Any]) -> Place:
+    given = dict(entry)
+    try:
+        place = Place(project=project, **{**given, "releases": SpecifierSet(given.get("releases", ""))})
+    except TypeError as error:
+        raise ValueError(f"{TABLE.name}: {project}: {given}: {error}") from error
+    known = place.of or any(getattr(place, kind) not in ((), None) for kind in KINDS)
+    if not known or not place.by or not (PACKAGE / place.by.partition(":")[0]).exists():
+        raise ValueError(f"{TABLE.name}: {project}: {given}: say file, of, one of {', '.join(KINDS)}, and by: OUR FILE")
+    return place
+
+
+def imported(package: Path = PACKAGE) -> list[Place]:
+    """A place for each `from vllm... import ...` of ours, the software NPU's own apart."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        by = path.relative_to(package).as_posix()
+        if not by.startswith("softnpu/"):
+            found += [
+                place
+                for node in ast.walk(code.parse(path.read_text()))
+                if isinstance(node, ast.ImportFrom) and not node.level
+                for place in _imports(node, f"{by}: imports it")
+            ]
+    return found
+
+
+def _imports(node: ast.ImportFrom, by: str) -> Iterator[Place]:
+    module = (node.module or "").split(".")
+    project = PROJECTS.get(module[0])
+    if project is None:
+        return
+    for alias in node.names:
+        yield Place(project, "/".join(module), has=(alias.name,), by=by)
+
+
+def candidates(place: Place) -> tuple[str, str, str]:
+    """Files in which an imported name may be: the module's, the package's, or a module of its own."""
+    return f"{place.file}.py", f"{place.file}/__init__.py", f"{place.file}/{place.has[0]}.py"
+
+
+def files(project: str) -> list[str]:
+    """Every file of a project that a place names."""
+    wanted: set[str] = set()
+    for place in table():
+        if place.project == project:
+            wanted |= {place.file} if place.file.endswith(".py") else set(candidates(place))
+    return sorted(wanted)
+
+
+def check(sources: Sources) -> list[Broken]:
+    """What a release contradicts of all that we rely on in it."""
+    found: list[Broken] = []
+    for place in table():
+        if place.project == sources.project and place.holds_in(sources.version):
+            found += place.broken(sources) if place.file.endswith(".py") else _import_broken(place, sources)
+    return found
+
+
+def _import_broken(place: Place, sources: Sources) -> list[Broken]:
+    module, package, submodule = candidates(place)
+    if submodule in sources.names:
+        return []
+    texts = [text for name in (module, package) if (text := sources.text(name)) is not None]
+    if any(set(place.has) <= code.names(code.parse(text)) for text in texts):
+        return []
+    what = "not defined there" if texts else "no such module"
+    return [Broken(f"{place.file.replace('/', '.')} has {place.has[0]}", what, place.by)]

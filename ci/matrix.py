@@ -1,0 +1,72 @@
+"""ci/matrix.toml, read: the releases that are supported, and what was run with each."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PATH = Path(__file__).with_name("matrix.toml")
+RUNS = ("contract", "unit", "softnpu", "e2e")
+
+
+@dataclass(frozen=True)
+class Release:
+    """One line of the matrix."""
+
+    version: str
+    run: tuple[str, ...]
+    """What was run with it and passed, of RUNS."""
+    made_for: str = ""
+    """The release of vLLM that a vllm-ascend is made for."""
+    pins: tuple[str, ...] = ()
+    """Versions of other packages, ``name==version``, that `ci.run_release` installs with it in place of ours."""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """All lines, by project."""
+
+    projects: Mapping[str, tuple[Release, ...]]
+
+    def versions(self, project: str) -> list[str]:
+        """Versions of ``project``, as they are listed."""
+        return [release.version for release in self.projects[project]]
+
+    def release(self, project: str, version: str) -> Release:
+        """The line of one release. Raises ValueError where there is none."""
+        for release in self.projects.get(project, ()):
+            if release.version == version:
+                return release
+        known = ", ".join(self.versions(project)) if project in self.projects else "none: " + ", ".join(self.projects)
+        raise ValueError(f"{PATH.name} has no line for {project} {version} (it has {known})")
+
+
+def read(path: Path = PATH) -> Matrix:
+    """The matrix. Raises ValueError for a line that says something unknown."""
+    with path.open("rb") as file:
+        tables = tomllib.load(file)
+    return Matrix({project: tuple(_release(project, line) for line in lines) for project, lines in tables.items()})
+
+
+def _release(project: str, line: Mapping[str, object]) -> Release:
+    unknown = set(line) - {"version", "run", "with", "pins", "note"}
+    run = tuple(line.get("run", ()))  # type: ignore[call-overload]
+    if unknown or "version" not in line or set(run) - set(RUNS):
+        raise ValueError(
+            f"{PATH.name}: {project}: {dict(line)}: say version, run (of {', '.join(RUNS)}), with, pins, note"
+        )
+    return Release(
+        version=str(line["version"]),
+        run=run,
+        made_for=str(line.get("with", "")),
+        pins=tuple(line.get("pins", ())),  # type: ignore[call-overload]
+        note=str(line.get("note", "")),
+    )

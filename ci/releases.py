@@ -1,0 +1,192 @@
+"""Released sources of upstream, without installing or building them, and without more of them than is read.
+
+A wheel is a zip file: its directory and single files are had by HTTP range requests, 50 ms each. Sources that were only
+released as an archive, or an index that knows no ranges, are downloaded whole. All of it is kept (`cache`).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+NAMES = ".names.json"
+"""In the folder of a release: all files that it has, whether they are here or not."""
+_CHUNK = 1 << 20
+
+
+class ReleaseError(Exception):
+    """A released source cannot be had."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """One release of a project, as far as it was read."""
+
+    project: str
+    version: str
+    folder: Path
+    names: frozenset[str]
+    """Every Python file of the release, by its path in the package."""
+
+    def text(self, name: str) -> str | None:
+        """A file of the release, or None where it has none of this name."""
+        return (self.folder / name).read_text() if name in self.names else None
+
+
+def cache() -> Path:
+    """Folder outside the repository that keeps what was downloaded."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-ray-ascend"
+
+
+def fetch(project: str, version: str, wanted: Iterable[str]) -> Sources:
+    """The files ``wanted`` of a release, such as "vllm/envs.py", as far as it has them.
+
+    Raises ReleaseError where the index does not have the release, or does not answer.
+    """
+    folder = cache() / "sources" / f"{project}-{version}"
+    names = _names(folder)
+    if names is None or any(name in names and not (folder / name).is_file() for name in wanted):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            _read(project, version, folder, list(wanted))
+        except (OSError, zipfile.BadZipFile, tarfile.TarError) as error:
+            raise ReleaseError(f"{project} {version} could not be read: {error!r}") from error
+        names = _names(folder)
+    return Sources(project, version, folder, frozenset(names or ()))
+
+
+def released(project: str) -> list[str]:
+    """All versions that the index has, pre-releases too, in no order."""
+    return sorted({str(package.version) for package in _finder().find_all_packages(project, allow_yanked=True)})
+
+
+def _names(folder: Path) -> list[str] | None:
+    try:
+        names: list[str] = json.loads((folder / NAMES).read_text())
+    except FileNotFoundError:
+        return None
+    return names
+
+
+def _read(project: str, version: str, folder: Path, wanted: list[str]) -> None:
+    """Put the files ``wanted`` into ``folder`` and write down which there are."""
+    links = _links(project, version)
+    wheels = sorted((name for name in links if name.endswith(".whl")), key=lambda name: ("x86_64" not in name, name))
+    package = project.replace("-", "_") + "/"
+    if wheels:
+        with _wheel(links[wheels[0]], folder) as archive:
+            names = [name for name in archive.namelist() if _counts(name, package)]
+            for name in set(wanted) & set(names):
+                _write(folder / name, archive.read(name))
+    else:
+        names = _unpack(links[min(links)], folder, package)
+    _write(folder / NAMES, json.dumps(sorted(names)).encode())
+
+
+def _links(project: str, version: str) -> dict[str, str]:
+    """Addresses of a release's files by their names."""
+    from packaging.version import Version
+
+    found = {
+        package.link.filename: package.link.normalized
+        for package in _finder().find_all_packages(project, allow_yanked=True)
+        if package.version is not None and Version(str(package.version)) == Version(version)
+    }
+    if not found:
+        raise ReleaseError(f"the package index has no {project} {version}: mend its line in ci/matrix.toml")
+    return found
+
+
+@functools.cache
+def _finder() -> Any:
+    """Where pip looks by its configuration: PIP_INDEX_URL, pip.conf, or the default."""
+    from unearth import PackageFinder
+    from unearth.fetchers import PyPIClient
+
+    settings = _pip_settings()
+    urls = [url for name in ("index-url", "extra-index-url") for url in settings.get(name, "").split()]
+    remote = [url for url in urls if url.startswith("http")]
+    return PackageFinder(
+        session=PyPIClient(verify=settings.get("cert", True), follow_redirects=True),
+        index_urls=remote,
+        ignore_compatibility=True,
+    )
+
+
+@functools.cache
+def _pip_settings() -> dict[str, str]:
+    """pip's configuration: files, and over them the environment."""
+    command = [sys.executable, "-m", "pip", "config", "list", "--disable-pip-version-check"]
+    listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.findall(r"^(global|install|download|:env:)\.([\w-]+)='(.*)'$", listed, re.MULTILINE)
+    ranks = ("global", "install", "download", ":env:")
+    return {name: value for _, name, value in sorted(found, key=lambda entry: ranks.index(entry[0]))}
+
+
+@contextmanager
+def _wheel(url: str, folder: Path) -> Iterator[zipfile.ZipFile]:
+    import requests
+    from remotezip import RangeNotSupported, RemoteZip
+
+    session = requests.Session()
+    session.verify = _pip_settings().get("cert", True)
+    try:
+        archive: zipfile.ZipFile = RemoteZip(url, session=session)
+    except RangeNotSupported:
+        with _downloaded(url, folder) as file, zipfile.ZipFile(file) as whole:
+            yield whole
+        return
+    with archive:
+        yield archive
+
+
+@contextmanager
+def _downloaded(url: str, folder: Path) -> Iterator[IO[bytes]]:
+    """The whole of a file, kept as long as it is read."""
+    import requests
+
+    with tempfile.TemporaryFile(dir=folder) as file:
+        with requests.get(url, stream=True, timeout=60, verify=_pip_settings().get("cert", True)) as answer:
+            answer.raise_for_status()
+            for chunk in answer.iter_content(_CHUNK):
+                file.write(chunk)
+        file.seek(0)
+        yield file
+
+
+def _unpack(url: str, folder: Path, package: str) -> list[str]:
+    """All Python files of ``package`` from an archive of sources."""
+    names = []
+    with _downloaded(url, folder) as file, tarfile.open(fileobj=file) as archive:
+        for member in archive:
+            name = member.name.partition("/")[2]
+            if member.isfile() and _counts(name, package):
+                content = archive.extractfile(member)
+                assert content is not None
+                _write(folder / name, content.read())
+                names.append(name)
+    return names
+
+
+def _counts(name: str, package: str) -> bool:
+    return name.endswith(".py") and name.startswith(package) and ".." not in name
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all: others may read at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(content)
+    os.replace(file.name, path)

@@ -1,0 +1,78 @@
+"""What patches/ray mends, asked of the Ray on the path; one check a patch."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import ray
+from ray.dag.compiled_dag_node import CompiledDAG
+from ray.experimental.channel.accelerator_context import AcceleratorContext, register_accelerator_context
+from ray.experimental.channel.cpu_communicator import CPUCommunicator
+
+from tests.patches.report import run
+
+NOSET = "RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES"
+
+
+@ray.remote(num_cpus=0, resources={"NPU": 1})
+class Holder:
+    """Holds an NPU, with all of them visible, as vLLM's workers do."""
+
+    def devices(self) -> list[int]:
+        register_npu()
+        return [device.index for device in AcceleratorContext.get().get_accelerator_devices()]
+
+
+def register_npu() -> None:
+    """Let this process's accelerator be an NPU. Only names are asked for, so torch need not know of NPUs."""
+    import torch
+
+    torch.npu = torch.cpu  # type: ignore[attr-defined]
+    sys.modules.setdefault("torch.npu", torch.cpu)
+    register_accelerator_context("npu", CPUCommunicator)
+
+
+def auto_transport() -> None:
+    register_npu()
+    assert len(CompiledDAG._get_gpu_ids(holders[0])) == 1
+
+
+def devices() -> None:
+    assert sorted(index for indices in ray.get([each.devices.remote() for each in holders]) for index in indices) == [
+        0,
+        1,
+    ]
+
+
+def detection() -> None:
+    from ray._private.resource_and_label_spec import ResourceAndLabelSpec
+
+    # CANN's Python module, by which Ray counts NPUs: eight of them.
+    sys.modules["acl"] = SimpleNamespace(  # type: ignore[assignment]
+        rt=SimpleNamespace(get_device_count=lambda: (8, 0))
+    )
+    find: Any = ResourceAndLabelSpec._get_current_node_accelerator
+    manager, count = find(8, {})
+    assert (manager.get_resource_name(), count) == ("NPU", 8)
+    manager, count = find(None, {"TPU": 4})
+    assert (manager.get_resource_name(), count) == ("NPU", 8)
+    del sys.modules["acl"]
+    manager, count = find(8, {})
+    assert (manager.get_resource_name(), count) == ("GPU", 8), "what was declared still counts where nothing is found"
+
+
+if __name__ == "__main__":
+    ray.init(
+        address="local",
+        num_cpus=1,
+        resources={"NPU": 2},
+        include_dashboard=False,
+        object_store_memory=80 * 2**20,
+        runtime_env={"env_vars": {NOSET: "1"}},
+        log_to_driver=False,
+    )
+    holders = [Holder.remote() for _ in range(2)]
+    run({"ray-0001": auto_transport, "ray-0002": devices, "ray-0003": detection})
+    ray.shutdown()

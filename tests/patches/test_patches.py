@@ -1,0 +1,67 @@
+"""Each patch in patches/: its check fails with the released package, and passes with the patched one.
+
+A project's checks are one script, which is run twice: with the package as it is, and with all patches of the project.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from ci import matrix
+from ci.check_patches import Patch, series
+from ci.releases import fetch
+from tests.patches.overlay import overlay
+from tests.patches.report import read
+
+pytestmark = pytest.mark.integration
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT_S = 300
+ON_SOFTWARE_NPUS = ("vllm-ascend", "ray-ascend")
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+
+
+@pytest.mark.parametrize("patch", series(), ids=lambda patch: patch.test)
+def test_the_defect_is_there_and_the_patch_mends_it(patch: Patch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    base = tmp_path_factory.getbasetemp()
+    before, after = said(patch.project, False, base), said(patch.project, True, base)
+    assert before[patch.test], "the released package does without the patch: is the defect gone, or the check no good?"
+    assert not after[patch.test]
+
+
+@functools.cache
+def said(project: str, patched: bool, base: Path) -> dict[str, str]:
+    """What a project's checks say, by patch: an empty text where all is well."""
+    package = package_of(project)
+    folder = base / f"{project}-{'patched' if patched else 'released'}"
+    folder.mkdir()
+    paths = [str(folder), str(package.parent), str(ROOT)]
+    if patched:
+        overlay(package, [patch for patch in series() if patch.project == project], folder)
+    script = f"tests.patches.check_{project.replace('-', '_')}"
+    command = [sys.executable, "-m", script]
+    environment = {**os.environ, **QUIET, "PYTHONPATH": os.pathsep.join(paths), "VLLM_RAY_ASCEND": "0"}
+    if project in ON_SOFTWARE_NPUS:
+        command = [str(Path(sys.executable).parent / "vllm-ray-ascend"), "softnpu", "exec", "--", *command]
+    else:
+        # vLLM's platform is then the CPU, and torch looks for no CANN.
+        environment |= {"VLLM_PLUGINS": "", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+    return read(ended.stdout + ended.stderr)
+
+
+def package_of(project: str) -> Path:
+    """The installed package; of one that is not installed, the released source of the newest supported release."""
+    name = project.replace("-", "_")
+    spec = find_spec(name)
+    if spec is not None and spec.origin is not None:
+        return Path(spec.origin).parent
+    version = matrix.read().versions(project)[-1]
+    sources = fetch(project, version, ())
+    return fetch(project, version, sources.names).folder / name
