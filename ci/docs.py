@@ -6,6 +6,7 @@ out of docs/ become the page made of that file, or its path.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -111,6 +112,15 @@ def relinked(markdown: str, page: str) -> str:
         return text if text.strip("`") == path else f"{text} (`{path}`)"
 
     return _LINK.sub(link, markdown)
+
+
+def on_config(config: Any) -> Any:
+    """Put pages at the end that mkdocs.yml does not name: a new one is found before somebody gives it a place."""
+    named = set(re.findall(r"[\w-]+\.md", json.dumps(config["nav"])))
+    further = sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name not in named)
+    if further:
+        config["nav"].append({"Further pages": further})
+    return config
 
 
 def on_files(files: Any, config: Any) -> Any:
