@@ -41,6 +41,8 @@ class Patch:
     file: str
     releases: str
     test: str
+    shows: str
+    """Words of what the defect looks like to its test."""
     shim: str = ""
     reason: str = ""
 
@@ -101,7 +103,8 @@ def faults_in(project: str, version: str, patches: Sequence[Patch]) -> Iterator[
         where = f"{patch.file}: {project} {version}"
         if patch.is_for(version) and not applied:
             upstream = applies(patch, sources, reverse=True)
-            yield f"{where} {'has it already: end its range before it' if upstream else 'is in range, but it does not apply'}"
+            what = "has it already: end its range before it" if upstream else "is in its range, but it does not apply"
+            yield f"{where} {what}"
         elif applied and not patch.is_for(version):
             yield f"{where} is out of its range ({patch.releases}), but it applies: widen the range"
 

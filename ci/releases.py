@@ -190,3 +190,21 @@ def _write(path: Path, content: bytes) -> None:
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(content)
     os.replace(file.name, path)
+
+
+def main() -> int:
+    """Print the releases that the index has and ci/matrix.toml lacks, newer than its oldest."""
+    from packaging.version import Version
+
+    from ci import matrix
+
+    for project in ("vllm", "vllm-ascend", "ray"):
+        known = [Version(version) for version in matrix.read().versions(project)]
+        new = sorted(version for version in map(Version, released(project)) if version > min(known))
+        missing = [str(version) for version in new if version not in known and not version.is_devrelease]
+        print(f"{project}: {', '.join(missing) or 'none'} not in {matrix.PATH.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

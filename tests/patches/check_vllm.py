@@ -35,9 +35,7 @@ def device_range() -> None:
     from vllm.v1.engine.core import EngineCoreActorMixin
 
     os.environ[current_platform.device_control_env_var] = "0,1"
-    config = SimpleNamespace(
-        parallel_config=ParallelConfig(tensor_parallel_size=2, distributed_executor_backend="ray")
-    )
+    config = SimpleNamespace(parallel_config=ParallelConfig(tensor_parallel_size=2, distributed_executor_backend="ray"))
     actor = EngineCoreActorMixin.__new__(EngineCoreActorMixin)
     actor._set_visible_devices(config, local_dp_rank=1)
     assert config.parallel_config.assigned_physical_gpu_ids is None

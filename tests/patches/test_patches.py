@@ -31,6 +31,7 @@ QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 def test_the_defect_is_there_and_the_patch_mends_it(patch: Patch, tmp_path_factory: pytest.TempPathFactory) -> None:
     base = tmp_path_factory.getbasetemp()
     before, after = said(patch.project, False, base), said(patch.project, True, base)
+    assert patch.shows in before[patch.test], "not the defect that the patch mends"
     assert before[patch.test], "the released package does without the patch: is the defect gone, or the check no good?"
     assert not after[patch.test]
 
