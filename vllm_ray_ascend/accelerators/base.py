@@ -124,6 +124,10 @@ class Accelerator(ABC):
         """Wait for all work on the calling thread's device."""
         self.torch_module.synchronize()
 
+    def plain(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor with its elements one after the other in memory, as other devices expect it: a copy if need be."""
+        return tensor.contiguous()
+
     def works(self) -> bool:
         """Whether the device still does what this thread asks of it. After an error in torch_npu's task queue (of a
         call that it makes in another thread, as for a stream that joins a capture), it drops whatever is queued.

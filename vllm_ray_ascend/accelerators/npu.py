@@ -7,7 +7,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_ray_ascend.accelerators import npu_errors
 from vllm_ray_ascend.accelerators.base import Accelerator, explained
@@ -15,7 +15,11 @@ from vllm_ray_ascend.devices.kind import NPU
 from vllm_ray_ascend.devices.numbering import physical_of_visible
 from vllm_ray_ascend.devices.visible import entries
 
+if TYPE_CHECKING:
+    import torch
+
 _ACL = "libascendcl.so"
+_PLAIN_FORMATS = (2, 0, 30)  # ACL_FORMAT_ND, NCHW, NCDHW
 _BREAKABLE = "vllm.compilation.breakable_cudagraph"
 
 
@@ -68,6 +72,14 @@ class Npu(Accelerator):
         ask = getattr(ctypes.CDLL(_ACL), "aclrtGetStreamAvailableNum", None)
         found = ctypes.c_uint32()
         return found.value if ask is not None and ask(ctypes.byref(found)) == 0 else None
+
+    def plain(self, tensor: torch.Tensor) -> torch.Tensor:
+        """In the format that torch knows as well: vllm-ascend keeps some weights in a private one of the NPU."""
+        import torch_npu
+
+        if torch_npu.get_npu_format(tensor) not in _PLAIN_FORMATS:
+            tensor = torch_npu.npu_format_cast(tensor, _PLAIN_FORMATS[0])
+        return tensor.contiguous()
 
     def leave_groups(self) -> None:
         """vllm-ascend's own groups (MC2, FlashComm, ...), which it has a function to destroy and never calls it."""
