@@ -17,8 +17,16 @@ def physical_device(visible: int) -> int:
     return physical.value
 
 
+def point_to_point() -> list[int]:
+    """Messages and bytes that this process has sent over HCCL to single peers, messages and bytes that it received."""
+    counted = (ctypes.c_uint64 * 4)()
+    ctypes.CDLL("libhccl.so").softnpu_hccl_point_to_point(counted)
+    return list(counted)
+
+
 class WorkerFacts:
-    """Mixed into vllm-ascend's worker by `worker_extension_cls`. Counts the graph replays of its process."""
+    """Mixed into vllm-ascend's worker by `worker_extension_cls`. Counts the graph replays of its process, and the
+    tensors that Ray's channels serialise into host memory."""
 
     def count_replays(self) -> None:
         """Start to count."""
@@ -32,6 +40,19 @@ class WorkerFacts:
 
         self.replays = 0
         torch.npu.NPUGraph.replay = counted
+        self._count_host_copies()
+
+    def _count_host_copies(self) -> None:
+        from ray.experimental.channel.serialization_context import _SerializationContext
+
+        copy = _SerializationContext.serialize_to_numpy_or_scalar
+
+        def counted(context: Any, tensor: Any) -> Any:
+            self.host_copies += 1
+            return copy(context, tensor)
+
+        self.host_copies = 0
+        _SerializationContext.serialize_to_numpy_or_scalar = counted
 
     def facts(self) -> dict[str, Any]:
         """Classes, devices, groups and replays of this worker."""
@@ -54,4 +75,6 @@ class WorkerFacts:
             "backends": {name: dist.get_backend(group.device_group) for name, group in groups.items()},
             "group_sizes": {name: group.world_size for name, group in groups.items()},
             "replays": getattr(self, "replays", 0),
+            "host_copies": getattr(self, "host_copies", 0),
+            "point_to_point": point_to_point(),
         }

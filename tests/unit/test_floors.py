@@ -19,19 +19,26 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"environment", "compat"}),
     frozenset({"accelerators", "augment", "cluster", "graphs", "lifecycle", "softnpu"}),
     frozenset({"engine"}),
+    frozenset({"transport"}),
     frozenset({"executor", "platform"}),
+    frozenset({"compiled_graph"}),
     frozenset({"plugin"}),
     frozenset({"cli"}),
 )
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 HEAVY = {"torch", "torch_npu", "ray", "vllm", "vllm_ascend"}
 LATE = (
+    "compiled_graph/context.py",
+    "compiled_graph/executor.py",
+    "compiled_graph/graph.py",
+    "compiled_graph/worker.py",
     "engine/actors.py",
     "engine/going_on.py",
     "engine/manager.py",
     "executor/",
     "platform.py",
     "softnpu/ops/",
+    "transport/pipeline.py",
     "softnpu/cluster/probe.py",
 )
 """Files that are imported only where those packages are in use."""
