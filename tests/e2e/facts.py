@@ -25,8 +25,7 @@ def point_to_point() -> list[int]:
 
 
 class WorkerFacts:
-    """Mixed into vllm-ascend's worker by `worker_extension_cls`. Counts the graph replays of its process, and the
-    tensors that Ray's channels serialise into host memory."""
+    """Mixed into vllm-ascend's worker by `worker_extension_cls`. Counts the graph replays of its process."""
 
     def count_replays(self) -> None:
         """Start to count."""
@@ -40,25 +39,14 @@ class WorkerFacts:
 
         self.replays = 0
         torch.npu.NPUGraph.replay = counted
-        self._count_host_copies()
-
-    def _count_host_copies(self) -> None:
-        from ray.experimental.channel.serialization_context import _SerializationContext
-
-        copy = _SerializationContext.serialize_to_numpy_or_scalar
-
-        def counted(context: Any, tensor: Any) -> Any:
-            self.host_copies += 1
-            return copy(context, tensor)
-
-        self.host_copies = 0
-        _SerializationContext.serialize_to_numpy_or_scalar = counted
 
     def facts(self) -> dict[str, Any]:
         """Classes, devices, groups and replays of this worker."""
         import torch
         import torch.distributed as dist
         from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+        from vllm_ray_ascend.transport.context import host_copies
 
         groups = {"tp": get_tp_group(), "pp": get_pp_group()}
         runner = self.model_runner  # type: ignore[attr-defined]
@@ -75,6 +63,6 @@ class WorkerFacts:
             "backends": {name: dist.get_backend(group.device_group) for name, group in groups.items()},
             "group_sizes": {name: group.world_size for name, group in groups.items()},
             "replays": getattr(self, "replays", 0),
-            "host_copies": getattr(self, "host_copies", 0),
+            "host_copies": host_copies().tensors,
             "point_to_point": point_to_point(),
         }

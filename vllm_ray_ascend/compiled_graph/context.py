@@ -10,6 +10,7 @@ from ray.experimental.channel import ChannelContext
 from ray.experimental.channel.accelerator_context import AcceleratorContext
 
 from vllm_ray_ascend.accelerators.choose import current
+from vllm_ray_ascend.transport import context
 from vllm_ray_ascend.transport.pipeline import HcclPPCommunicator
 
 if TYPE_CHECKING:
@@ -43,5 +44,6 @@ class WorkerContext(AcceleratorContext):  # type: ignore[misc]  # Ray tells no t
 
 def use_device(device: torch.device) -> None:
     """Have the channels of this process use ``device``. A tensor on another one goes through host memory."""
+    context.install()
     AcceleratorContext.set(WorkerContext(device))
     ChannelContext.get_current().set_torch_device(device)
