@@ -72,7 +72,7 @@ class Graph:
             _overlap_gpu_communication=False,
             _default_communicator=None,
         )
-        self._dag._is_teardown = self._dag._monitor._teardown_done = True
+        self._dag._monitor._teardown_done = True
         self._dag.worker_task_refs = {}  # an answer that fails would wait for all of them
         tasks = self._dag.actor_to_executable_tasks
         ray.get([actor.keep_tasks.remote(tasks[actor]) for actor in actors])
@@ -120,18 +120,21 @@ class Graph:
         if self._cause is None:
             self._cause = RuntimeError("the engine has ended")
             self._close_channels()
+        for step in self._steps:
+            step.set_exception(self._cause)
         self._steps.clear()
+        self._dag._is_teardown = True  # nothing is left to do for Ray when it shuts down
         if ray.is_initialized():
             with contextlib.suppress(Exception):
                 ray.kill(self._dag._proxy_actor)
-        self._dag = None
 
     def _read(self, step: Step) -> None:
         """Take the answer of the oldest step, which is ``step``."""
         try:
             self._check()
-            answer = step.references[0].get(timeout=max(0.0, step.deadline - time.monotonic()))
-            step.set_result(pickle.loads(answer))
+            left_s = max(0.0, step.deadline - time.monotonic())
+            answers = [each.get(timeout=left_s) for each in step.references]  # Ray keeps what nobody asks for
+            step.set_result(pickle.loads(answers[0]))
         except RayChannelTimeoutError as error:
             step.set_exception(self._cause or _caused(self._faults.late(), error))
         except Exception as error:  # noqa: BLE001  whoever asks for the answer gets it

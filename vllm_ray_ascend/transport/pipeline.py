@@ -56,19 +56,23 @@ class HcclPPCommunicator(Communicator):  # type: ignore[misc]  # Ray tells no ty
         self._limit_s = limit_s
         self._members: _Members | None = None
         if rank is not None:
-            self._members = _Members()
+            self.join(_own_actor())
 
     def initialize(self, rank: int) -> None:
         """Join, in the actor that is the group's ``rank``. All members do so at once. ValueError where vLLM has
         another order."""
-        members = _Members()
+        members = self.join(_own_actor())
         here = [actor._actor_id.hex() for actor in self._actors]
         if members.actors != here or members.own != rank:
             raise ValueError(
                 f"vLLM's pipeline group has the actors {members.actors}, with this one at {members.own}; the graph has "
                 f"{here}, with this one at {rank}. Give the actors in the order of their stages."
             )
-        self._members = members
+
+    def join(self, actor: str) -> _Members:
+        """Learn the other members' actors, by way of the group's CPUs; ``actor`` is the id of this process's."""
+        self._members = _Members(actor)
+        return self._members
 
     def get_actor_handles(self) -> list[Any]:
         """The actors, by stage."""
@@ -167,8 +171,7 @@ class HcclPPCommunicator(Communicator):  # type: ignore[misc]  # Ray tells no ty
 class _Members:
     """A member's end: vLLM's group, the actors behind its ranks, and what is under way."""
 
-    def __init__(self) -> None:
-        import ray
+    def __init__(self, actor: str) -> None:
         from torch import distributed
         from vllm.distributed.parallel_state import get_pp_group
 
@@ -182,9 +185,9 @@ class _Members:
         self._group = group.device_group
         self._turn = threading.Lock()
         self._sending: collections.deque[tuple[Any, torch.Tensor]] = collections.deque()
-        self.actors: list[str] = [""] * group.world_size
+        self.actors = [actor] * group.world_size
         if group.world_size > 1:
-            distributed.all_gather_object(self.actors, ray.get_runtime_context().get_actor_id(), group=group.cpu_group)
+            distributed.all_gather_object(self.actors, actor, group=group.cpu_group)
 
     def send(self, tensor: torch.Tensor, peer: int) -> None:
         from torch import distributed
@@ -254,3 +257,9 @@ class _Members:
         """Let go of tensors that have arrived."""
         while self._sending and self._sending[0][0].is_completed():
             self._sending.popleft()
+
+
+def _own_actor() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_actor_id())
