@@ -23,6 +23,7 @@ from vllm_ray_ascend.compiled_graph.carrier import Carrier
 from vllm_ray_ascend.compiled_graph.context import use_device
 from vllm_ray_ascend.compiled_graph.parcel import unpack
 from vllm_ray_ascend.executor.worker import RayAscendWorkerProc
+from vllm_ray_ascend.lifecycle.shared_memory import channels, remove
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import load
 from vllm_ray_ascend.transport.pipeline import HcclPPCommunicator
@@ -47,6 +48,7 @@ class CompiledGraphWorkerProc(RayAscendWorkerProc):
         from ray.dag import DAGContext
 
         self._tasks = []
+        self._names_dropped = False
         self._stepping = threading.Lock()
         self._step_since: tuple[int, float] | None = None
         context = DAGContext.get_current()
@@ -70,7 +72,10 @@ class CompiledGraphWorkerProc(RayAscendWorkerProc):
         """A step of this stage: message and tensors for the next one, or the last one's answer, which is empty but on
         the rank that answers. Ray's loop calls it."""
         with self._step():
-            scheduler_output, grammar_output, answering = unpack(message)
+            scheduler_output, grammar_output, answering, all_open = unpack(message)
+            if all_open and not self._names_dropped:
+                self._names_dropped = True
+                remove(channels())
             if self._carrier is not None:
                 self._carrier.bring(tensors)
             output = self.worker.execute_model(scheduler_output)
@@ -99,6 +104,11 @@ class CompiledGraphWorkerProc(RayAscendWorkerProc):
             late.append(self)
         if late:
             logger.warning("a step of the compiled graph was under way for more than %g s", limit_s)
+
+    def _end(self, lost: bool) -> None:
+        """As RayAscendWorkerProc, and channels that were not yet open everywhere leave no name."""
+        remove(channels())
+        super()._end(lost)
 
     def _communicators(self) -> list[HcclPPCommunicator]:
         from ray.experimental.channel import ChannelContext
