@@ -10,9 +10,10 @@ from pathlib import Path
 from vllm_ray_ascend.errors import VllmRayAscendError
 
 RESULTS = Path(__file__).parent / "results"
-EXECUTORS = ("mp", "upstream", "ours", "mp-fork")
+EXECUTORS = ("mp", "upstream", "ours", "mp-fork", "compiled_graph", "upstream-graph")
 """vLLM's multiprocessing executor as `vllm serve` has it (workers are spawned), which every ratio is over; vLLM's
-RayExecutorV2; RayAscendExecutor; and mp as LLM() has it: forked workers inherit what their parent has imported."""
+RayExecutorV2; RayAscendExecutor; mp as LLM() has it: forked workers inherit what their parent has imported; our
+compiled-graph executor; and vLLM's own (up to 0.32), whose tensors go through host memory."""
 BASE = "mp"
 
 

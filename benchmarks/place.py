@@ -17,6 +17,11 @@ from vllm_ray_ascend.softnpu.cluster.plan import Cluster, Shape
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / ".demo" / "bench"
+_GRAPH_OF_VLLM = {
+    "VLLM_RAY_ASCEND_EXECUTOR": "upstream",
+    "VLLM_USE_RAY_V2_EXECUTOR_BACKEND": "0",
+    "VLLM_USE_RAY_COMPILED_DAG_CHANNEL_TYPE": "shm",
+}
 
 
 class Place:
@@ -36,7 +41,7 @@ class Place:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
         if _over_ray(executor):
-            variables["VLLM_RAY_ASCEND_EXECUTOR"] = executor
+            variables |= _GRAPH_OF_VLLM if executor == "upstream-graph" else {"VLLM_RAY_ASCEND_EXECUTOR": executor}
         else:
             variables["VLLM_WORKER_MULTIPROC_METHOD"] = "fork" if executor == "mp-fork" else "spawn"
             own = self._cluster.shape.npus_per_node - self._case.world_size

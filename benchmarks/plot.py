@@ -11,7 +11,14 @@ from benchmarks.phases import PHASES
 from benchmarks.statistics import Figure
 
 Figures = Mapping[tuple[str, str, str], Figure]
-_COLOURS = {"mp": "#555555", "upstream": "#d98e04", "ours": "#1f6feb", "mp-fork": "#aaaaaa"}
+_COLOURS = {
+    "mp": "#555555",
+    "upstream": "#d98e04",
+    "ours": "#1f6feb",
+    "mp-fork": "#aaaaaa",
+    "compiled_graph": "#8250df",
+    "upstream-graph": "#cf222e",
+}
 _LEAST_RATIO, _MOST_RATIO = 0.02, 50.0
 
 

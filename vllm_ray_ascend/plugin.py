@@ -29,6 +29,7 @@ NAME = "ray_ascend"
 ASCEND = "ascend"
 _PLATFORM = "vllm_ray_ascend.platform.RayAscendPlatform"
 _EXECUTOR_MODULE = "vllm_ray_ascend.executor.executor"
+_GRAPH_EXECUTOR_MODULE = "vllm_ray_ascend.compiled_graph.executor"
 _UPSTREAM_EXECUTOR_MODULE = "vllm.v1.executor.ray_executor_v2"
 _ASCENDS_PIPELINES = "vllm_ascend.patch.platform.patch_pp_mtp"
 _RAY_METRICS = "vllm.v1.metrics.ray_wrappers"
@@ -68,7 +69,7 @@ def general() -> None:
             plugin.load()()
     when_imported(_ASCENDS_PIPELINES, keep_fence)
     when_imported(_RAY_METRICS, without_serve)
-    if settings.executor == "ours":
+    if settings.executor != "upstream":
         when_imported(_UPSTREAM_EXECUTOR_MODULE, _load_executor)
         when_imported(_EXECUTOR_MODULE, _select_executor)
 
@@ -115,7 +116,10 @@ def _select_executor(module: ModuleType) -> None:
     name in its place misses their code for Ray. Executor.get_class looks the name up in its module at each call, in
     vLLM 0.23 to 0.33. Removable when vLLM has a registry of executors.
     """
-    replace(import_module(_UPSTREAM_EXECUTOR_MODULE), "RayExecutorV2", module.RayAscendExecutor)
+    chosen = module.RayAscendExecutor
+    if load().executor == "compiled_graph":
+        chosen = import_module(_GRAPH_EXECUTOR_MODULE).CompiledGraphExecutor
+    replace(import_module(_UPSTREAM_EXECUTOR_MODULE), "RayExecutorV2", chosen)
     when_imported(_ENGINE_UTILS, _select_manager)
     when_imported(_ENGINE_CORE, _select_actors)
     when_imported(_ASCENDS_PATCH, _select_device_ids)

@@ -22,8 +22,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Meta(description="auto: on where vllm-ascend is the platform; 0: off; 1: on CUDA too, and an error elsewhere"),
     ] = "auto"
     executor: Annotated[
-        Literal["ours", "upstream"],
-        Meta(description="which executor --distributed-executor-backend ray means: ours, or vLLM's RayExecutorV2"),
+        Literal["ours", "upstream", "compiled_graph"],
+        Meta(
+            description="which executor --distributed-executor-backend ray means: ours, vLLM's RayExecutorV2, or ours "
+            "with steps as a Ray compiled graph"
+        ),
     ] = "ours"
     npu_wait_s: Annotated[
         float,

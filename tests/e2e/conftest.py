@@ -72,9 +72,9 @@ def showing(cluster: Cluster, pattern: str, log: str = "") -> set[str]:
     return {path.name for path, text in texts.items() if re.search(pattern, text)}
 
 
-def generated(cluster: Cluster, options: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def generated(cluster: Cluster, options: dict[str, Any], **variables: str) -> tuple[dict[str, Any], str]:
     """What tests.e2e.generate printed, and its whole log."""
-    done = on_head(cluster, "-m", "tests.e2e.generate", json.dumps(options))
+    done = on_head(cluster, "-m", "tests.e2e.generate", json.dumps(options), **variables)
     log = done.stdout + done.stderr
     found = [line for line in done.stdout.splitlines() if line.startswith(MARKER)]
     assert done.returncode == 0 and found, f"exit code {done.returncode}\n{log[-6000:]}"

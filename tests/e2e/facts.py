@@ -17,6 +17,13 @@ def physical_device(visible: int) -> int:
     return physical.value
 
 
+def point_to_point() -> list[int]:
+    """Messages and bytes that this process has sent over HCCL to single peers, messages and bytes that it received."""
+    counted = (ctypes.c_uint64 * 4)()
+    ctypes.CDLL("libhccl.so").softnpu_hccl_point_to_point(counted)
+    return list(counted)
+
+
 class WorkerFacts:
     """Mixed into vllm-ascend's worker by `worker_extension_cls`. Counts the graph replays of its process."""
 
@@ -39,6 +46,8 @@ class WorkerFacts:
         import torch.distributed as dist
         from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
+        from vllm_ray_ascend.transport.context import host_copies
+
         groups = {"tp": get_tp_group(), "pp": get_pp_group()}
         runner = self.model_runner  # type: ignore[attr-defined]
         caches = runner.kv_caches if isinstance(runner.kv_caches, list) else list(runner.kv_caches.values())
@@ -54,4 +63,6 @@ class WorkerFacts:
             "backends": {name: dist.get_backend(group.device_group) for name, group in groups.items()},
             "group_sizes": {name: group.world_size for name, group in groups.items()},
             "replays": getattr(self, "replays", 0),
+            "host_copies": host_copies().tensors,
+            "point_to_point": point_to_point(),
         }

@@ -47,14 +47,14 @@ def kill(cluster: Cluster, node: int, pid: int, number: signal.Signals = signal.
 
 
 def shared_memory(cluster: Cluster) -> list[str]:
-    """vLLM's shared memory segments that are left on the nodes."""
+    """Shared memory segments of vLLM and semaphores of Ray's channels that are left on the nodes."""
     found = []
     for node in cluster.nodes:
         command = ["sh", "-c", "ls /dev/shm"]
         done = subprocess.run(
             manager.node_command(cluster, node.index, command), capture_output=True, text=True, timeout=60, check=True
         )
-        found += [f"{node.hostname}: {name}" for name in done.stdout.split() if name.startswith(("psm_", "sem.mp"))]
+        found += [f"{node.hostname}: {name}" for name in done.stdout.split() if name.startswith(("psm_", "sem."))]
     return found
 
 

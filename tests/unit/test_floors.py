@@ -20,12 +20,17 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"accelerators", "augment", "cluster", "graphs", "lifecycle", "softnpu"}),
     frozenset({"engine", "transport"}),
     frozenset({"executor", "platform"}),
+    frozenset({"compiled_graph"}),
     frozenset({"plugin"}),
     frozenset({"cli"}),
 )
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 HEAVY = {"torch", "torch_npu", "ray", "vllm", "vllm_ascend"}
 LATE = (
+    "compiled_graph/context.py",
+    "compiled_graph/executor.py",
+    "compiled_graph/graph.py",
+    "compiled_graph/worker.py",
     "engine/actors.py",
     "engine/going_on.py",
     "engine/manager.py",
@@ -35,6 +40,7 @@ LATE = (
     "transport/communicator.py",
     "transport/context.py",
     "transport/tensors.py",
+    "transport/pipeline.py",
     "softnpu/cluster/probe.py",
 )
 """Files that are imported only where those packages are in use."""

@@ -43,7 +43,7 @@ def test_values_are_read() -> None:
     [
         ("VLLM_RAY_ASCEND", "yes", "auto, 0, 1"),
         ("VLLM_RAY_ASCEND", "0 ", "auto, 0, 1"),
-        ("VLLM_RAY_ASCEND_EXECUTOR", "mp", "ours, upstream"),
+        ("VLLM_RAY_ASCEND_EXECUTOR", "mp", "ours, upstream, compiled_graph"),
         ("VLLM_RAY_ASCEND_NPU_WAIT_S", "-1", "a number, 0 or more"),
         ("VLLM_RAY_ASCEND_NPU_WAIT_S", "soon", "a number, 0 or more"),
     ],

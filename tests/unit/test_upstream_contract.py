@@ -148,3 +148,32 @@ def test_engine_core_actors_ask_the_method_that_we_override(name: str) -> None:
     assert "EngineCoreActorMixin" in [ast.unparse(base) for base in actor.bases]
     calls = ast.unparse(method(tree, "EngineCoreActorMixin", "__init__"))
     assert "self._set_visible_devices(vllm_config, local_dp_rank)" in calls
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("dag/compiled_dag_node.py", "_teardown_done"),
+        ("dag/compiled_dag_node.py", "_is_teardown"),
+        ("dag/compiled_dag_node.py", "_monitor"),
+        ("dag/compiled_dag_node.py", "_proxy_actor"),
+        ("dag/compiled_dag_node.py", "_dag_submitter"),
+        ("dag/compiled_dag_node.py", "_dag_output_fetcher"),
+        ("dag/compiled_dag_node.py", "worker_task_refs"),
+        ("dag/compiled_dag_node.py", "actor_to_executable_tasks"),
+        ("experimental/channel/common.py", "read_iteration_timeout"),
+        ("experimental/channel/common.py", "communicators"),
+    ],
+)
+def test_rays_graphs_have_what_the_compiled_graph_executor_sets_and_reads(module: str, name: str) -> None:
+    attributes = {node.attr for node in ast.walk(source("ray", module)) if isinstance(node, ast.Attribute)}
+    assert name in attributes
+
+
+@pytest.mark.parametrize("name", ["irecv_tensor_dict", "isend_tensor_dict"])
+@pytest.mark.parametrize(
+    ("package", "module"), [("vllm", "v1/worker/gpu_worker.py"), ("vllm_ascend", "worker/worker.py")]
+)
+def test_workers_send_and_receive_by_what_the_carrier_replaces(package: str, module: str, name: str) -> None:
+    called = {node.attr for node in ast.walk(source(package, module)) if isinstance(node, ast.Attribute)}
+    assert name in called and method(source("vllm", "distributed/parallel_state.py"), "GroupCoordinator", name)

@@ -57,6 +57,7 @@ _START_PHASES = {
 class RayAscendExecutor(AnsweringExecutor):
     """vLLM's RayExecutorV2 on NPUs. Its start is upstream's, with our worker, our checks and our rule for variables."""
 
+    _worker_class: type[RayAscendWorkerProc] = RayAscendWorkerProc
     ranks: list[Rank]
     ray_worker_handles: list[Any]
 
@@ -71,7 +72,7 @@ class RayAscendExecutor(AnsweringExecutor):
     def _start_all(self) -> None:
         self._hang_s = _hang_s()
         self._life = Life(self, self._hang_s)
-        self._start = Start(self._life)
+        self._start = self._new_start()
         try:
             self._start_workers()
         except BaseException as error:
@@ -81,11 +82,14 @@ class RayAscendExecutor(AnsweringExecutor):
             raise
         logger.info("%s", ready_line(__version__, stack(), self.ranks))
 
+    def _new_start(self) -> Start:
+        return Start(self._life)
+
     def _start_workers(self) -> None:
         start = with_globals(
             super()._init_executor.__func__,
             ray=self._start,
-            RayWorkerProc=RayAscendWorkerProc,
+            RayWorkerProc=self._worker_class,
             WORKER_SPECIFIC_ENV_VARS=WORKER_SPECIFIC_ENV_VARS | variables_that_stay(),
             initialize_ray_cluster=self._initialize_ray_cluster,
             MessageQueue=CancellableQueue,
@@ -145,6 +149,11 @@ class RayAscendExecutor(AnsweringExecutor):
         # Ray runs workers at niceness 15: on busy cores the spinning driver, and everybody else, would go before them.
         variables.setdefault(_NICENESS, os.environ.get(_NICENESS, "0"))
         return runtime_env
+
+    def wake(self, cause: BaseException) -> None:
+        """End every wait for an answer of the workers with ``cause``. Called in the thread that has found it."""
+        for queue in queues_of(self):
+            queue.cancel(cause)
 
     def start_worker_monitor(self, inline: bool = False) -> None:
         """Watch the workers by their connections, and by Ray where one has none. Upstream polls Ray alone."""

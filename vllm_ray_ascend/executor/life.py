@@ -7,7 +7,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from vllm_ray_ascend.errors import VllmRayAscendError, WorkerDiedError, WorkerFailedError, WorkerLateError
-from vllm_ray_ascend.executor.queues import queues_of
 from vllm_ray_ascend.executor.start import idle_text
 from vllm_ray_ascend.lifecycle.hub import Hub, Loss, Peer
 from vllm_ray_ascend.lifecycle.messages import DIE, STOP
@@ -108,8 +107,7 @@ class Life:
         callback, executor.failure_callback = getattr(executor, "failure_callback", None), None
         if self._hub is not None:
             self._hub.order(DIE, but)
-        for queue in queues_of(executor):
-            queue.cancel(cause)
+        executor.wake(cause)
         if callback is not None:
             callback()
         logger.error("%s", cause)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from vllm_ray_ascend.errors import WorkerFailedError, WorkerLateError
+from vllm_ray_ascend.errors import VllmRayAscendError, WorkerFailedError, WorkerLateError
 from vllm_ray_ascend.lifecycle.deadlines import MODEL, QUEUES, RENDEZVOUS, WORKERS, start_limits, switch_of
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import load
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from vllm_ray_ascend.executor.life import Life
 
 logger = get_logger(__name__)
+
+_Value = TypeVar("_Value")
 
 _POLL_S = 0.2
 _FIRST_WORD_S = 1.0
@@ -26,12 +30,14 @@ _ROUNDS = (WORKERS, MODEL, QUEUES)
 class Start:
     """Stands in for the module ``ray`` in upstream's _init_executor: its `get` knows limits, and whom it waits for."""
 
-    def __init__(self, life: Life) -> None:
+    def __init__(self, life: Life, before_run: Callable[[], None] | None = None) -> None:
+        """``before_run`` is called when all workers are ready, before their main threads are given to vLLM's calls."""
         import ray
 
         self._ray = ray
         self._life = life
         self._rounds = iter(_ROUNDS)
+        self._before_run = before_run
         settings = load()
         self._limits = start_limits(settings)
         self._warm_up_limit_s = settings.warm_up_limit_s
@@ -54,6 +60,8 @@ class Start:
         part = RENDEZVOUS if one else next(self._rounds, QUEUES)
         with self.phase(part):
             values = self._wait([references] if one else references, part)
+        if part == QUEUES and self._before_run is not None:
+            self._before_run()
         return values[0] if one else values
 
     @contextlib.contextmanager
@@ -71,6 +79,24 @@ class Start:
     def limit_s(self, part: str) -> float | None:
         """Seconds that ``part`` may take."""
         return self._limits.get(part, self._warm_up_limit_s) or None
+
+    def watched(self, call: Callable[[], _Value], part: str) -> _Value:
+        """What ``call`` returns, which asks the workers for ``part`` by itself: ended by the first failure, or late."""
+        found: Future[_Value] = Future()
+        started = time.monotonic()
+        threading.Thread(target=_call, args=(call, found), daemon=True, name="RayAscendStart").start()
+        while not wait([found], _POLL_S).done:
+            self._life.check()
+            self._check_late(list(self._life.doing()), part, time.monotonic() - started)
+        try:
+            return found.result()
+        except VllmRayAscendError:
+            raise
+        except Exception as error:
+            first = self._life.wait_for_loss(_FIRST_WORD_S)
+            if first is None:
+                raise WorkerFailedError(f"the workers failed while the engine started ({part}): {error}") from error
+            raise first from error
 
     def _wait(self, references: list[Any], part: str) -> list[Any]:
         pending = dict(zip(references, range(len(references)), strict=True))
@@ -111,6 +137,13 @@ class Start:
             return ""
         spent = {peer.rank: peer.spent for peer in self._life.peers()}
         return "".join(f"; {text}" for text in spreads(spent))
+
+
+def _call(call: Callable[[], _Value], found: Future[_Value]) -> None:
+    try:
+        found.set_result(call())
+    except BaseException as error:  # noqa: BLE001  whoever waits gets it
+        found.set_exception(error)
 
 
 class _Told:

@@ -23,6 +23,7 @@ DEVICE = "NPUs and their groups"
 MODEL = "model"
 QUEUES = "message queues"
 PAIRS = "pipeline pairs"
+GRAPH = "compiled graph"
 
 
 class StepLimits(NamedTuple):
@@ -63,6 +64,7 @@ def start_limits(settings: Settings) -> dict[str, float]:
         MODEL: settings.load_limit_s,
         QUEUES: device,
         PAIRS: device,
+        GRAPH: device,
     }
 
 
@@ -73,6 +75,7 @@ SWITCHES = {
     MODEL: "VLLM_RAY_ASCEND_LOAD_LIMIT_S",
     QUEUES: "VLLM_RAY_ASCEND_DEVICE_LIMIT_S",
     PAIRS: "VLLM_RAY_ASCEND_DEVICE_LIMIT_S",
+    GRAPH: "VLLM_RAY_ASCEND_DEVICE_LIMIT_S",
 }
 """Which switch holds the limit of a part; the warm-up limit holds for all that comes later."""
 

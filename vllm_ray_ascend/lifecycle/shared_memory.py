@@ -1,4 +1,5 @@
-"""What outlives a process: shared memory of Python, and the files of ZeroMQ's sockets, which it never removes."""
+"""What outlives a process that is killed: names of Python's shared memory and of the semaphores of Ray's channels, and
+the files of ZeroMQ's sockets, which it never removes."""
 
 from __future__ import annotations
 
@@ -9,11 +10,21 @@ from pathlib import Path
 
 _FOLDER = Path("/dev/shm")
 _MAPPED = re.compile(rf"{_FOLDER}/(psm_\w+)")
+_SEMAPHORE = re.compile(rf"{_FOLDER}/(sem\.(?:hdr|obj)\d+-\d+)")
 
 
 def mapped() -> set[str]:
     """Names of the segments that this process has open, its own and others': in a worker, those of its engine."""
-    return set(_MAPPED.findall(Path("/proc/self/maps").read_text()))
+    return set(_MAPPED.findall(_maps()))
+
+
+def channels() -> set[str]:
+    """Names of the semaphores of Ray's channels that this process has open; whoever has them open does not need them."""
+    return set(_SEMAPHORE.findall(_maps()))
+
+
+def _maps() -> str:
+    return Path("/proc/self/maps").read_text()
 
 
 def remove(names: Iterable[str]) -> None:

@@ -1,5 +1,6 @@
 #include "hccl/collectives.h"
 
+#include <atomic>
 #include <numeric>
 
 namespace softnpu::hccl {
@@ -222,6 +223,15 @@ void all_to_all(Communicator& comm, const char* send, const Layout& out, HcclDat
   copy(receive + in.displacements[self] * received, send + out.displacements[self] * sent, out.counts[self] * sent);
 }
 
+namespace {
+std::atomic<uint64_t> point_to_point[4];  // messages and bytes sent, messages and bytes received
+}
+
+// What this process has sent to single peers and received from them, over all communicators: for tests.
+extern "C" void softnpu_hccl_point_to_point(uint64_t* counted) {
+  for (int i = 0; i < 4; i++) counted[i] = point_to_point[i];
+}
+
 void send_receive(Communicator& comm, const std::vector<HcclSendRecvItem>& items) {
   std::vector<Transfer> transfers;
   // The type is not compared: a message of bytes is one whatever each side calls its elements.
@@ -230,7 +240,11 @@ void send_receive(Communicator& comm, const std::vector<HcclSendRecvItem>& items
     bool out = item.sendRecvType == HCCL_SEND;
     transfers.push_back(out ? sending(item.remoteRank, item.buf, bytes) : receiving(item.remoteRank, item.buf, bytes));
   }
-  comm.move({Kind::kSendRecv}, std::move(transfers));
+  comm.move({Kind::kSendRecv}, transfers);
+  for (const auto& transfer : transfers) {
+    point_to_point[transfer.sending ? 0 : 2]++;
+    point_to_point[transfer.sending ? 1 : 3] += transfer.bytes;
+  }
 }
 
 void barrier(Communicator& comm) {

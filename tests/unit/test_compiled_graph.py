@@ -1,0 +1,117 @@
+"""The compiled graph's shape, and what its executor refuses."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_ray_ascend.compiled_graph.carrier import Carrier
+from vllm_ray_ascend.compiled_graph.refusal import obstacles, refuse
+from vllm_ray_ascend.compiled_graph.shape import shape_of
+from vllm_ray_ascend.errors import SettingError
+from vllm_ray_ascend.settings import Settings
+
+pytestmark = pytest.mark.unit
+
+SETTINGS = Settings(executor="compiled_graph")
+
+
+def config(**changes: Any) -> SimpleNamespace:
+    """What is read of a VllmConfig, as of a plain engine with two stages; ``changes`` by section, or of the whole."""
+    parts: dict[str, Any] = {
+        "parallel_config": {"pipeline_parallel_size": 2, "data_parallel_size": 1},
+        "scheduler_config": {"async_scheduling": False},
+        "model_config": {"is_moe": False},
+    }
+    whole: dict[str, Any] = {"kv_transfer_config": None, "ec_transfer_config": None}
+    for name, value in changes.items():
+        if name in parts:
+            parts[name] |= value
+        else:
+            whole[name] = value
+    return SimpleNamespace(**{name: SimpleNamespace(**part) for name, part in parts.items()}, **whole)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "stages", "expected", "pipelines"),
+    [
+        (1, 1, ((0,),), [(0,)]),
+        (2, 1, ((0, 1),), [(0,), (1,)]),
+        (2, 2, ((0,), (1,)), [(0, 1)]),
+        (4, 2, ((0, 1), (2, 3)), [(0, 2), (1, 3)]),
+        (6, 3, ((0, 1), (2, 3), (4, 5)), [(0, 2, 4), (1, 3, 5)]),
+    ],
+)
+def test_stages_and_pipelines_are_vllms(
+    world_size: int, stages: int, expected: tuple[tuple[int, ...], ...], pipelines: list[tuple[int, ...]]
+) -> None:
+    shape = shape_of(world_size, stages)
+    assert shape.stages == expected
+    assert shape.pipelines() == pipelines
+
+
+def test_ranks_that_cannot_be_dealt_out_are_an_error() -> None:
+    with pytest.raises(ValueError, match="5 ranks cannot be dealt out to 2 stages"):
+        shape_of(5, 2)
+
+
+def test_a_plain_engine_is_taken() -> None:
+    refuse(config(), SETTINGS)
+    refuse(config(parallel_config={"data_parallel_size": 2}), SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "named"),
+    [
+        ({}, Settings(recover="1"), "VLLM_RAY_ASCEND_RECOVER=1"),
+        ({"scheduler_config": {"async_scheduling": True}}, SETTINGS, "--async-scheduling"),
+        (
+            {"parallel_config": {"data_parallel_size": 2}, "model_config": {"is_moe": True}},
+            SETTINGS,
+            "--data-parallel-size",
+        ),
+        ({"kv_transfer_config": object()}, SETTINGS, "--kv-transfer-config"),
+        ({"ec_transfer_config": object()}, SETTINGS, "--ec-transfer-config"),
+        ({"parallel_config": {"enable_elastic_ep": True}}, SETTINGS, "--enable-elastic-ep"),
+        ({"use_v2_model_runner": True}, SETTINGS, "VLLM_USE_V2_MODEL_RUNNER=1"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(changes: dict[str, Any], settings: Settings, named: str) -> None:
+    assert len(list(obstacles(config(**changes), settings))) == 1
+    with pytest.raises(SettingError) as raised:
+        refuse(config(**changes), settings)
+    assert f"({named})" in str(raised.value)
+    assert "unset VLLM_RAY_ASCEND_EXECUTOR" in str(raised.value)
+
+
+def test_the_second_model_runner_is_taken_without_stages() -> None:
+    refuse(config(use_v2_model_runner=True, parallel_config={"pipeline_parallel_size": 1}), SETTINGS)
+
+
+class Group:
+    """The part of vLLM's pipeline group that a worker calls."""
+
+    def irecv_tensor_dict(self, *_: Any, **__: Any) -> Any:
+        raise AssertionError("the group itself was asked")
+
+    def isend_tensor_dict(self, *_: Any, **__: Any) -> Any:
+        raise AssertionError("the group itself was asked")
+
+
+def test_the_carrier_hands_over_what_a_worker_would_send_and_receive() -> None:
+    group = Group()
+    carrier = Carrier(group)
+    carrier.bring({"hidden_states": 1})
+    assert group.irecv_tensor_dict(all_gather_group=None) == ({"hidden_states": 1}, [], [])
+    assert group.isend_tensor_dict({"hidden_states": 2}, all_gather_group=None) == []
+    assert carrier.take() == {"hidden_states": 2}
+    assert carrier.take() == {}
+
+
+def test_a_stage_without_tensors_says_so() -> None:
+    group = Group()
+    Carrier(group).bring({})
+    with pytest.raises(RuntimeError, match="got no tensors"):
+        group.irecv_tensor_dict()

@@ -1,0 +1,43 @@
+"""A worker's tensors for the next stage become an answer of the graph, and those of the one before an argument."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Carrier:
+    """Stands in for the transfers of vLLM's pipeline group: vLLM's own worker runs a step, and the graph carries.
+
+    The group's `isend_tensor_dict` and `irecv_tensor_dict` are what vLLM's and vllm-ascend's workers call in 0.23 to
+    0.33. Whole tensors travel: vLLM's own transfers send each tensor parallel rank's share and gather there.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self._incoming: dict[str, Any] | None = None
+        self._outgoing: dict[str, Any] = {}
+        for name in ("irecv_tensor_dict", "isend_tensor_dict"):
+            if not hasattr(group, name):
+                raise AttributeError(f"vLLM's pipeline group has no {name}")
+        group.irecv_tensor_dict, group.isend_tensor_dict = self._receive, self._send
+
+    def bring(self, tensors: dict[str, Any] | None) -> None:
+        """What the worker will receive in the step that comes."""
+        self._incoming, self._outgoing = tensors, {}
+
+    def take(self) -> dict[str, Any]:
+        """What the worker has sent in the step that was; empty where it had nothing to send."""
+        outgoing, self._outgoing, self._incoming = self._outgoing, {}, None
+        return outgoing
+
+    def _receive(self, *_: Any, **__: Any) -> tuple[dict[str, Any], list[Any], list[Any]]:
+        tensors, self._incoming = self._incoming, None
+        if not tensors:
+            raise RuntimeError(
+                "this stage has a batch to compute and got no tensors for it: the stage before it had none. The "
+                "stages' schedules differ; see the first error in the log of that stage's rank."
+            )
+        return tensors, [], []
+
+    def _send(self, tensors: dict[str, Any], *_: Any, **__: Any) -> list[Any]:
+        self._outgoing = dict(tensors)
+        return []
