@@ -5,13 +5,14 @@
 #   make test-upstream   vLLM's own tests of its Ray executor and its message queue, against ours (GROUPS=)
 #   make lint    ruff and mypy
 #   make bench   compare executors (BENCH_ARGS='--quick'); see benchmarks/README.md
+#   make bench-transport  a tensor from NPU to NPU by every way (BENCH_ARGS='--quick'); see benchmarks/README.md
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.10 python3,$(if $(shell command -v $(name)),$(name))))
 RUN := .venv/bin
 ON_SOFTWARE_NPUS := $(RUN)/vllm-ray-ascend softnpu exec --
 PYTEST_ARGS ?=
 GROUPS ?=
 
-.PHONY: serve test test-matrix test-faults test-upstream lint format bench clean
+.PHONY: serve test test-matrix test-faults test-upstream lint format bench bench-transport clean
 
 serve:
 	@$(PYTHON) demo/install.py
@@ -52,6 +53,10 @@ format:
 bench:
 	@$(PYTHON) demo/install.py bench
 	@$(RUN)/python -m benchmarks $(BENCH_ARGS)
+
+bench-transport:
+	@$(PYTHON) demo/install.py bench
+	@$(RUN)/python -m benchmarks.transport $(BENCH_ARGS)
 
 clean:
 	rm -rf .venv .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

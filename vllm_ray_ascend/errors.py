@@ -67,5 +67,9 @@ class PipelinePairError(VllmRayAscendError, RuntimeError):
     """Two neighbouring stages of a pipeline cannot send to each other."""
 
 
+class DirectTransportError(VllmRayAscendError, RuntimeError):
+    """Tensors of a Ray object cannot go from one process's NPU to another's by reference, or did not arrive."""
+
+
 class SoftNpuError(VllmRayAscendError, RuntimeError):
     """The software NPU cannot be built, started or used here."""
