@@ -81,10 +81,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Literal["release", "keep"],
         Meta(description="release graphs when the engine sleeps and capture anew on waking, or keep them"),
     ] = "release"
-    direct_limit_s: Annotated[
-        float,
-        Meta(ge=0, description="seconds that an object of the direct transport may take; 0: 0.8 of Ray's own limit"),
-    ] = 0.0
     direct_idle_s: Annotated[
         float,
         Meta(ge=0, description="seconds after which a pair of actors gives its unused communicator back; 0: never"),

@@ -71,4 +71,5 @@ def read_options(arguments: Sequence[str]) -> Options:
     parser.add_argument("--name", default=default.name, help="of the files in benchmarks/results")
     given = vars(parser.parse_args(arguments))
     del given["quick"]
-    return Options(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    return dataclasses.replace(default, **{**given, **lists})

@@ -52,17 +52,15 @@ class Station:
 
     def root(self) -> bytes:
         """What HcclGetRootInfo gives."""
-        from vllm_ray_ascend.transport.direct.pair import new_root
+        from vllm_ray_ascend.transport.hccl.group import new_root
 
-        from vllm_ray_ascend.accelerators.choose import accelerator
-
-        return new_root(accelerator("npu"), 0)
+        return new_root(0)
 
     def open_group(self, root: bytes) -> None:
         """Make a Group of the two."""
         from vllm_ray_ascend.transport.hccl.group import Group
 
-        self._group = Group(2, self._rank, root, 0)
+        self._group = Group(0, self._rank, 2, root)
 
     def raw(self, size: int, count: int) -> list[float]:
         """Seconds a hop by torch.distributed."""
@@ -80,9 +78,11 @@ class Station:
     def group(self, size: int, count: int) -> list[float]:
         """Seconds a hop by our Group."""
         peer = 1 - self._rank
-        return self._to_and_fro(
-            lambda tensor: self._group.send(tensor, peer), lambda tensor: self._group.recv(tensor, peer), size, count
-        )
+
+        def receive(tensor: Any) -> None:
+            self._group.recv(tensor, peer).wait()
+
+        return self._to_and_fro(lambda tensor: self._group.send(tensor, peer), receive, size, count)
 
     def _to_and_fro(
         self, send: Callable[[Any], None], receive: Callable[[Any], None], size: int, count: int

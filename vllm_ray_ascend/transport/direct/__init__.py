@@ -49,7 +49,7 @@ def register(name: str | None = None) -> str:
     chosen = (name or _free_name()).upper()
     if _taken(chosen):
         raise DirectTransportError(
-            f"Ray already has a tensor transport {chosen!r} in this process, {_owner(chosen)}: vllm-ray-ascend's cannot "
+            f"Ray already has a tensor transport {chosen!r} in this process, {_owner(chosen)}: ours cannot "
             f"have that name too. Call register({OTHER_NAME!r}), or register() for the next that is free, and use the "
             "name that it returns."
         )

@@ -45,7 +45,8 @@ class DirectTransport(TensorTransportManager):
         """The name under which this class was registered."""
         from ray.experimental.rdt.util import transport_manager_info
 
-        return next(name for name, info in transport_manager_info.items() if info.transport_manager_class is type(self))
+        named = {info.transport_manager_class: str(name) for name, info in transport_manager_info.items()}
+        return named[type(self)]
 
     @staticmethod
     def is_one_sided() -> bool:
@@ -93,8 +94,9 @@ class DirectTransport(TensorTransportManager):
             return []
         npu = here().accelerator
         device = _one_device(target_buffers).index if target_buffers else here().device()
-        with npu.guard("receiving tensors of a Ray object"), npu.torch_module.device(device):
-            buffers = target_buffers or _empty(tensor_transport_metadata, npu.device(device))
+        with npu.torch_module.device(device):
+            with here().quiet("tensors for a Ray object", lambda: None):
+                buffers = target_buffers or _empty(tensor_transport_metadata, npu.device(device))
             self._the_sink().receive(obj_id, tensor_transport_metadata.origin, buffers)
         return buffers
 

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vllm_ray_ascend.devices.kind import NPU
 from vllm_ray_ascend.devices.numbering import visible_of_physical
 from vllm_ray_ascend.environment.node import prepare
-from vllm_ray_ascend.errors import DeviceMappingError
+from vllm_ray_ascend.errors import CaptureError, DeviceMappingError
 from vllm_ray_ascend.settings import Settings, load
+from vllm_ray_ascend.transport.hccl.limits import limit
 
 if TYPE_CHECKING:
     from vllm_ray_ascend.accelerators.base import Accelerator
 
 _HCCL_GROUPS = (("HCCL_IF_IP", "HCCL_SOCKET_IFNAME"),)
+_LOOK_S = 0.05
 _SHARE = 0.8
 """Of Ray's own limit, whose message names neither peer nor reason."""
 
 
 @dataclass
 class Here:
-    """This process. ``limit_s`` is how long one transfer may take."""
+    """This process. ``limit_s`` is how long an object may take from its producer's end to the receiver."""
 
     accelerator: Accelerator
     settings: Settings
@@ -65,6 +70,19 @@ class Here:
             "vllm_ray_ascend.transport.direct.use_device(N) in it before the first object comes."
         )
 
+    @contextlib.contextmanager
+    def quiet(self, what: str, check: Callable[[], None]) -> Iterator[None]:
+        """Around ``what``, work on the device, once no graph is captured. ``check`` is called till then."""
+        with contextlib.ExitStack() as held:
+            while True:
+                try:
+                    held.enter_context(self.accelerator.guard(what))
+                    break
+                except CaptureError:
+                    check()
+                    time.sleep(_LOOK_S)
+            yield
+
 
 @functools.cache
 def here() -> Here:
@@ -86,5 +104,5 @@ def here() -> Here:
         host,
         context.get_node_id(),
         f"{f'actor {actor[:12]}' if actor else 'the driver'} (pid {os.getpid()}, node {host})",
-        settings.direct_limit_s or _SHARE * float(ray_constants.RDT_FETCH_FAIL_TIMEOUT_SECONDS),
+        min(limit(settings.transfer_limit_s, os.environ), _SHARE * ray_constants.RDT_FETCH_FAIL_TIMEOUT_SECONDS),
     )

@@ -10,12 +10,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from vllm_ray_ascend.transport.direct.pair import Pair
-
 from vllm_ray_ascend.errors import DirectTransportError
 from vllm_ray_ascend.lifecycle.messages import Address
 from vllm_ray_ascend.transport.direct.channel import Channel, ChannelLostError
 from vllm_ray_ascend.transport.direct.messages import Coming, Failed, Hello, Message, Refused, Want, Welcome
+from vllm_ray_ascend.transport.direct.pair import RECEIVER, Connecting, Pair
 from vllm_ray_ascend.transport.direct.place import Here
 
 if TYPE_CHECKING:
@@ -25,8 +24,8 @@ M = TypeVar("M", bound=Message)
 _END_S = 0.5
 """For the connection to tell of the sender's end, where HCCL was quicker and does not know the reason."""
 _LONGER = (
-    "If it only needs longer, raise VLLM_RAY_ASCEND_DIRECT_LIMIT_S in both actors, and "
-    "RAY_rdt_fetch_fail_timeout_milliseconds for the whole cluster."
+    "If it only needs longer, raise VLLM_RAY_ASCEND_TRANSFER_LIMIT_S and "
+    "RAY_rdt_fetch_fail_timeout_milliseconds, for all actors and their driver."
 )
 _ANEW = "Produce the object anew; an actor comes back by itself only with `max_restarts`."
 
@@ -142,7 +141,9 @@ class _Incoming:
             pair = self._pair or self._open(deadline)
             self._ask(Want(object_id), Coming, deadline, "its producer was at work")
             self._doing, again = "it was on its way", False
-            pair.receive(buffers, _left(deadline))
+            with self._here.quiet("receiving tensors of a Ray object", self._check):
+                transfer = pair.receive(buffers)
+            transfer.wait(_left(deadline))
             self._held = []
         except _RefusedError as error:
             raise DirectTransportError(f"Object {object_id[:16]} was not received: {error}") from None
@@ -165,22 +166,21 @@ class _Incoming:
                 self._channel.say(Failed(why))
             self._channel.close()
         if self._pair is not None:
-            self._pair.abort(why)
-            self._pair.close()
+            self._pair.end(why)
 
     def _open(self, deadline: float) -> Pair:
         self._doing = "the two processes connected"
-        address, npu = self._origin.address, self._here.accelerator
+        address = self._origin.address
         connection = socket.create_connection((address.host, address.port), timeout=_left(deadline))
         self._channel = Channel(connection, self._here.settings.silence_s, self._lost)
         hello = Hello(address.token, self._origin.device, self._here.who, self._here.place(self._device))
         welcome = self._ask(hello, Welcome, deadline, self._doing)
         self._sender = welcome.who
-        self._pair = Pair(npu, welcome.root, 1, self._device, _left(deadline))
-        if not self.usable:  # given up meanwhile, when there was no communicator to destroy
-            self._pair.close()
-            raise ChannelLostError(self._given_up or self._channel.lost)
-        return self._pair
+        made = Connecting(self._device, RECEIVER, welcome.root, self._here.limit_s).result(deadline, self._check)
+        with self._lock:
+            self._pair = made
+        self._check()
+        return made
 
     def _ask(self, question: Message, answer: type[M], deadline: float, doing: str) -> M:
         self._doing = doing
@@ -195,7 +195,11 @@ class _Incoming:
 
     def _lost(self, why: str) -> None:
         if self._pair is not None:
-            self._pair.abort(f"{self._sender} is gone: {why}")
+            self._pair.end(f"{self._sender} is gone: {why}")
+
+    def _check(self) -> None:
+        if not self.usable:
+            raise ChannelLostError(self._given_up or (self._channel.lost if self._channel else ""))
 
     def _why(self, error: Exception) -> str:
         if self._given_up:

@@ -10,19 +10,20 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vllm_ray_ascend.transport.direct.pair import Pair, new_root
-
 from vllm_ray_ascend.lifecycle.messages import Address
 from vllm_ray_ascend.lifecycle.sockets import listen
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.transport.direct.channel import Channel, ChannelLostError
 from vllm_ray_ascend.transport.direct.messages import Coming, Failed, Hello, Refused, Want, Welcome
+from vllm_ray_ascend.transport.direct.pair import SENDER, Connecting, Pair
 from vllm_ray_ascend.transport.direct.place import Here
+from vllm_ray_ascend.transport.hccl.group import new_root
 
 if TYPE_CHECKING:
     import torch
 
 _log = get_logger("ray_ascend.direct")
+_SENDING = "sending tensors of a Ray object"
 _TOKEN_BYTES = 16
 _POLL_S = 0.0002
 
@@ -119,7 +120,7 @@ class _Outgoing:
         finally:
             self._channel.close()
             if self._pair is not None:
-                self._pair.close()
+                self._pair.end("the link has ended")
 
     def give_up(self, why: str) -> None:
         """End the link. May be called in any thread."""
@@ -130,7 +131,6 @@ class _Outgoing:
     def _open(self, hello: Hello) -> None:
         self._receiver = hello.who
         self._device = hello.device
-        self._here.accelerator.bind_thread(hello.device)
         own = self._here.place(hello.device)
         if own == hello.place:
             self._channel.say(
@@ -140,10 +140,9 @@ class _Outgoing:
                 )
             )
             raise ChannelLostError("it is on the same NPU")
-        root = new_root(self._here.accelerator, hello.device)
+        root, limit_s = new_root(hello.device), self._here.limit_s
         self._channel.say(Welcome(root, self._here.who))
-        self._pair = Pair(self._here.accelerator, root, 0, hello.device, self._here.limit_s)
-        self._check()
+        self._pair = Connecting(hello.device, SENDER, root, limit_s).result(time.monotonic() + limit_s, self._check)
 
     def _answer(self, message: object) -> None:
         if not isinstance(message, Want):
@@ -158,12 +157,17 @@ class _Outgoing:
             )
             return
         assert self._pair is not None
-        with self._here.accelerator.guard("sending tensors of a Ray object"):
-            while not kept.ready.query():  # the producer may compute for as long as it likes
-                self._check()
-                time.sleep(_POLL_S)
+        while not self._ready(kept):  # the producer may compute for as long as it likes
+            self._check()
+            time.sleep(_POLL_S)
+        with self._here.quiet(_SENDING, self._check):
             self._channel.say(Coming())
-            self._pair.send(kept.tensors, self._here.limit_s)
+            transfer = self._pair.send(kept.tensors)
+        transfer.wait(self._here.limit_s)
+
+    def _ready(self, kept: _Kept) -> bool:
+        with self._here.quiet(_SENDING, self._check):
+            return bool(kept.ready.query())
 
     def _check(self) -> None:
         if self._channel.lost:
@@ -171,4 +175,4 @@ class _Outgoing:
 
     def _abort(self, why: str) -> None:
         if self._pair is not None:
-            self._pair.abort(why)
+            self._pair.end(f"{self._receiver} is gone: {why}")
