@@ -67,6 +67,29 @@ class PipelinePairError(VllmRayAscendError, RuntimeError):
     """Two neighbouring stages of a pipeline cannot send to each other."""
 
 
+class HcclError(VllmRayAscendError, RuntimeError):
+    """A function of HCCL failed, or a communicator did while it moved tensors. ``code`` is HCCL's."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message, code)
+        self.code = code
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class TransferLateError(VllmRayAscendError, TimeoutError):
+    """A tensor did not go or come within its time limit. Its communicator is of no more use."""
+
+
+class TransferAbortedError(VllmRayAscendError, RuntimeError):
+    """A communicator was aborted or destroyed before a tensor had gone or come."""
+
+
+class TensorTransportError(VllmRayAscendError, ValueError):
+    """What is asked of a communicator cannot be: a tensor, a peer, or a communicator that does not fit."""
+
+
 class DirectTransportError(VllmRayAscendError, RuntimeError):
     """Tensors of a Ray object cannot go from one process's NPU to another's by reference, or did not arrive."""
 

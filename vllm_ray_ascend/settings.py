@@ -57,6 +57,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         float,
         Meta(ge=0, description="seconds for an orderly end of workers, then they are killed; vLLM gives 5 in all"),
     ] = 3.0
+    transfer_limit_s: Annotated[
+        float,
+        Meta(ge=0, description="seconds for a tensor between NPUs; 0: 120, or 0.8 x HCCL_EXEC_TIMEOUT if shorter"),
+    ] = 0.0
     recover: Annotated[
         Literal["0", "1"],
         Meta(description="1: an engine whose worker died or hung restarts its workers and serves on; 0: it ends"),

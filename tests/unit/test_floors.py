@@ -18,7 +18,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"settings", "devices"}),
     frozenset({"environment", "compat"}),
     frozenset({"accelerators", "augment", "cluster", "graphs", "lifecycle", "softnpu"}),
-    frozenset({"engine"}),
+    frozenset({"engine", "transport"}),
     frozenset({"executor", "platform"}),
     frozenset({"plugin"}),
     frozenset({"cli"}),
@@ -32,6 +32,10 @@ LATE = (
     "executor/",
     "platform.py",
     "softnpu/ops/",
+    "transport/communicator.py",
+    "transport/context.py",
+    "transport/direct/manager.py",
+    "transport/tensors.py",
     "softnpu/cluster/probe.py",
 )
 """Files that are imported only where those packages are in use."""

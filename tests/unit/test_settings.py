@@ -24,6 +24,7 @@ def test_nothing_set_gives_the_defaults() -> None:
         hang_s=0.0,
         silence_s=30.0,
         stop_grace_s=3.0,
+        transfer_limit_s=0.0,
         node_env="derive",
     )
 

@@ -144,6 +144,15 @@ aclError aclrtSynchronizeEvent(aclrtEvent handle) {
   return fail(ACL_ERROR_RT_EVENT_CAPTURED, "an event of a capture cannot be synchronised");
 }
 
+aclError aclrtSynchronizeEventWithTimeout(aclrtEvent handle, int32_t ms) {
+  if (ms < 0) return aclrtSynchronizeEvent(handle);
+  EVENT_OR_RETURN(event, handle);
+  auto recording = event->get();
+  if (recording->captured) return aclrtSynchronizeEvent(handle);
+  if (recording->wait(std::chrono::milliseconds(ms))) return ACL_SUCCESS;
+  return fail(ACL_ERROR_RT_EVENT_SYNC_TIMEOUT, "an event was not recorded within " + std::to_string(ms) + " ms");
+}
+
 aclError aclrtQueryEventStatus(aclrtEvent handle, aclrtEventRecordedStatus* status) {
   EVENT_OR_RETURN(event, handle);
   auto recording = event->get();
