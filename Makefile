@@ -30,6 +30,7 @@ test:
 test-matrix:
 	@$(PYTHON) demo/install.py test
 	$(RUN)/python -m pytest tests/e2e -m 'slow or not slow' $(PYTEST_ARGS)
+	$(ON_SOFTWARE_NPUS) $(RUN)/python -m pytest tests/softnpu -m slow $(PYTEST_ARGS)
 
 test-faults:
 	@$(PYTHON) demo/install.py test

@@ -36,8 +36,6 @@ def head(run: Mapping[str, Any]) -> list[str]:
         f"load {machine['load_before'][0]:.1f} when it began; software NPUs; "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + f"; {run['began']}, {run['seconds'] / 60:.0f} minutes.",
-        "",
-        _LEGEND,
     ]
 
 

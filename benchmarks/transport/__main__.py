@@ -47,9 +47,9 @@ def main(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, SystemExit):
         failure = "it was stopped"
     run["seconds"] = round(time.monotonic() - started)
-    _write(run, options, samples)
     if failure:
         print(f"\nmake bench-transport: this run is not complete: {failure}", file=sys.stderr)
+    _write(run, options, samples)
     return 1 if failure else 0
 
 

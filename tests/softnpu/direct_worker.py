@@ -25,6 +25,7 @@ from vllm_ray_ascend.transport.direct.source import Source
 
 RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 FOLDER = Path(os.environ["TEST_FOLDER"])
+"""Of the scenario that runs: several run one after the other, for the start of a process takes long."""
 DEVICE = RANK + 1
 MIXED: list[tuple[tuple[int, ...], torch.dtype]] = [
     ((3, 5), torch.float32),
@@ -325,7 +326,16 @@ def stranger() -> None:
     mark("done1")
 
 
+def main(scenarios: str) -> None:
+    """Run them one after the other, each with a folder of its own."""
+    global FOLDER
+    for name in scenarios.split(","):
+        FOLDER = Path(os.environ["TEST_FOLDER"]) / name
+        FOLDER.mkdir(exist_ok=True)
+        print(name, flush=True)
+        globals()[name]()
+
+
 if __name__ == "__main__":
-    globals()[sys.argv[1]]()
-    sys.stdout.flush()
+    main(sys.argv[1])
     os._exit(0)

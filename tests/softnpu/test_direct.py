@@ -11,17 +11,12 @@ from tests.softnpu.ranks import Rank, listed, run_ranks, succeeded
 WORKER = "direct_worker"
 
 
-@pytest.mark.parametrize("scenario", ["at_once", "producer_is_waited_for", "aborted", "idle", "stranger"])
-def test_links(scenario: str, tmp_path: Path) -> None:
-    succeeded(run_ranks(WORKER, scenario, 2, tmp_path))
+def test_links_of_two(tmp_path: Path) -> None:
+    succeeded(run_ranks(WORKER, "at_once,producer_is_waited_for,aborted,idle,stranger", 2, tmp_path))
 
 
-def test_objects_of_all_kinds_for_two_receivers(tmp_path: Path) -> None:
-    succeeded(run_ranks(WORKER, "basic", 3, tmp_path))
-
-
-def test_a_sender_that_dies_before_it_sends(tmp_path: Path) -> None:
-    outcomes = run_ranks(WORKER, "sender_killed", 3, tmp_path)
+def test_objects_of_all_kinds_to_two_and_a_sender_that_dies(tmp_path: Path) -> None:
+    outcomes = run_ranks(WORKER, "basic,sender_killed", 3, tmp_path)
     assert [each.code for each in outcomes] == [-9, 0, 0], listed(outcomes)
 
 

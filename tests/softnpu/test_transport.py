@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import ray
-from ray.dag import InputNode, MultiOutputNode
+from ray.dag import InputNode
 
 from tests.softnpu.stage import Stage
 from vllm_ray_ascend import transport

@@ -12,16 +12,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vllm_ray_ascend.devices.kind import NPU
-from vllm_ray_ascend.devices.numbering import visible_of_physical
+from vllm_ray_ascend.environment.driver import GROUPS
 from vllm_ray_ascend.environment.node import prepare
 from vllm_ray_ascend.errors import CaptureError, DeviceMappingError
 from vllm_ray_ascend.settings import Settings, load
+from vllm_ray_ascend.transport.assigned import assigned_devices
 from vllm_ray_ascend.transport.hccl.limits import limit
 
 if TYPE_CHECKING:
     from vllm_ray_ascend.accelerators.base import Accelerator
 
-_HCCL_GROUPS = (("HCCL_IF_IP", "HCCL_SOCKET_IFNAME"),)
 _LOOK_S = 0.05
 _SHARE = 0.8
 """Of Ray's own limit, whose message names neither peer nor reason."""
@@ -57,15 +57,14 @@ class Here:
     def _assigned(self) -> int:
         import ray
 
-        npu = self.accelerator
-        usable = [npu.physical(index) for index in range(npu.device_count())]
         ids = ray.get_runtime_context().get_accelerator_ids().get(NPU.key, [])
         if ids:
-            return visible_of_physical(usable, min(map(int, ids)))
-        if len(usable) == 1:
+            return min(assigned_devices([str(each) for each in ids], os.environ))
+        count = self.accelerator.device_count()
+        if count == 1:
             return 0
         raise DeviceMappingError(
-            f"{self.who} sees {NPU.counted(len(usable))} and was assigned none by Ray, so there is none to receive on. "
+            f"{self.who} sees {NPU.counted(count)} and was assigned none by Ray, so there is none to receive on. "
             'Create the actor with `@ray.remote(resources={"NPU": 1})`, or call '
             "vllm_ray_ascend.transport.direct.use_device(N) in it before the first object comes."
         )
@@ -95,7 +94,7 @@ def here() -> Here:
     settings = load()
     host = ray.util.get_node_ip_address()
     if settings.node_env == "derive":
-        prepare(host, groups=_HCCL_GROUPS)
+        prepare(host, groups=GROUPS[:1])
     context = ray.get_runtime_context()
     actor = context.get_actor_id()
     return Here(
