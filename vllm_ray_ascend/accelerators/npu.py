@@ -87,7 +87,7 @@ class Npu(Accelerator):
         if event.query():  # once torch_npu's queue has recorded it: what was never recorded counts as come
             return True
         self.current_stream().npu_stream  # noqa: B018  waits for torch_npu's task queue, which records events
-        code = wait(ctypes.c_void_p(event.npu_event), max(1, int(limit_s * 1000)))
+        code = int(wait(ctypes.c_void_p(event.npu_event), max(1, int(limit_s * 1000))))
         if code in (0, _EVENT_LATE, _STREAM_LATE):
             return code == 0
         raise RuntimeError(f"aclrtSynchronizeEventWithTimeout failed with CANN error {code}")

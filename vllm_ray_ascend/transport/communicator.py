@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayChannelError
+from ray.experimental.channel.accelerator_context import AcceleratorContext
 from ray.experimental.channel.communicator import Communicator
 from ray.experimental.channel.torch_tensor_type import TorchTensorType
 from ray.experimental.util.types import ReduceOp
@@ -221,4 +222,4 @@ class HcclCommunicator(Communicator):  # type: ignore[misc]
 
 def _enter(actor: Any) -> None:
     """In an actor: be one whose context is the NPU's."""
-    context.AcceleratorContext.set(context.NpuContext(HcclCommunicator))
+    AcceleratorContext.set(context.NpuContext(HcclCommunicator))

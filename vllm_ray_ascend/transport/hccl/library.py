@@ -55,7 +55,7 @@ class Buffer(NamedTuple):
     """Device memory: address, elements, and their type as HCCL numbers it."""
 
     address: int
-    count: int
+    elements: int
     dtype: int
 
 
@@ -126,12 +126,12 @@ class Library:
         self._call("HcclAllReduce", source.address, *target, op, comm, stream)
 
     def reduce_scatter(self, source: Buffer, target: Buffer, op: int, comm: int, stream: int) -> None:
-        """Append a reduce-scatter; ``source`` holds ``target.count`` elements for each rank."""
+        """Append a reduce-scatter; ``source`` holds ``target.elements`` elements for each rank."""
         self._call("HcclReduceScatter", source.address, *target, op, comm, stream)
 
     def all_gather(self, source: Buffer, target: Buffer, comm: int, stream: int) -> None:
-        """Append an all-gather; ``target`` holds ``source.count`` elements of each rank."""
-        self._call("HcclAllGather", source.address, target.address, source.count, source.dtype, comm, stream)
+        """Append an all-gather; ``target`` holds ``source.elements`` elements of each rank."""
+        self._call("HcclAllGather", source.address, target.address, source.elements, source.dtype, comm, stream)
 
     def _call(self, name: str, *arguments: Any) -> None:
         code = getattr(self._c, name)(*arguments)
