@@ -80,9 +80,16 @@ def same(got: torch.Tensor, expected: torch.Tensor) -> bool:
     )
 
 
-def room(device: int = DEVICE, metas: list[tuple[tuple[int, ...], torch.dtype]] = MIXED) -> list[torch.Tensor]:
-    torch.npu.set_device(device)
-    return [torch.full(shape, 1, dtype=torch.uint8, device=f"npu:{device}").to(dtype) for shape, dtype in metas]
+def received(
+    sink: Sink, name: str, where: Origin, metas: list[tuple[tuple[int, ...], torch.dtype]] = MIXED
+) -> list[torch.Tensor]:
+    """An object, in tensors that hold something else before."""
+    torch.npu.set_device(DEVICE)
+
+    def make() -> list[torch.Tensor]:
+        return [torch.ones(shape, dtype=torch.uint8, device=f"npu:{DEVICE}").to(dtype) for shape, dtype in metas]
+
+    return sink.receive(name, where, DEVICE, make)
 
 
 def check(got: list[torch.Tensor], seed: int = 0) -> None:
@@ -110,25 +117,19 @@ def basic() -> None:
         return
     sink, where = Sink(process()), origin()
     for _ in range(3):
-        got = room()
-        sink.receive("mixed", where, got)
-        check(got)
+        check(received(sink, "mixed", where))
     assert len(sink._links) == 1
-    turned = [torch.empty(32, 64, device=f"npu:{DEVICE}")]
-    sink.receive("turned", where, turned)
+    turned = received(sink, "turned", where, [((32, 64), torch.float32)])
     assert same(turned[0], made(77, (64, 32), torch.float32).t())
-    other = [torch.empty(5, device=f"npu:{DEVICE}")]
-    sink.receive("other", Origin(where.address, 7), other)
+    other = received(sink, "other", Origin(where.address, 7), [((5,), torch.float32)])
     assert same(other[0], made(78, (5,), torch.float32))
     with pytest.raises(DirectTransportError, match="no longer has object freed"):
-        sink.receive("freed", where, room())
-    sink.receive("mixed", where, got)  # the link has survived that
-    check(got)
+        received(sink, "freed", where)
+    check(received(sink, "mixed", where))  # the link has survived that
     sink.release()
-    sink.receive("mixed", where, got)
-    check(got)
+    check(received(sink, "mixed", where))
     with pytest.raises(DirectTransportError, match="are both on NPU"):
-        Sink(process()).receive("other", Origin(where.address, DEVICE), other)
+        received(Sink(process()), "other", Origin(where.address, DEVICE))
     mark(f"done{RANK}")
 
 
@@ -144,9 +145,7 @@ def at_once() -> None:
 
     def receive(number: int) -> None:
         try:
-            got = room()
-            sink.receive(f"object{number}", where, got)
-            check(got, 100 * (1 - RANK) + number)
+            check(received(sink, f"object{number}", where), 100 * (1 - RANK) + number)
         except BaseException as error:  # noqa: BLE001
             failures.append(error)
 
@@ -174,8 +173,7 @@ def producer_is_waited_for() -> None:
         offer(source)
         await_mark("done1")
         return
-    got = [torch.empty(size, device=f"npu:{DEVICE}")]
-    Sink(process()).receive("sum", origin(), got)
+    got = received(Sink(process()), "sum", origin(), [((size,), torch.float32)])
     assert bool((got[0] == 20).all())
     mark("done1")
 
@@ -205,13 +203,11 @@ def sender_killed() -> None:
         await_mark("done2")
         return
     sink, where = Sink(process()), origin()
-    raised(lambda: sink.receive("mixed", where, room()), r"rank 0 is gone, while its producer was at work")
-    raised(lambda: sink.receive("mixed", where, room()), r"has ended \(.*refused.*\)\. Produce the object anew")
+    raised(lambda: received(sink, "mixed", where), r"rank 0 is gone, while its producer was at work")
+    raised(lambda: received(sink, "mixed", where), r"has ended \(.*refused.*\)\. Produce the object anew")
     mark("done1")
     host, port, token, device = json.loads(await_mark("second"))
-    got = room()
-    sink.receive("mixed", Origin(Address(host, port, token), device), got)
-    check(got)
+    check(received(sink, "mixed", Origin(Address(host, port, token), device)))
     mark("done2")
 
 
@@ -238,7 +234,7 @@ def killed_on_the_way() -> None:
     one = torch.empty(big, dtype=torch.uint8, device=f"npu:{DEVICE}")
     sink = Sink(process())
     threading.Thread(target=lambda: (time.sleep(1), mark("begun")), daemon=True).start()
-    raised(lambda: sink.receive("big", where, [one] * 200), r"rank 0 .*(is gone|gave up)")
+    raised(lambda: sink.receive("big", where, DEVICE, lambda: [one] * 200), r"rank 0 .*(is gone|gave up)")
     assert float(torch.ones(8, device=f"npu:{DEVICE}").sum()) == 8
 
 
@@ -253,7 +249,7 @@ def silent() -> None:
         return
     sink = Sink(process(limit_s=3.0))
     where = origin()
-    spent = raised(lambda: sink.receive("mixed", where, room()), "(?s)was silent for 3 s|has not ended after")
+    spent = raised(lambda: received(sink, "mixed", where), "(?s)was silent for 3 s|has not ended after")
     assert spent >= 1.0
     assert float(torch.ones(8, device=f"npu:{DEVICE}").sum()) == 8
     mark("done1")
@@ -270,15 +266,13 @@ def aborted() -> None:
         await_mark("done1")
         return
     sink, where = Sink(process()), origin()
-    got = room()
-    sink.receive("mixed", where, got)
+    check(received(sink, "mixed", where))
     threading.Thread(target=lambda: (time.sleep(0.5), sink.abort("stuck", "no longer wanted")), daemon=True).start()
-    spent = raised(lambda: sink.receive("stuck", where, [torch.empty(8, device=f"npu:{DEVICE}")]), "no longer wanted")
+    spent = raised(lambda: received(sink, "stuck", where), "no longer wanted")
     assert spent < 30
     sink.abort("later", "not wanted at all")
-    raised(lambda: sink.receive("later", where, room()), "not wanted at all")
-    sink.receive("mixed", where, got)
-    check(got)
+    raised(lambda: received(sink, "later", where), "not wanted at all")
+    check(received(sink, "mixed", where))
     mark("done1")
 
 
@@ -304,9 +298,7 @@ def idle() -> None:
         return
     sink, where = Sink(process()), origin()
     for _ in range(2):
-        got = room()
-        sink.receive("mixed", where, got)
-        check(got)
+        check(received(sink, "mixed", where))
         mark("used")
         await_mark("idle")
     mark("done1")
@@ -322,7 +314,7 @@ def stranger() -> None:
         return
     where, sink = origin(), Sink(process(limit_s=10.0))
     wrong = where.address.__class__(where.address.host, where.address.port, "0" * 32)
-    raised(lambda: sink.receive("mixed", Origin(wrong, where.device), room()), "is gone, while the two processes conn")
+    raised(lambda: received(sink, "mixed", Origin(wrong, where.device)), "is gone, while the two processes conn")
     mark("done1")
 
 

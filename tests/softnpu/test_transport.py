@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import ray
-from ray.dag import InputNode
+from ray.dag import InputNode, MultiOutputNode
 
 from tests.softnpu.stage import Stage
 from vllm_ray_ascend import transport

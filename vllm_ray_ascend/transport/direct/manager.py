@@ -13,6 +13,7 @@ from ray.experimental.rdt.tensor_transport_manager import (
 )
 
 from vllm_ray_ascend.errors import DirectTransportError
+from vllm_ray_ascend.transport.direct.pair import Make
 from vllm_ray_ascend.transport.direct.place import here
 from vllm_ray_ascend.transport.direct.sink import Origin, Sink
 from vllm_ray_ascend.transport.direct.source import Source
@@ -95,10 +96,8 @@ class DirectTransport(TensorTransportManager):
         npu = here().accelerator
         device = _one_device(target_buffers).index if target_buffers else here().device()
         with npu.torch_module.device(device):
-            with here().quiet("tensors for a Ray object", lambda: None):
-                buffers = target_buffers or _empty(tensor_transport_metadata, npu.device(device))
-            self._the_sink().receive(obj_id, tensor_transport_metadata.origin, buffers)
-        return buffers
+            make = _given(target_buffers) if target_buffers else _new(tensor_transport_metadata, npu.device(device))
+            return self._the_sink().receive(obj_id, tensor_transport_metadata.origin, device, make)
 
     def send_multiple_tensors(
         self,
@@ -150,7 +149,21 @@ def _one_device(tensors: list[torch.Tensor]) -> Any:
     )
 
 
-def _empty(metadata: TensorTransportMetadata, device: torch.device) -> list[torch.Tensor]:
+def _new(metadata: TensorTransportMetadata, device: torch.device) -> Make:
+    """Tensors as the metadata says."""
     import torch
 
-    return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in metadata.tensor_meta]
+    return lambda: [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in metadata.tensor_meta]
+
+
+def _given(buffers: list[torch.Tensor]) -> Make:
+    """The user's own, once what the calling thread's stream does with them is over."""
+    npu = here().accelerator
+    event = npu.new_event()
+    event.record()
+
+    def make() -> list[torch.Tensor]:
+        npu.current_stream().wait_event(event)
+        return buffers
+
+    return make

@@ -7,29 +7,48 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from vllm_ray_ascend.accelerators.choose import accelerator
 from vllm_ray_ascend.transport.hccl.group import Group, Transfer
 
 if TYPE_CHECKING:
     import torch
 
 SENDER, RECEIVER = 0, 1
+Make = Callable[[], "list[torch.Tensor]"]
 _LOOK_S = 0.05
 
 
 class Pair:
-    """One end. Objects go one at a time, each as its tensors one after the other."""
+    """One end. Objects go one at a time, each as its tensors one after the other.
+
+    All is done in the group's own stream. The default one, which threads share, would wait for peers: of two processes
+    that send to each other, each would have its receive wait behind its send.
+    """
 
     def __init__(self, group: Group, rank: int) -> None:
         self._group = group
         self._peer = 1 - rank
+        self._npu = accelerator("npu")
 
     def send(self, tensors: list[torch.Tensor]) -> Transfer:
-        """Send what the calling thread's stream will have written. Returns at once; wait for what it returns."""
-        return [self._group.send(tensor, self._peer) for tensor in tensors][-1]
+        """Send what has been written. Returns at once; wait for what it returns."""
+        self._npu.bind_thread(self._group.device)
+        with self._npu.on_stream(self._group.stream):
+            return [self._group.send(tensor, self._peer) for tensor in tensors][-1]
 
-    def receive(self, tensors: list[torch.Tensor]) -> Transfer:
-        """Receive. Returns at once; when what it returns has been waited for, any stream may use the tensors."""
-        return [self._group.recv(tensor, self._peer) for tensor in tensors][-1]
+    def receive(self, make: Make) -> tuple[list[torch.Tensor], Transfer]:
+        """Receive into the tensors that ``make`` makes in the group's stream.
+
+        Returns at once; when the transfer has been waited for, any stream may use the tensors.
+        """
+        self._npu.bind_thread(self._group.device)
+        caller = self._npu.current_stream()
+        with self._npu.on_stream(self._group.stream):
+            tensors = make()
+            transfer = [self._group.recv(tensor, self._peer) for tensor in tensors][-1]
+        for tensor in tensors:
+            tensor.record_stream(caller)
+        return tensors, transfer
 
     def end(self, why: str) -> None:
         """Destroy the communicator; what waits in it raises, here and at the peer. May be called in any thread."""

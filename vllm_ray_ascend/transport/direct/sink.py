@@ -14,7 +14,7 @@ from vllm_ray_ascend.errors import DirectTransportError
 from vllm_ray_ascend.lifecycle.messages import Address
 from vllm_ray_ascend.transport.direct.channel import Channel, ChannelLostError
 from vllm_ray_ascend.transport.direct.messages import Coming, Failed, Hello, Message, Refused, Want, Welcome
-from vllm_ray_ascend.transport.direct.pair import RECEIVER, Connecting, Pair
+from vllm_ray_ascend.transport.direct.pair import RECEIVER, Connecting, Make, Pair
 from vllm_ray_ascend.transport.direct.place import Here
 
 if TYPE_CHECKING:
@@ -48,21 +48,21 @@ class Sink:
         self._coming: dict[str, _Incoming | None] = {}
         self._aborted: dict[str, str] = {}
 
-    def receive(self, object_id: str, origin: Origin, buffers: list[torch.Tensor]) -> None:
-        """Fill ``buffers``, tensors of one device, with those of the object.
+    def receive(self, object_id: str, origin: Origin, device: int, make: Make) -> list[torch.Tensor]:
+        """The object's tensors on ``device``: those that ``make`` makes, filled.
 
         Raises DirectTransportError with the reason and what mends it.
         """
         deadline = time.monotonic() + self._here.limit_s
-        key = (origin, buffers[0].device.index)
+        key = (origin, device)
         with self._turn(key, deadline):
             try:
                 link = self._links.get(key)
                 if link is not None and link.usable:
                     with contextlib.suppress(_NotBegunError):
-                        return self._through(link, object_id, buffers, deadline)
+                        return self._through(link, object_id, make, deadline)
                 link = self._links[key] = _Incoming(self._here, *key)
-                self._through(link, object_id, buffers, deadline)
+                return self._through(link, object_id, make, deadline)
             finally:
                 with self._lock:
                     self._coming.pop(object_id, None)
@@ -81,13 +81,13 @@ class Sink:
         for link in list(self._links.values()):
             link.give_up("the receiver released its communicators")
 
-    def _through(self, link: _Incoming, object_id: str, buffers: list[torch.Tensor], deadline: float) -> None:
+    def _through(self, link: _Incoming, object_id: str, make: Make, deadline: float) -> list[torch.Tensor]:
         with self._lock:
             aborted = self._aborted.get(object_id)
             self._coming[object_id] = link
         if aborted:
             raise DirectTransportError(f"Object {object_id[:16]} was not received: {aborted}")
-        link.receive(object_id, buffers, deadline)
+        return link.receive(object_id, make, deadline)
 
     @contextlib.contextmanager
     def _turn(self, key: tuple[Origin, int], deadline: float) -> Iterator[None]:
@@ -133,18 +133,19 @@ class _Incoming:
         """Whether another object may come through it."""
         return not self._given_up and self._channel is not None and not self._channel.lost
 
-    def receive(self, object_id: str, buffers: list[torch.Tensor], deadline: float) -> None:
-        """Fill the buffers. Raises DirectTransportError, and _NotBegunError where a link of before had ended."""
+    def receive(self, object_id: str, make: Make, deadline: float) -> list[torch.Tensor]:
+        """As Sink.receive. Raises _NotBegunError too, where a link of before had ended."""
         again = self._pair is not None
-        self._held = buffers  # HCCL may write to them until the communicator is destroyed
         try:
             pair = self._pair or self._open(deadline)
             self._ask(Want(object_id), Coming, deadline, "its producer was at work")
             self._doing, again = "it was on its way", False
             with self._here.quiet("receiving tensors of a Ray object", self._check):
-                transfer = pair.receive(buffers)
+                # Held until HCCL no longer writes to them: at the end of the communicator, if it comes to that.
+                self._held, transfer = pair.receive(make)
             transfer.wait(_left(deadline))
-            self._held = []
+            tensors, self._held = self._held, []
+            return tensors
         except _RefusedError as error:
             raise DirectTransportError(f"Object {object_id[:16]} was not received: {error}") from None
         except Exception as error:
