@@ -6,24 +6,24 @@ import os
 import threading
 from typing import Any
 
-import torch
-
 
 class Trader:
-    """With an NPU of its own, which its main thread uses."""
+    """With an NPU of its own, which its main thread uses. torch is imported once Ray has set the visible list."""
 
     def __init__(self) -> None:
         import ray
+        import torch
         import torch_npu  # noqa: F401
 
+        self.torch = torch
         (number,) = ray.get_runtime_context().get_accelerator_ids()["NPU"]
-        torch.npu.set_device(0 if os.environ.get("ASCEND_RT_VISIBLE_DEVICES") == number else int(number))
+        self.torch.npu.set_device(0 if os.environ.get("ASCEND_RT_VISIBLE_DEVICES") == number else int(number))
 
     def facts(self) -> dict[str, Any]:
         """Where this is; device numbers are the runtime's."""
         from vllm_ray_ascend.accelerators.choose import accelerator
 
-        index = torch.npu.current_device()
+        index = self.torch.npu.current_device()
         return {"pid": os.getpid(), "device": f"npu:{index}", "physical": accelerator("npu").physical(index)}
 
     def give(self, seed: int, shapes: list[tuple[int, ...]]) -> Any:
@@ -32,7 +32,7 @@ class Trader:
 
     def give_host(self) -> Any:
         """What this transport does not take."""
-        return torch.ones(3)
+        return self.torch.ones(3)
 
     def put(self, seed: int, transport: str) -> list[Any]:
         """A reference in a list, so that Ray passes it on as it is."""
@@ -56,10 +56,10 @@ class Trader:
         """Names of the transport's threads that are alive."""
         return sorted(each.name for each in threading.enumerate() if each.name.startswith("RayAscendDirect"))
 
-    @staticmethod
-    def made(seed: int, shape: tuple[int, ...]) -> Any:
+    def made(self, seed: int, shape: tuple[int, ...]) -> Any:
         """The same everywhere."""
-        return torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape).npu() + seed
+        count = self.torch.Size(shape).numel()
+        return self.torch.arange(count, dtype=self.torch.float32).reshape(shape).npu() + seed
 
 
 def naming(transport: str) -> type[Trader]:

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vllm_ray_ascend.devices.kind import NPU
+from vllm_ray_ascend.devices.numbering import visible_of_physical
 from vllm_ray_ascend.environment.driver import GROUPS
 from vllm_ray_ascend.environment.node import prepare
 from vllm_ray_ascend.errors import CaptureError, DeviceMappingError
 from vllm_ray_ascend.settings import Settings, load
-from vllm_ray_ascend.transport.assigned import assigned_devices
 from vllm_ray_ascend.transport.hccl.limits import limit
 
 if TYPE_CHECKING:
@@ -57,10 +57,11 @@ class Here:
     def _assigned(self) -> int:
         import ray
 
-        ids = ray.get_runtime_context().get_accelerator_ids().get(NPU.key, [])
+        npu, ids = self.accelerator, ray.get_runtime_context().get_accelerator_ids().get(NPU.key, [])
+        count = npu.device_count()
         if ids:
-            return min(assigned_devices([str(each) for each in ids], os.environ))
-        count = self.accelerator.device_count()
+            # As the runtime sees it: Ray may have set the list after it was read, where a module imports torch_npu.
+            return visible_of_physical([npu.physical(index) for index in range(count)], min(map(int, ids)))
         if count == 1:
             return 0
         raise DeviceMappingError(
