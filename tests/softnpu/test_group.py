@@ -1,4 +1,7 @@
-"""transport.hccl's Group: real processes, the real torch_npu, software NPUs."""
+"""transport.hccl's Group: real processes, the real torch_npu, software NPUs.
+
+Starting torch_npu takes longer than all that is tested, so a few processes run every scenario.
+"""
 
 from __future__ import annotations
 
@@ -7,49 +10,47 @@ from pathlib import Path
 
 import pytest
 
-from tests.softnpu.ranks import run_ranks, succeeded
+from tests.softnpu.ranks import Outcome, listed, run_ranks
 
-WORKER = "group_worker"
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_types_shapes_and_collectives(ranks: int, tmp_path: Path) -> None:
-    succeeded(run_ranks(WORKER, "basic", ranks, tmp_path))
-
-
-@pytest.mark.parametrize("scenario", ["order", "missing_wait", "aborted", "destroyed", "refused", "captured"])
-def test_two_ranks(scenario: str, tmp_path: Path) -> None:
-    succeeded(run_ranks(WORKER, scenario, 2, tmp_path))
+PAIR = [
+    "basic", "order", "missing_wait", "captured", "many", "large", "refused", "aborted", "destroyed",
+    "silent", "silent_send", "wrong_size", "absent",
+]  # fmt: skip
+FOUR = ["basic", "killed_in_send", "killed_in_recv", "killed_in_collective"]
+Told = tuple[Path, list[Outcome]]
 
 
-@pytest.mark.parametrize("queue", ["1", "2"])
-def test_a_bare_stream_has_what_torch_npus_queue_held(queue: str, tmp_path: Path) -> None:
-    succeeded(run_ranks(WORKER, "task_queue", 1, tmp_path, {"TASK_QUEUE_ENABLE": queue}))
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    folder = tmp_path_factory.mktemp("pair")
+    variables = {"SOFTNPU_FAULTS": f"@{folder}/faults", "COUNT": "10000"}
+    (folder / "faults").touch()
+    return folder, run_ranks("group_worker", ",".join(PAIR), 2, folder, variables, limit=400)
 
 
-@pytest.mark.parametrize("what", ["send", "recv", "collective"])
-def test_a_peer_is_killed(what: str, tmp_path: Path) -> None:
-    first, dead, *others = run_ranks(WORKER, f"killed_in_{what}", 3 if what == "collective" else 2, tmp_path)
-    assert dead.code == -signal.SIGKILL
-    succeeded([first, *others])
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    folder = tmp_path_factory.mktemp("four")
+    return folder, run_ranks("group_worker", ",".join(FOUR), 4, folder)
 
 
-@pytest.mark.parametrize("scenario", ["silent", "silent_send"])
-def test_a_peer_is_silent(scenario: str, tmp_path: Path) -> None:
-    succeeded(run_ranks(WORKER, scenario, 2, tmp_path, {"SOFTNPU_FAULTS": "hccl_silent:rank=1"}))
+def passed(told: Told, scenario: str, *ranks: int) -> None:
+    for rank in ranks:
+        path = told[0] / f"{scenario}.rank{rank}"
+        assert path.exists(), listed(told[1])
+        assert path.read_text() == "passed", path.read_text()
 
 
-def test_ranks_that_disagree(tmp_path: Path) -> None:
-    succeeded(run_ranks(WORKER, "wrong_size", 2, tmp_path))
+@pytest.mark.parametrize("scenario", PAIR)
+def test_two_ranks(scenario: str, pair: Told) -> None:
+    passed(pair, scenario, 0, 1)
 
 
-def test_a_rank_that_never_comes(tmp_path: Path) -> None:
-    succeeded(run_ranks(WORKER, "absent", 1, tmp_path, {"HCCL_CONNECT_TIMEOUT": "2"}, size=2))
+def test_four_ranks(four: Told) -> None:
+    passed(four, "basic", 0, 1, 2, 3)
 
 
-def test_many_random_sends(tmp_path: Path) -> None:
-    succeeded(run_ranks(WORKER, "many", 2, tmp_path, {"COUNT": "10000"}))
-
-
-def test_a_large_tensor(tmp_path: Path) -> None:
-    succeeded(run_ranks(WORKER, "large", 2, tmp_path, {"SOFTNPU_MEMORY": "1G"}))
+@pytest.mark.parametrize(("scenario", "victim"), [(name, 1 + index) for index, name in enumerate(FOUR[1:])])
+def test_a_peer_is_killed(scenario: str, victim: int, four: Told) -> None:
+    passed(four, scenario, 0)
+    assert four[1][victim].code == -signal.SIGKILL

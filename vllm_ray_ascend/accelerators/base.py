@@ -6,7 +6,6 @@ torch.npu follows torch.cuda's names, so most of it is written once, over the mo
 from __future__ import annotations
 
 import gc
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     import torch
 
     from vllm_ray_ascend.devices.kind import Kind
-
-_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 20e-6, 1e-3
 
 
 class Memory(NamedTuple):
@@ -126,21 +123,6 @@ class Accelerator(ABC):
     def synchronise(self) -> None:
         """Wait for all work on the calling thread's device."""
         self.torch_module.synchronize()
-
-    def wait_event(self, event: Any, limit_s: float) -> bool:
-        """Wait for an event that has been recorded, ``limit_s`` seconds at most; whether it came. The host waits."""
-        end = time.monotonic() + limit_s
-        pause = _SHORTEST_PAUSE_S
-        while not event.query():
-            if time.monotonic() >= end:
-                return False
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE_S)
-        return True
-
-    def stream_error(self, stream: Any) -> str:
-        """What the runtime says of the error that has stopped a stream; nothing where it goes on, or tells nothing."""
-        return ""
 
     def plain(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor with its elements one after the other in memory, as other devices expect it: a copy if need be."""

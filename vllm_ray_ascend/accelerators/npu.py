@@ -7,7 +7,6 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterator
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from vllm_ray_ascend.accelerators import npu_errors
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     import torch
 
 _ACL = "libascendcl.so"
-_EVENT_LATE, _STREAM_LATE = 507047, 507046  # ACL_ERROR_RT_EVENT_SYNC_TIMEOUT, ..._STREAM_SYNC_TIMEOUT
-_ERROR_MS = 100
 _PLAIN_FORMATS = (2, 0, 30)  # ACL_FORMAT_ND, NCHW, NCDHW
 _BREAKABLE = "vllm.compilation.breakable_cudagraph"
 
@@ -53,7 +50,7 @@ class Npu(Accelerator):
     def opened_device(self) -> int:
         """As CANN says: torch.npu.current_device is 0 in a thread that has opened nothing."""
         found = ctypes.c_int32(-1)
-        code = _acl().aclrtGetDevice(ctypes.byref(found))
+        code = ctypes.CDLL(_ACL).aclrtGetDevice(ctypes.byref(found))
         if code:
             raise RuntimeError(
                 f"aclrtGetDevice failed with CANN error {code}: worker process {os.getpid()} has no NPU open. Its log "
@@ -63,7 +60,7 @@ class Npu(Accelerator):
 
     def physical(self, index: int) -> int:
         """As CANN says, or by the visible list where CANN is too old to say."""
-        ask = getattr(_acl(), "aclrtGetLogicDevIdByUserDevId", None)
+        ask = getattr(ctypes.CDLL(_ACL), "aclrtGetLogicDevIdByUserDevId", None)
         found = ctypes.c_int32(-1)
         if ask is not None and ask(ctypes.c_int32(index), ctypes.byref(found)) == 0:
             return found.value
@@ -72,32 +69,9 @@ class Npu(Accelerator):
 
     def free_streams(self) -> int | None:
         """As CANN says, 8.5 and later."""
-        ask = getattr(_acl(), "aclrtGetStreamAvailableNum", None)
+        ask = getattr(ctypes.CDLL(_ACL), "aclrtGetStreamAvailableNum", None)
         found = ctypes.c_uint32()
         return found.value if ask is not None and ask(ctypes.byref(found)) == 0 else None
-
-    def wait_event(self, event: Any, limit_s: float) -> bool:
-        """By CANN's wait with a limit, which needs no asking again and again; by asking where CANN has none.
-
-        Raises RuntimeError where the device says that it failed.
-        """
-        wait = getattr(_acl(), "aclrtSynchronizeEventWithTimeout", None)
-        if wait is None:
-            return super().wait_event(event, limit_s)
-        if event.query():  # once torch_npu's queue has recorded it: what was never recorded counts as come
-            return True
-        self.current_stream().npu_stream  # noqa: B018  waits for torch_npu's task queue, which records events
-        code = int(wait(ctypes.c_void_p(event.npu_event), max(1, int(limit_s * 1000))))
-        if code in (0, _EVENT_LATE, _STREAM_LATE):
-            return code == 0
-        raise RuntimeError(f"aclrtSynchronizeEventWithTimeout failed with CANN error {code}")
-
-    def stream_error(self, stream: Any) -> str:
-        """What CANN says of the error that has stopped a stream; nothing where it goes on."""
-        code = _acl().aclrtSynchronizeStreamWithTimeout(ctypes.c_void_p(stream.npu_stream), _ERROR_MS)
-        said = _acl().aclGetRecentErrMsg
-        said.restype = ctypes.c_char_p
-        return " ".join((said() or b"").decode(errors="replace").split()).rstrip(". ") if code else ""
 
     def plain(self, tensor: torch.Tensor) -> torch.Tensor:
         """In the format that torch knows as well: vllm-ascend keeps some weights in a private one of the NPU."""
@@ -152,11 +126,6 @@ class Npu(Accelerator):
         for undo in filter(None, ways):
             with contextlib.suppress(RuntimeError):  # allocation has ended already, where the capture did begin
                 undo(device, pool)
-
-
-@cache
-def _acl() -> ctypes.CDLL:
-    return ctypes.CDLL(_ACL)
 
 
 def _graphs(acl_graph: Any, model_runner: Any) -> Iterator[Any]:

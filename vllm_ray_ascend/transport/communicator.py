@@ -162,13 +162,13 @@ class HcclCommunicator(Communicator):  # type: ignore[misc]
 
     @property
     def recv_stream(self) -> Any:
-        """A context of the stream that transfers run in: with _overlap_gpu_communication Ray reads in it."""
-        return self._stream_context
+        """A context with a stream to read in: Ray asks for it with _overlap_gpu_communication."""
+        return self._contexts[0]
 
     @property
     def send_stream(self) -> Any:
-        """The same one: HCCL runs one operation of a communicator at a time."""
-        return self._stream_context
+        """A context with a stream to write in, which waits where the actor's own goes on."""
+        return self._contexts[1]
 
     @property
     def group(self) -> Group:
@@ -203,8 +203,11 @@ class HcclCommunicator(Communicator):  # type: ignore[misc]
         return {"_handles": self._handles, "_comm_id": self._comm_id, "_rank": None, "_group": None}
 
     @cached_property
-    def _stream_context(self) -> Any:
-        return accelerator("npu").on_stream(self.group.stream)  # Ray compares those of several channels
+    def _contexts(self) -> tuple[Any, Any]:
+        """The same objects at each call: Ray compares those of several channels."""
+        npu = accelerator("npu")
+        npu.bind_thread(self.group.device)
+        return npu.on_stream(npu.new_stream()), npu.on_stream(npu.new_stream())
 
     @property
     def _device(self) -> Any:

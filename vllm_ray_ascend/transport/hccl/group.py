@@ -1,8 +1,8 @@
 """One communicator of HCCL, without Ray: sends, receives and collectives of NPU tensors, each with a time limit.
 
-All that a communicator does runs in one stream of its own, since HCCL runs one operation of a communicator at a time.
-That stream waits for the caller's by events, and the caller's for it where the caller may write what is being sent; an
-error of HCCL, which ends a stream for good, so leaves the caller's streams alone.
+All that a communicator does runs in one stream of its own (lane.py), since HCCL runs one operation of a communicator at
+a time. That stream waits for the caller's by events, and the caller's for it where the caller may write what is being
+sent; an error of HCCL, which ends a stream for good, so leaves the caller's streams alone.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from vllm_ray_ascend.accelerators.choose import accelerator
@@ -27,6 +28,7 @@ from vllm_ray_ascend.errors import (
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import load
 from vllm_ray_ascend.transport.hccl import types
+from vllm_ray_ascend.transport.hccl.lane import Lane, Mark
 from vllm_ray_ascend.transport.hccl.library import ROOT_INFO_BYTES, Buffer, Part, failure, library
 from vllm_ray_ascend.transport.hccl.limits import limit
 from vllm_ray_ascend.transport.hccl.watch import watch
@@ -51,14 +53,15 @@ def new_root(device: int) -> bytes:
 class Transfer:
     """A send, receive or collective that has been handed to the device."""
 
-    def __init__(self, group: Group, what: str, event: Any) -> None:
-        self.what, self.event = what, event
+    def __init__(self, group: Group, what: str, mark: Mark | None, keep: tuple[Any, ...] = ()) -> None:
+        self.what, self.mark, self.keep = what, mark, keep
         self.began = time.monotonic()
+        self.waiting = 0  # threads
         self._group = group
 
     def done(self) -> bool:
         """Whether the device is past it, well or not."""
-        return self.event is None or bool(self.event.query())
+        return self._group.done(self)
 
     def wait(self, limit_s: float | None = None) -> None:
         """Wait until the tensors may be used by any stream, ``limit_s`` seconds at most (the group's limit if None).
@@ -84,13 +87,14 @@ class Group:
         self._npu = accelerator("npu")
         self._npu.watch_captures()
         self._npu.bind_thread(device)
+        self._memory = _memory_stream(device)
         self._hccl = library()
         self._ended: str | None = None
         self._failed: Exception | None = None
         self._calls = threading.RLock()  # around calls that name the communicator: none comes after its end
         self._pending: deque[Transfer] = deque()
         with self._npu.guard("a new communicator"):
-            self.stream = self._npu.new_stream()
+            self._lane = Lane()
             self._comm = self._hccl.connect(size, root, rank)
         watch(self)
 
@@ -107,7 +111,7 @@ class Group:
 
         with self._on_device(what):
             plain = self._npu.plain(tensor)
-            return self._post(what, post, (plain,), after=True, before=True) if plain.numel() else self._nothing(what)
+            return self._post(what, post, (plain,), caller_waits=True) if plain.numel() else self._nothing(what)
 
     def recv(self, tensor: torch.Tensor, peer: int) -> Transfer:
         """Receive into a tensor, after what the calling thread's stream still does with it. Returns at once."""
@@ -118,11 +122,11 @@ class Group:
     def recv_new(self, make: Callable[[], torch.Tensor], peer: int, limit_s: float | None = None) -> torch.Tensor:
         """Receive into a tensor that ``make`` makes, and wait; any stream may read it.
 
-        It is made for the group's stream, so that it need not wait for what the calling thread's does.
+        It is made for a stream of its own, so that it need not wait for what the calling thread's does.
         """
         with self._on_device(f"receive from rank {peer}"):
             caller = self._npu.current_stream()
-            with self._npu.on_stream(self.stream):
+            with self._npu.on_stream(self._memory):
                 tensor = make()
                 transfer = self._recv(f"receive of {_words(tensor)} from rank {peer}", tensor, peer)
         transfer.wait(limit_s)
@@ -150,7 +154,7 @@ class Group:
                 return self._nothing(what)
             tensors = [tensor for tensor, _ in (*out, *recvs)]
             return self._post(
-                what, lambda stream: self._hccl.batch(parts, self._comm, stream), tensors, after=True, before=True
+                what, lambda stream: self._hccl.batch(parts, self._comm, stream), tensors, caller_waits=True
             )
 
     # ---- of all
@@ -209,6 +213,12 @@ class Group:
             if time.monotonic() >= end:
                 raise self._fail(self._late(transfer, limit_s))
         self._raise_if_over(transfer.what)
+        transfer.keep = transfer.keep[:1]
+
+    def done(self, transfer: Transfer) -> bool:
+        """As `Transfer.done`."""
+        with self._on_device(transfer.what), self._calls:
+            return transfer.mark is None or transfer.mark.passed()
 
     def abort(self, reason: str) -> None:
         """End the communicator, from any thread: what waits here raises with ``reason``, what waits at peers fails."""
@@ -221,7 +231,7 @@ class Group:
     def look(self) -> None:
         """Forget transfers that are over, end the group if one is late or failed. Called by the watch, now and then."""
         with suppress(CaptureError), self._on_device("look at transfers"):
-            late = self._oldest()
+            late = self._sweep()
             try:
                 self._raise_if_over("transfer")
             except VllmRayAscendError:  # kept for whoever uses the group next
@@ -238,7 +248,7 @@ class Group:
         def post(stream: int) -> None:
             self._hccl.recv(_buffer(tensor, number), peer, self._comm, stream)
 
-        return self._post(what, post, (tensor,), after=True) if tensor.numel() else self._nothing(what)
+        return self._post(what, post, (tensor,)) if tensor.numel() else self._nothing(what)
 
     def _collective(
         self,
@@ -256,7 +266,7 @@ class Group:
             def post(stream: int) -> None:
                 call(_buffer(plain, number), _buffer(target, number), stream)
 
-            return self._post(what, post, (plain, target), after=True)
+            return self._post(what, post, (plain, target))
 
     @contextmanager
     def _on_device(self, what: str) -> Iterator[None]:
@@ -271,40 +281,39 @@ class Group:
             _bound.device = self.device
 
     def _post(
-        self,
-        what: str,
-        call: Callable[[int], None],
-        tensors: Sequence[torch.Tensor],
-        *,
-        after: bool = False,
-        before: bool = False,
+        self, what: str, call: Callable[[int], None], tensors: Sequence[torch.Tensor], *, caller_waits: bool = False
     ) -> Transfer:
-        """Append ``call`` to the group's stream: after what the caller's has, before what it gets, if asked."""
+        """Append ``call`` to the group's stream, after what the caller's has; what that gets comes later, if asked."""
         caller = self._npu.current_stream()
         with self._calls:
             self._raise_if_over(what)
-            own = caller == self.stream
-            if after and not own:
-                self.stream.wait_stream(caller)
-            # Asking torch_npu for the bare stream waits until its queue has handed over what it holds, the line above.
-            call(self.stream.npu_stream)
-            event = self._npu.new_event()
-            event.record(self.stream)
-            transfer = Transfer(self, what, event)
-            self._oldest()
+            before = self._npu.new_event()
+            self._lane.after(caller, before)
+            call(self._lane.stream)
+            mark = self._lane.mark()
+            transfer = Transfer(self, what, mark, (before, *tensors))
+            self._sweep()
             self._pending.append(transfer)
-        if before and not own:
-            caller.wait_event(event)
-        for tensor in tensors:
-            tensor.record_stream(self.stream)
+            if caller_waits:
+                mark.before(caller)
+        if caller_waits:
+            for tensor in tensors:
+                tensor.record_stream(caller)
+            transfer.keep = (before,)
         return transfer
 
-    def _oldest(self) -> Transfer | None:
-        """The first transfer that is not over; those before it are forgotten."""
+    def _sweep(self) -> Transfer | None:
+        """Forget transfers that are over; the first that is not."""
         with self._calls:
-            while self._pending and self._pending[0].done():
+            while self._pending:
+                transfer = self._pending[0]
+                assert transfer.mark is not None
+                if transfer.waiting or not transfer.mark.over():
+                    return transfer
+                transfer.mark.close()
+                transfer.mark, transfer.keep = None, ()
                 self._pending.popleft()
-            return self._pending[0] if self._pending else None
+            return None
 
     def _nothing(self, what: str) -> Transfer:
         """An empty tensor: both sides know it, so nothing is sent."""
@@ -313,16 +322,22 @@ class Group:
 
     def _came(self, transfer: Transfer, limit_s: float) -> bool:
         """Whether a transfer is over after ``limit_s`` seconds. A capture of a graph goes first, and is waited for."""
-        if transfer.event is None:
-            return True
+        with self._calls:
+            mark = transfer.mark
+            if mark is None:
+                return True
+            transfer.waiting += 1
         try:
             with self._on_device(transfer.what):
-                return self._npu.wait_event(transfer.event, limit_s)
+                return mark.wait(limit_s)
         except CaptureError:
             time.sleep(limit_s)
             return False
-        except RuntimeError as error:
-            raise self._fail(failure_of(transfer.what, error, self._npu.explain(error))) from error
+        except HcclError as error:
+            raise self._fail(error) from error
+        finally:
+            with self._calls:
+                transfer.waiting -= 1
 
     def _raise_if_over(self, what: str) -> None:
         """Raise what has ended the group, here or in HCCL."""
@@ -331,7 +346,7 @@ class Group:
                 code = self._hccl.async_error(self._comm)
                 if not code:
                     return
-                self._fail(failure(f"{self._name()}: {what}", code, self._npu.stream_error(self.stream)))
+                self._fail(failure(f"{self._name()}: {what}", code, self._lane.error()))
         if self._failed is not None:
             raise self._failed
         raise TransferAbortedError(
@@ -372,6 +387,7 @@ class Group:
         try:
             self._npu.bind_thread(self.device)
             self._hccl.destroy(self._comm)
+            self._lane.close(_DESTROY_S)
         except (HcclError, RuntimeError) as error:
             logger.warning("%s: %s", self._name(), error)
 
@@ -409,6 +425,12 @@ class Group:
             )
 
 
+@cache
+def _memory_stream(device: int) -> Any:
+    """Owns the memory that tensors are received into, and does nothing else: one for all groups of a device."""
+    return accelerator("npu").new_stream()
+
+
 class _Bound(threading.local):
     """The device that a thread was bound to here: torch says 0 of a thread that has opened none."""
 
@@ -416,12 +438,6 @@ class _Bound(threading.local):
 
 
 _bound = _Bound()
-
-
-def failure_of(what: str, error: Exception, explanation: str | None) -> HcclError:
-    """An error of the device, as one of HCCL: HCCL_E_RUNTIME."""
-    found = failure(what, 15, str(error))
-    return HcclError(f"{found}\n{explanation}", found.code) if explanation else found
 
 
 def _check_place(rank: int, size: int, root: bytes) -> None:

@@ -1,0 +1,107 @@
+"""Pure decisions of transport: types of numbers, limits, what an error says, which NPU is an actor's."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from vllm_ray_ascend.accelerators.npu_codes import HCCL
+from vllm_ray_ascend.errors import DeviceMappingError, HcclError, TensorTransportError, TransferLateError
+from vllm_ray_ascend.transport.assigned import assigned_devices
+from vllm_ray_ascend.transport.hccl.library import failure
+from vllm_ray_ascend.transport.hccl.limits import limit
+from vllm_ray_ascend.transport.hccl.types import AS_BYTES, NUMBERS, REDUCED, REDUCTIONS, to_move, to_reduce
+
+pytestmark = pytest.mark.unit
+
+VISIBLE = "ASCEND_RT_VISIBLE_DEVICES"
+
+
+def test_what_is_moved_and_as_what() -> None:
+    assert to_move("torch.bfloat16") == 11
+    assert to_move("torch.int64") == 5
+    assert to_move("torch.bool") == to_move("torch.float8_e4m3fn") == NUMBERS["uint8"]
+
+
+@pytest.mark.parametrize("dtype", ["torch.complex64", "torch.qint8", "torch.bits8"])
+def test_what_is_not_moved_is_named_with_a_way_out(dtype: str) -> None:
+    with pytest.raises(TensorTransportError, match=rf"cannot move a tensor of {dtype}\. Move one of bfloat16, bool"):
+        to_move(dtype)
+
+
+def test_reductions() -> None:
+    assert to_reduce("torch.float16", "sum") == NUMBERS["float16"]
+    assert to_reduce("torch.float16", "product") == NUMBERS["float16"]
+    for dtype, op in (("float64", "sum"), ("bool", "max"), ("uint8", "sum"), ("bfloat16", "product")):
+        with pytest.raises(TensorTransportError, match=rf"no {op} of torch\.{dtype}\. Convert"):
+            to_reduce(f"torch.{dtype}", op)
+    with pytest.raises(TensorTransportError, match=r"no reduction 'avg'.*divide a sum"):
+        to_reduce("torch.float32", "avg")
+
+
+def test_numbers_are_those_of_cann() -> None:
+    """Against the header that torch_npu carries."""
+    spec = find_spec("torch_npu")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("torch_npu is not installed")
+    header = Path(spec.submodule_search_locations[0], "include/third_party/hccl/inc/hccl/hccl_types.h").read_text()
+    theirs = {name.lower(): int(code) for name, code in re.findall(r"HCCL_DATA_TYPE_(\w+) = (\d+)", header)}
+    short = {"fp16": "float16", "fp32": "float32", "fp64": "float64", "bfp16": "bfloat16"}
+    named = {short.get(name, name): code for name, code in theirs.items()}
+    assert {name: named[name] for name in NUMBERS} == dict(NUMBERS)
+    ops = {name.lower(): int(code) for name, code in re.findall(r"HCCL_REDUCE_(\w+) = (\d+)", header)}
+    assert [ops[name[:4].rstrip("u")] for name in ("sum", "prod", "max", "min")] == list(REDUCTIONS.values())
+    assert not REDUCED - NUMBERS.keys() and not AS_BYTES & NUMBERS.keys()
+
+
+@pytest.mark.parametrize("code", sorted(HCCL))
+def test_every_code_has_its_name_meaning_and_remedy(code: int) -> None:
+    error = failure("HcclSend", code, "CANN's own words")
+    assert isinstance(error, HcclError) and error.code == code
+    meaning = HCCL[code]
+    assert str(error) == (
+        f"HcclSend failed (CANN's own words). {meaning.name} ({code}): {meaning.what}. {meaning.remedy}"
+    )
+
+
+def test_an_unknown_code_is_told_as_such() -> None:
+    assert "HCCL error 77 (77): no meaning of this code is known here" in str(failure("HcclRecv", 77))
+
+
+def test_late_is_a_timeout() -> None:
+    assert issubclass(TransferLateError, TimeoutError)
+
+
+def test_the_limit_stays_below_hccls_own() -> None:
+    assert limit(0, {}) == 120
+    assert limit(0, {"HCCL_EXEC_TIMEOUT": "100"}) == 80
+    assert limit(0, {"HCCL_EXEC_TIMEOUT": "never"}) == 120
+    assert limit(0, {"HCCL_EXEC_TIMEOUT": "0"}) == 120  # no limit
+    assert limit(300, {"HCCL_EXEC_TIMEOUT": "100"}) == 300
+
+
+@pytest.mark.parametrize(
+    ("ids", "visible", "found"),
+    [
+        (["5"], None, [5]),  # RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES, where Ray's own look-up raises
+        (["5"], "5", [0]),  # Ray has narrowed the list to what it assigned
+        (["5"], "4,5,6", [1]),  # the list of the node's `ray start`
+        (["6", "4"], "4,5,6", [2, 0]),
+        (["2"], "", [2]),
+        ([], "4,5", []),
+    ],
+)
+def test_the_npu_of_an_actor(ids: list[str], visible: str | None, found: list[int]) -> None:
+    assert assigned_devices(ids, {} if visible is None else {VISIBLE: visible}) == found
+
+
+def test_an_npu_that_the_actor_cannot_see() -> None:
+    with pytest.raises(
+        DeviceMappingError, match=r"Physical NPU 7 is not visible here: .*ASCEND_RT_VISIBLE_DEVICES=4,5,7"
+    ):
+        assigned_devices(["7"], {VISIBLE: "4,5"})
+    with pytest.raises(DeviceMappingError, match="'ASCEND-1' is no number of an NPU"):
+        assigned_devices(["ASCEND-1"], {})
