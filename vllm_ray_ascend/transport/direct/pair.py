@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from vllm_ray_ascend.accelerators.choose import accelerator
 from vllm_ray_ascend.transport.hccl.group import Group, Transfer
@@ -21,8 +22,8 @@ _LOOK_S = 0.05
 class Pair:
     """One end. Objects go one at a time, each as its tensors one after the other.
 
-    All is done in the group's own stream. The default one, which threads share, would wait for peers: of two processes
-    that send to each other, each would have its receive wait behind its send.
+    No stream of torch's waits for a peer: threads share the default one, so that of two processes that send to each other
+    each would have its receive wait behind its send. Nor does a transfer wait for what the actor computes meanwhile.
     """
 
     def __init__(self, group: Group, rank: int) -> None:
@@ -33,17 +34,17 @@ class Pair:
     def send(self, tensors: list[torch.Tensor]) -> Transfer:
         """Send what has been written. Returns at once; wait for what it returns."""
         self._npu.bind_thread(self._group.device)
-        with self._npu.on_stream(self._group.stream):
-            return [self._group.send(tensor, self._peer) for tensor in tensors][-1]
+        with self._npu.on_stream(_aside(self._group.device)):
+            return [self._group.send(tensor, self._peer, caller_waits=False) for tensor in tensors][-1]
 
     def receive(self, make: Make) -> tuple[list[torch.Tensor], Transfer]:
-        """Receive into the tensors that ``make`` makes in the group's stream.
+        """Receive into the tensors that ``make`` makes in the present stream.
 
         Returns at once; when the transfer has been waited for, any stream may use the tensors.
         """
         self._npu.bind_thread(self._group.device)
         caller = self._npu.current_stream()
-        with self._npu.on_stream(self._group.stream):
+        with self._npu.on_stream(_aside(self._group.device)):
             tensors = make()
             transfer = [self._group.recv(tensor, self._peer) for tensor in tensors][-1]
         for tensor in tensors:
@@ -53,6 +54,12 @@ class Pair:
     def end(self, why: str) -> None:
         """Destroy the communicator; what waits in it raises, here and at the peer. May be called in any thread."""
         self._group.abort(why)
+
+
+@cache
+def _aside(device: int) -> Any:
+    """A stream that only makes tensors: no transfer has to wait for it."""
+    return accelerator("npu").new_stream()
 
 
 class Connecting:

@@ -100,8 +100,11 @@ class Group:
 
     # ---- from one to another
 
-    def send(self, tensor: torch.Tensor, peer: int) -> Transfer:
-        """Send what the calling thread's stream will have written. Returns at once; that stream waits for the end."""
+    def send(self, tensor: torch.Tensor, peer: int, *, caller_waits: bool = True) -> Transfer:
+        """Send what the calling thread's stream will have written. Returns at once; that stream waits for the end.
+
+        With ``caller_waits`` False it does not: then nobody writes to the tensor before the transfer was waited for.
+        """
         what = f"send of {_words(tensor)} to rank {peer}"
         self._check(what, tensor, peer)
         number = types.to_move(str(tensor.dtype))
@@ -111,7 +114,7 @@ class Group:
 
         with self._on_device(what):
             plain = self._npu.plain(tensor)
-            return self._post(what, post, (plain,), caller_waits=True) if plain.numel() else self._nothing(what)
+            return self._post(what, post, (plain,), caller_waits=caller_waits) if plain.numel() else self._nothing(what)
 
     def recv(self, tensor: torch.Tensor, peer: int) -> Transfer:
         """Receive into a tensor, after what the calling thread's stream still does with it. Returns at once."""
