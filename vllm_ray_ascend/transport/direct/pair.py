@@ -22,7 +22,7 @@ _LOOK_S = 0.05
 class Pair:
     """One end. Objects go one at a time, each as its tensors one after the other.
 
-    No stream of torch's waits for a peer: threads share the default one, so that of two processes that send to each other
+    No stream of torch's waits for a peer: threads share the default one, so of two processes that send to each other
     each would have its receive wait behind its send. Nor does a transfer wait for what the actor computes meanwhile.
     """
 

@@ -53,8 +53,10 @@ def new_root(device: int) -> bytes:
 class Transfer:
     """A send, receive or collective that has been handed to the device."""
 
-    def __init__(self, group: Group, what: str, mark: Mark | None, keep: tuple[Any, ...] = ()) -> None:
-        self.what, self.mark, self.keep = what, mark, keep
+    def __init__(
+        self, group: Group, what: str, mark: Mark | None, before: Mark | None = None, keep: Sequence[Any] = ()
+    ) -> None:
+        self.what, self.mark, self.before, self.keep = what, mark, before, keep
         self.began = time.monotonic()
         self.waiting = 0  # threads
         self._group = group
@@ -216,7 +218,7 @@ class Group:
             if time.monotonic() >= end:
                 raise self._fail(self._late(transfer, limit_s))
         self._raise_if_over(transfer.what)
-        transfer.keep = transfer.keep[:1]
+        transfer.keep = ()
 
     def done(self, transfer: Transfer) -> bool:
         """As `Transfer.done`."""
@@ -290,11 +292,10 @@ class Group:
         caller = self._npu.current_stream()
         with self._calls:
             self._raise_if_over(what)
-            before = self._npu.new_event()
-            self._lane.after(caller, before)
+            before = self._lane.after(caller)
             call(self._lane.stream)
             mark = self._lane.mark()
-            transfer = Transfer(self, what, mark, (before, *tensors))
+            transfer = Transfer(self, what, mark, before, tensors)
             self._sweep()
             self._pending.append(transfer)
             if caller_waits:
@@ -302,7 +303,7 @@ class Group:
         if caller_waits:
             for tensor in tensors:
                 tensor.record_stream(caller)
-            transfer.keep = (before,)
+            transfer.keep = ()
         return transfer
 
     def _sweep(self) -> Transfer | None:
@@ -313,7 +314,9 @@ class Group:
                 assert transfer.mark is not None
                 if transfer.waiting or not transfer.mark.over():
                     return transfer
+                assert transfer.before is not None
                 transfer.mark.close()
+                transfer.before.close()
                 transfer.mark, transfer.keep = None, ()
                 self._pending.popleft()
             return None
