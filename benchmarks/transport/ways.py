@@ -118,7 +118,7 @@ class GraphHccl(Graph):
 
     def open(self) -> None:
         """With the NPU's accelerator context."""
-        from vllm_ray_ascend.transport.tensors import register
+        from vllm_ray_ascend.transport import register
 
         register()
         super().open()
@@ -146,7 +146,12 @@ class ObjectStore(Objects):
 
     def station(self) -> type[Any]:
         """Whose `give` copies to the host."""
-        return type("HostStation", (Station,), {"give": Station.give_host})
+
+        class Host(Station):
+            def give(self, size: int) -> Any:
+                return self.give_host(size)
+
+        return Host
 
 
 class Direct(Objects):
@@ -154,11 +159,9 @@ class Direct(Objects):
 
     def station(self) -> type[Any]:
         """Whose `give` names the transport."""
-        import ray
-
         from vllm_ray_ascend.transport.direct import register
 
-        return type("DirectStation", (Station,), {"give": ray.method(tensor_transport=register())(_copy(Station.give))})
+        return _naming(register())
 
 
 class RayAscend(Objects):
@@ -166,26 +169,28 @@ class RayAscend(Objects):
 
     def station(self) -> type[Any]:
         """Whose `give` names the transport."""
-        import ray
         from ray_ascend import register_hccl_tensor_transport
 
         register_hccl_tensor_transport()
-        return type("RayAscendStation", (Station,), {"give": ray.method(tensor_transport="HCCL")(_copy(Station.give))})
+        return _naming("HCCL")
 
     def open(self) -> None:
         """Its group of the two."""
-        import ray
         from ray.experimental.collective import create_collective_group
 
-        ray.get([each.register_ray_ascend.remote() for each in self._actors])
+        self._both("register_ray_ascend")
         create_collective_group(self._actors, backend="HCCL")
 
 
-def _copy(function: Any) -> Any:
-    """Another function object: ray.method marks the one that it is given."""
-    import types
+def _naming(transport: str) -> type[Any]:
+    import ray
 
-    return types.FunctionType(function.__code__, function.__globals__, function.__name__)
+    class Named(Station):
+        @ray.method(tensor_transport=transport)  # type: ignore[untyped-decorator]
+        def give(self, size: int) -> Any:
+            return super().give(size)
+
+    return Named
 
 
 WAYS: dict[str, type[Way]] = {

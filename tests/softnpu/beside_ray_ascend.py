@@ -24,7 +24,6 @@ def main(first: str) -> None:
     if first == "ours":
         register_hccl_tensor_transport()
 
-    @ray.remote(resources={"NPU": 1}, num_cpus=0)
     class Both:
         def __init__(self) -> None:
             import torch_npu  # noqa: F401
@@ -32,18 +31,19 @@ def main(first: str) -> None:
             register_hccl_collective_backend()
             torch.npu.set_device(0)
 
-        @ray.method(tensor_transport=name)
+        @ray.method(tensor_transport=name)  # type: ignore[untyped-decorator]
         def ours(self) -> Any:
             return torch.arange(10.0).npu()
 
-        @ray.method(tensor_transport="HCCL")
+        @ray.method(tensor_transport="HCCL")  # type: ignore[untyped-decorator]
         def theirs(self) -> Any:
             return torch.arange(10.0).npu() + 1
 
         def total(self, tensor: Any) -> float:
             return float(tensor.sum())
 
-    one, other = Both.remote(), Both.remote()
+    actor = ray.remote(resources={"NPU": 1}, num_cpus=0)(Both)
+    one, other = actor.remote(), actor.remote()
     create_collective_group([one, other], backend="HCCL")
     found = [ray.get(other.total.remote(gift.remote()), timeout=LIMIT) for gift in (one.ours, one.theirs, one.ours)]
     print(json.dumps({"name": name, "found": found}))

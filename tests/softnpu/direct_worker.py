@@ -75,9 +75,8 @@ def made(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 def same(got: torch.Tensor, expected: torch.Tensor) -> bool:
     """Bit by bit: numbers that are none are equal too."""
     whole = got.cpu().contiguous().reshape(-1)
-    return got.shape == expected.shape and torch.equal(
-        whole.view(torch.uint8), expected.contiguous().reshape(-1).view(torch.uint8)
-    )
+    wanted = expected.contiguous().reshape(-1).view(torch.uint8)
+    return got.shape == expected.shape and bool(torch.equal(whole.view(torch.uint8), wanted))
 
 
 def received(
@@ -169,13 +168,20 @@ def producer_is_waited_for() -> None:
         for _ in range(20):
             tensor += 1
         source.keep("sum", [tensor], DEVICE)
-        assert not source.find("sum").ready.query()  # type: ignore[union-attr]  else this test shows nothing
+        assert not source._kept["sum"].ready.query(), "the producer is too fast for this test to show anything"
         offer(source)
         await_mark("done1")
         return
     got = received(Sink(process()), "sum", origin(), [((size,), torch.float32)])
     assert bool((got[0] == 20).all())
     mark("done1")
+
+
+def later(call: Callable[[], Any], seconds: float = 0) -> None:
+    """In another thread."""
+    timer = threading.Timer(seconds, call)
+    timer.daemon = True
+    timer.start()
 
 
 def raised(call: Callable[[], Any], match: str) -> float:
@@ -211,11 +217,16 @@ def sender_killed() -> None:
     mark("done2")
 
 
+def die() -> None:
+    await_mark("begun")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def killed_on_the_way() -> None:
     """One side dies while the tensor is on its way (``VICTIM``); the other is told, and is of use afterwards."""
     victim, big = int(os.environ["VICTIM"]), 96 << 20
     if victim == RANK:
-        threading.Thread(target=lambda: (await_mark("begun"), os.kill(os.getpid(), 9)), daemon=True).start()
+        later(die)
     if RANK == 0:
         source = Source(process())
         torch.npu.set_device(DEVICE)
@@ -233,7 +244,7 @@ def killed_on_the_way() -> None:
     where = origin()
     one = torch.empty(big, dtype=torch.uint8, device=f"npu:{DEVICE}")
     sink = Sink(process())
-    threading.Thread(target=lambda: (time.sleep(1), mark("begun")), daemon=True).start()
+    later(lambda: mark("begun"), 1)
     raised(lambda: sink.receive("big", where, DEVICE, lambda: [one] * 200), r"rank 0 .*(is gone|gave up)")
     assert float(torch.ones(8, device=f"npu:{DEVICE}").sum()) == 8
 
@@ -267,7 +278,7 @@ def aborted() -> None:
         return
     sink, where = Sink(process()), origin()
     check(received(sink, "mixed", where))
-    threading.Thread(target=lambda: (time.sleep(0.5), sink.abort("stuck", "no longer wanted")), daemon=True).start()
+    later(lambda: sink.abort("stuck", "no longer wanted"), 0.5)
     spent = raised(lambda: received(sink, "stuck", where), "no longer wanted")
     assert spent < 30
     sink.abort("later", "not wanted at all")

@@ -67,11 +67,11 @@ def naming(transport: str) -> type[Trader]:
     import ray
 
     class Named(Trader):
-        @ray.method(tensor_transport=transport)
+        @ray.method(tensor_transport=transport)  # type: ignore[untyped-decorator]
         def give(self, seed: int, shapes: list[tuple[int, ...]]) -> Any:
             return super().give(seed, shapes)
 
-        @ray.method(tensor_transport=transport)
+        @ray.method(tensor_transport=transport)  # type: ignore[untyped-decorator]
         def give_host(self) -> Any:
             return super().give_host()
 

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class DirectMetadata(TensorTransportMetadata):
+class DirectMetadata(TensorTransportMetadata):  # type: ignore[misc]
     """What a receiver has to know of an object: shapes and types of its tensors, and where they are."""
 
     origin: Origin | None = None
 
 
-class DirectTransport(TensorTransportManager):
+class DirectTransport(TensorTransportManager):  # type: ignore[misc]
     """Tensors of NPUs by reference, over one HCCL communicator for each pair of processes and direction.
 
     To Ray it is one-sided: the receiver asks for the object, and a thread of the sender's sends it. So nobody has to
