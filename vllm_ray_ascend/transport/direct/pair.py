@@ -34,7 +34,7 @@ class Pair:
     def send(self, tensors: list[torch.Tensor]) -> Transfer:
         """Send what has been written. Returns at once; wait for what it returns."""
         self._npu.bind_thread(self._group.device)
-        with self._npu.on_stream(_aside(self._group.device)):
+        with self._npu.in_stream(_aside(self._group.device)):
             return [self._group.send(tensor, self._peer, caller_waits=False) for tensor in tensors][-1]
 
     def receive(self, make: Make) -> tuple[list[torch.Tensor], Transfer]:
@@ -44,7 +44,7 @@ class Pair:
         """
         self._npu.bind_thread(self._group.device)
         caller = self._npu.current_stream()
-        with self._npu.on_stream(_aside(self._group.device)):
+        with self._npu.in_stream(_aside(self._group.device)):
             tensors = make()
             transfer = [self._group.recv(tensor, self._peer) for tensor in tensors][-1]
         for tensor in tensors:

@@ -131,7 +131,7 @@ class Group:
         """
         with self._on_device(f"receive from rank {peer}"):
             caller = self._npu.current_stream()
-            with self._npu.on_stream(self._memory):
+            with self._npu.in_stream(self._memory):
                 tensor = make()
                 transfer = self._recv(f"receive of {_words(tensor)} from rank {peer}", tensor, peer)
         transfer.wait(limit_s)
