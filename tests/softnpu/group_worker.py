@@ -333,7 +333,7 @@ def refused() -> None:
     ends(lambda: own.send(torch.ones(2), 1 - RANK), TensorTransportError, "the tensor is on cpu", f"npu:{RANK}")
     ends(lambda: own.send(torch.ones(2, device=f"npu:{5}"), 1 - RANK), TensorTransportError, "the tensor is on npu:5")
     ends(lambda: own.send(one.to(torch.complex64), 1 - RANK), TensorTransportError, "torch.complex64", "view_as_real")
-    ends(lambda: own.all_reduce(one.double(), one.double()), TensorTransportError, "no sum of torch.float64")
+    ends(lambda: own.all_reduce(one.bool(), one.bool()), TensorTransportError, "no sum of torch.bool")
     ends(lambda: own.all_reduce(one, one, "avg"), TensorTransportError, "no reduction 'avg'")
     ends(lambda: own.all_reduce(one, one[:1].clone()), TensorTransportError, "of 2 elements")
     ends(lambda: own.send(one, RANK), TensorTransportError, f"its other ranks are [{1 - RANK}]")

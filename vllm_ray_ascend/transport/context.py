@@ -35,6 +35,12 @@ NAME = "npu"
 """torch's name of the device, and so Ray's of the context."""
 
 _MARK = "_vllm_ray_ascend"
+_OF_A_MESSAGE = {
+    "_use_external_transport": bool,
+    "_out_of_band_tensors": list,
+    "_deserialized_tensor_placeholders": set,
+}
+"""What Ray's one serialisation context of a process keeps of the message at hand."""
 
 
 class HostCopies(NamedTuple):
@@ -101,8 +107,10 @@ def install() -> None:
         (TorchTensorAcceleratorChannel, "write", _write),
     ):
         if getattr(getattr(holder, name), _MARK, None) is None:
-            wrapped = _instead(holder, name, ours)
-            replace(holder, name, wrapped)
+            replace(holder, name, _instead(holder, name, ours))
+    for name, new in _OF_A_MESSAGE.items():
+        if name not in vars(_SerializationContext):
+            setattr(_SerializationContext, name, _OfThread(new))
 
 
 def own_device() -> Any:
@@ -174,6 +182,21 @@ def _write(before: Callable[..., Any], self: Any, value: Any, timeout: float | N
     if self._local_channel is not None:
         self._local_channel.write(value)
     self._gpu_data_channel.write([value], timeout=timeout)
+
+
+class _OfThread:
+    """An attribute with a value for each thread, lest two graphs of one actor mix their messages."""
+
+    def __init__(self, new: Callable[[], Any]) -> None:
+        self._new, self._values = new, threading.local()
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if not hasattr(self._values, "value"):
+            self._values.value = self._new()
+        return self._values.value
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        self._values.value = value
 
 
 class _Bound(threading.local):

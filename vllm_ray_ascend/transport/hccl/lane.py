@@ -88,11 +88,8 @@ class Lane:
 
     def error(self, limit_s: float = 0.1) -> str:
         """What CANN says of the error that has stopped the stream, nothing where it goes on."""
-        try:
-            _call("aclrtSynchronizeStreamWithTimeout", self.stream, int(limit_s * 1000), but=_LATE)
-        except HcclError as error:
-            return str(error)
-        return ""
+        code = _library().aclrtSynchronizeStreamWithTimeout(self.stream, int(limit_s * 1000))
+        return recent_error() if code and code not in _LATE else ""
 
     def close(self, limit_s: float) -> bool:
         """Destroy the stream, once what it has is done or has failed; not where that takes longer."""
