@@ -88,7 +88,7 @@ def _open(driver: Child, way: str, options: Options) -> str:
 @contextlib.contextmanager
 def _driver(case: Case, options: Options) -> Iterator[Child]:
     """A driver on a cluster of its own, which is removed afterwards."""
-    name = f"bench-transport-{os.getpid() % 100000}"
+    name = f"bench-hops-{os.getpid() % 100000}"
     shape = Shape(
         nodes=2 if case.tcp else 1, npus_per_node=2 * len(options.ways), cpus_per_node=2, kind=manager.best_kind()[0]
     )

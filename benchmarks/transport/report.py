@@ -79,7 +79,8 @@ def plot(run: Mapping[str, Any], figures: Figures, path: Path) -> None:
             each.set_xticks(sizes, [label(size) for size in sizes], rotation=45)
             each.set_title(f"{case}: {title}")
             each.grid(alpha=0.3)
-            each.legend(loc="best")
+            if each.get_legend_handles_labels()[0]:
+                each.legend(loc="best")
         right.axhline(1.0, color=_COLOURS[BASE], linewidth=1)
         right.axhline(0.95, color=_COLOURS[BASE], linewidth=1, linestyle=":")
     figure.suptitle(f"vllm-ray-ascend {run['commit']} on {run['machine']['cores']} cores with software NPUs")

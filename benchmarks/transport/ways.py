@@ -188,7 +188,7 @@ def _naming(transport: str) -> type[Any]:
     class Named(Station):
         @ray.method(tensor_transport=transport)  # type: ignore[untyped-decorator]
         def give(self, size: int) -> Any:
-            return super().give(size)
+            return Station.give(self, size)
 
     return Named
 

@@ -45,12 +45,12 @@ class Trader:
         import ray
 
         tensor = ray.get(refs[0])
-        return str(tensor.device), float(tensor.double().sum())
+        return str(tensor.device), float(tensor.cpu().double().sum())
 
     def take(self, value: Any) -> tuple[list[str], list[float]]:
         """Devices and sums of what came, as the argument of a call."""
         tensors = value["tensors"]
-        return [str(tensor.device) for tensor in tensors], [float(tensor.double().sum()) for tensor in tensors]
+        return [str(tensor.device) for tensor in tensors], [float(tensor.cpu().double().sum()) for tensor in tensors]
 
     def threads(self) -> list[str]:
         """Names of the transport's threads that are alive."""
@@ -69,10 +69,10 @@ def naming(transport: str) -> type[Trader]:
     class Named(Trader):
         @ray.method(tensor_transport=transport)  # type: ignore[untyped-decorator]
         def give(self, seed: int, shapes: list[tuple[int, ...]]) -> Any:
-            return super().give(seed, shapes)
+            return Trader.give(self, seed, shapes)
 
         @ray.method(tensor_transport=transport)  # type: ignore[untyped-decorator]
         def give_host(self) -> Any:
-            return super().give_host()
+            return Trader.give_host(self)
 
     return Named
