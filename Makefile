@@ -9,13 +9,14 @@
 #   make lint    ruff and mypy; the pipelines, container files and manifests against their schemas
 #   make docs    the documentation, into site/; make docs-serve shows it while it is written
 #   make bench   compare executors (BENCH_ARGS='--quick'); see benchmarks/README.md
+#   make bench-transport  a tensor from NPU to NPU by every way (BENCH_ARGS='--quick'); see benchmarks/README.md
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.10 python3,$(if $(shell command -v $(name)),$(name))))
 RUN := .venv/bin
 ON_SOFTWARE_NPUS := $(RUN)/vllm-ray-ascend softnpu exec --
 PYTEST_ARGS ?=
 GROUPS ?=
 
-.PHONY: serve test check-patches contract test-release test-matrix test-faults test-upstream lint format docs docs-serve bench clean
+.PHONY: serve test check-patches contract test-release test-matrix test-faults test-upstream lint format docs docs-serve bench bench-transport clean
 
 serve:
 	@$(PYTHON) demo/install.py
@@ -37,6 +38,7 @@ test:
 test-matrix:
 	@$(PYTHON) demo/install.py test
 	$(RUN)/python -m pytest tests/e2e -m 'slow or not slow' $(PYTEST_ARGS)
+	$(ON_SOFTWARE_NPUS) $(RUN)/python -m pytest tests/softnpu -m slow $(PYTEST_ARGS)
 
 test-faults:
 	@$(PYTHON) demo/install.py test
@@ -84,6 +86,10 @@ docs-serve:
 bench:
 	@$(PYTHON) demo/install.py bench
 	@$(RUN)/python -m benchmarks $(BENCH_ARGS)
+
+bench-transport:
+	@$(PYTHON) demo/install.py bench
+	@$(RUN)/python -m benchmarks.transport $(BENCH_ARGS)
 
 clean:
 	rm -rf .venv .demo build dist site ci-results *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import signal
 import sys
 import time
@@ -14,11 +13,9 @@ from benchmarks.machine import facts
 from benchmarks.measure import measure
 from benchmarks.options import BASE, RESULTS, Options, read_options
 from benchmarks.plot import plot
-from benchmarks.report import markdown
+from benchmarks.report import as_json, markdown
 from benchmarks.statistics import Sample, figures
 from vllm_ray_ascend.errors import VllmRayAscendError
-
-_DIGITS = 7  # a tenth of a microsecond
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -41,7 +38,6 @@ def main(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, SystemExit):
         failure = "it was stopped"
     run["seconds"] = round(time.monotonic() - started)
-    run["samples"] = [_plain(sample) for sample in samples]
     _write(run, options, samples)
     if failure:
         print(f"\nmake bench: this run is not complete: {failure}", file=sys.stderr)
@@ -53,22 +49,10 @@ def _write(run: dict[str, Any], options: Options, samples: list[Sample]) -> None
     text = markdown(run, of_metric)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / options.name
-    path.with_suffix(".json").write_text(_json(run))
+    path.with_suffix(".json").write_text(as_json(run, samples))
     path.with_suffix(".md").write_text(text)
     plot(run, of_metric, path.with_suffix(".png"))
     print(f"\n{text}\nwritten: {path}.json, .md, .png")
-
-
-def _json(run: dict[str, Any]) -> str:
-    """Readable, and one line a sample, so that two runs can be compared line by line."""
-    rest = {key: value for key, value in run.items() if key != "samples"}
-    head = json.dumps(rest, indent=1).removesuffix("\n}")
-    lines = ",\n".join("  " + json.dumps(sample) for sample in run["samples"])
-    return f'{head},\n "samples": [\n{lines}\n ]\n}}\n'
-
-
-def _plain(sample: Sample) -> dict[str, Any]:
-    return {**sample._asdict(), "values": [round(value, _DIGITS) for value in sample.values]}
 
 
 def _say(started: float, line: str) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.options import BASE
-from benchmarks.statistics import Figure
+from benchmarks.statistics import Figure, Sample
 
 Figures = Mapping[tuple[str, str, str], Figure]
-
+_DECIMALS = 7  # a tenth of a microsecond
 
 _LEGEND = (
     f"Each cell: median (99th percentile), and the ratio to `{BASE}` in the same round, median [least, most] over the "
@@ -19,20 +20,23 @@ _LEGEND = (
 
 def markdown(run: Mapping[str, Any], figures: Figures) -> str:
     """A title, what the figures mean, and a table for each case."""
+    lines = [*head(run), "", _LEGEND]
+    for case in run["options"]["cases"]:
+        lines += ["", f"## {case}", "", *_table(case, run["options"]["executors"], figures)]
+    return "\n".join(lines) + "\n"
+
+
+def head(run: Mapping[str, Any]) -> list[str]:
+    """The title, and where, when and with what it was measured."""
     machine, versions = run["machine"], run["versions"]
-    lines = [
+    return [
         f"# Benchmark `{run['options']['name']}`, commit {run['commit']}",
         "",
         f"{machine['cores']} cores ({machine['processor']}), {machine['memory_gib']} GiB, Linux {machine['kernel']}, "
         f"load {machine['load_before'][0]:.1f} when it began; software NPUs; "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + f"; {run['began']}, {run['seconds'] / 60:.0f} minutes.",
-        "",
-        _LEGEND,
     ]
-    for case in run["options"]["cases"]:
-        lines += ["", f"## {case}", "", *_table(case, run["options"]["executors"], figures)]
-    return "\n".join(lines) + "\n"
 
 
 def _table(case: str, executors: Sequence[str], figures: Figures) -> list[str]:
@@ -41,11 +45,12 @@ def _table(case: str, executors: Sequence[str], figures: Figures) -> list[str]:
         [metric, *(_cell(figures.get((case, metric, executor)), executor != BASE) for executor in executors)]
         for metric in metrics
     ]
-    head = ["", *executors]
-    return [_row(head), _row(["---"] * len(head)), *map(_row, rows)]
+    titles = ["", *executors]
+    return [row(titles), row(["---"] * len(titles)), *map(row, rows)]
 
 
-def _row(cells: Sequence[str]) -> str:
+def row(cells: Sequence[str]) -> str:
+    """A line of a table."""
     return "| " + " | ".join(cells) + " |"
 
 
@@ -59,6 +64,17 @@ def _cell(figure: Figure | None, with_ratio: bool) -> str:
         least, median, most = figure.ratio
         text += f", **{median:.2f}** [{least:.2f}, {most:.2f}]"
     return text
+
+
+def as_json(run: Mapping[str, Any], samples: Sequence[Sample]) -> str:
+    """Readable, and one line a sample, so that two runs can be compared line by line."""
+    whole = json.dumps(run, indent=1).removesuffix("\n}")
+    lines = ",\n".join("  " + json.dumps(_plain(sample)) for sample in samples)
+    return f'{whole},\n "samples": [\n{lines}\n ]\n}}\n'
+
+
+def _plain(sample: Sample) -> dict[str, Any]:
+    return {**sample._asdict(), "values": [round(value, _DECIMALS) for value in sample.values]}
 
 
 def duration(seconds: float) -> str:

@@ -90,5 +90,9 @@ class TensorTransportError(VllmRayAscendError, ValueError):
     """What is asked of a communicator cannot be: a tensor, a peer, or a communicator that does not fit."""
 
 
+class DirectTransportError(VllmRayAscendError, RuntimeError):
+    """Tensors of a Ray object cannot go from one process's NPU to another's by reference, or did not arrive."""
+
+
 class SoftNpuError(VllmRayAscendError, RuntimeError):
     """The software NPU cannot be built, started or used here."""

@@ -88,6 +88,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Literal["release", "keep"],
         Meta(description="release graphs when the engine sleeps and capture anew on waking, or keep them"),
     ] = "release"
+    direct_idle_s: Annotated[
+        float,
+        Meta(ge=0, description="seconds after which a pair of actors gives its unused communicator back; 0: never"),
+    ] = 300.0
 
 
 class Switch(NamedTuple):

@@ -39,6 +39,7 @@ LATE = (
     "softnpu/ops/",
     "transport/communicator.py",
     "transport/context.py",
+    "transport/direct/manager.py",
     "transport/tensors.py",
     "transport/pipeline.py",
     "softnpu/cluster/probe.py",

@@ -7,6 +7,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterator
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from vllm_ray_ascend.accelerators import npu_errors
@@ -67,6 +68,12 @@ class Npu(Accelerator):
         listed = entries(os.environ.get(NPU.variable))
         return index if listed is None else physical_of_visible([int(entry) for entry in listed], index)
 
+    def current_stream(self) -> Any:
+        """As torch.npu says, which makes a new object each time: 80 us on the machine on which all is tested."""
+        import torch_npu
+
+        return _stream(torch_npu._C._npu_getCurrentStream(self.current_device()))
+
     def free_streams(self) -> int | None:
         """As CANN says, 8.5 and later."""
         ask = getattr(ctypes.CDLL(_ACL), "aclrtGetStreamAvailableNum", None)
@@ -126,6 +133,15 @@ class Npu(Accelerator):
         for undo in filter(None, ways):
             with contextlib.suppress(RuntimeError):  # allocation has ended already, where the capture did begin
                 undo(device, pool)
+
+
+@cache
+def _stream(found: tuple[int, int, int]) -> Any:
+    """torch's object for a stream: its number, its device and the type of that."""
+    import torch_npu
+
+    number, index, kind = found
+    return torch_npu.npu.Stream(stream_id=number, device_index=index, device_type=kind)
 
 
 def _graphs(acl_graph: Any, model_runner: Any) -> Iterator[Any]:

@@ -53,8 +53,10 @@ def new_root(device: int) -> bytes:
 class Transfer:
     """A send, receive or collective that has been handed to the device."""
 
-    def __init__(self, group: Group, what: str, mark: Mark | None, keep: tuple[Any, ...] = ()) -> None:
-        self.what, self.mark, self.keep = what, mark, keep
+    def __init__(
+        self, group: Group, what: str, mark: Mark | None, before: Mark | None = None, keep: Sequence[Any] = ()
+    ) -> None:
+        self.what, self.mark, self.before, self.keep = what, mark, before, keep
         self.began = time.monotonic()
         self.waiting = 0  # threads
         self._group = group
@@ -100,8 +102,11 @@ class Group:
 
     # ---- from one to another
 
-    def send(self, tensor: torch.Tensor, peer: int) -> Transfer:
-        """Send what the calling thread's stream will have written. Returns at once; that stream waits for the end."""
+    def send(self, tensor: torch.Tensor, peer: int, *, caller_waits: bool = True) -> Transfer:
+        """Send what the calling thread's stream will have written. Returns at once; that stream waits for the end.
+
+        With ``caller_waits`` False it does not: then nobody writes to the tensor before the transfer was waited for.
+        """
         what = f"send of {_words(tensor)} to rank {peer}"
         self._check(what, tensor, peer)
         number = types.to_move(str(tensor.dtype))
@@ -111,7 +116,7 @@ class Group:
 
         with self._on_device(what):
             plain = self._npu.plain(tensor)
-            return self._post(what, post, (plain,), caller_waits=True) if plain.numel() else self._nothing(what)
+            return self._post(what, post, (plain,), caller_waits=caller_waits) if plain.numel() else self._nothing(what)
 
     def recv(self, tensor: torch.Tensor, peer: int) -> Transfer:
         """Receive into a tensor, after what the calling thread's stream still does with it. Returns at once."""
@@ -126,7 +131,7 @@ class Group:
         """
         with self._on_device(f"receive from rank {peer}"):
             caller = self._npu.current_stream()
-            with self._npu.on_stream(self._memory):
+            with self._npu.in_stream(self._memory):
                 tensor = make()
                 transfer = self._recv(f"receive of {_words(tensor)} from rank {peer}", tensor, peer)
         transfer.wait(limit_s)
@@ -213,7 +218,7 @@ class Group:
             if time.monotonic() >= end:
                 raise self._fail(self._late(transfer, limit_s))
         self._raise_if_over(transfer.what)
-        transfer.keep = transfer.keep[:1]
+        transfer.keep = ()
 
     def done(self, transfer: Transfer) -> bool:
         """As `Transfer.done`."""
@@ -287,11 +292,10 @@ class Group:
         caller = self._npu.current_stream()
         with self._calls:
             self._raise_if_over(what)
-            before = self._npu.new_event()
-            self._lane.after(caller, before)
+            before = self._lane.after(caller)
             call(self._lane.stream)
             mark = self._lane.mark()
-            transfer = Transfer(self, what, mark, (before, *tensors))
+            transfer = Transfer(self, what, mark, before, tensors)
             self._sweep()
             self._pending.append(transfer)
             if caller_waits:
@@ -299,7 +303,7 @@ class Group:
         if caller_waits:
             for tensor in tensors:
                 tensor.record_stream(caller)
-            transfer.keep = (before,)
+            transfer.keep = ()
         return transfer
 
     def _sweep(self) -> Transfer | None:
@@ -310,7 +314,9 @@ class Group:
                 assert transfer.mark is not None
                 if transfer.waiting or not transfer.mark.over():
                     return transfer
+                assert transfer.before is not None
                 transfer.mark.close()
+                transfer.before.close()
                 transfer.mark, transfer.keep = None, ()
                 self._pending.popleft()
             return None

@@ -36,7 +36,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 class Mark:
     """A point in a lane's stream. The calling thread has the lane's device set, for each method."""
 
-    def __init__(self, stream: int) -> None:
+    def __init__(self, stream: int | c_void_p) -> None:
         handle = c_void_p()
         _call("aclrtCreateEventExWithFlag", byref(handle), _SYNC)
         self._event = handle
@@ -73,11 +73,14 @@ class Lane:
         assert handle.value is not None
         self.stream = handle.value
 
-    def after(self, stream: Any, event: Any) -> None:
-        """What comes in this stream comes after what one of torch's has. ``event``, torch's too, is to be kept."""
-        event.record(stream)
-        bare(stream)
-        _call("aclrtStreamWaitEvent", self.stream, c_void_p(event.npu_event))
+    def after(self, stream: Any) -> Mark:
+        """What comes in this stream comes after what one of torch's has, up to the mark, which is to be kept till then.
+
+        The mark is CANN's: one of torch's would go through its queue, and so through another thread and back.
+        """
+        mark = Mark(bare(stream))
+        _call("aclrtStreamWaitEvent", self.stream, mark._event)
+        return mark
 
     def mark(self) -> Mark:
         """This point in the stream."""

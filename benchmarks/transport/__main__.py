@@ -1,0 +1,126 @@
+"""`make bench-transport`: a tensor from NPU to NPU, by every way, in one run. See benchmarks/README.md."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from benchmarks.machine import facts
+from benchmarks.measure import turn
+from benchmarks.options import RESULTS, BenchError
+from benchmarks.place import LOGS, ROOT
+from benchmarks.protocol import Child
+from benchmarks.report import as_json
+from benchmarks.statistics import Sample, figures
+from benchmarks.transport.options import BASE, CASES, Case, Options, count_of, label, read_options
+from benchmarks.transport.report import markdown, plot
+from demo.server import QUIET
+from vllm_ray_ascend.errors import VllmRayAscendError
+from vllm_ray_ascend.softnpu.cluster import manager
+from vllm_ray_ascend.softnpu.cluster.plan import Shape
+
+_OPEN_S, _HOPS_S = 300.0, 300.0
+Report = Callable[[str], None]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, write NAME.json, NAME.md and NAME.png, also of a run that failed on its way; the exit code."""
+    options = read_options(arguments)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # on the way out, clusters are removed
+    started = time.monotonic()
+    run: dict[str, Any] = {**facts(), "began": time.strftime("%Y-%m-%d %H:%M"), "options": dataclasses.asdict(options)}
+    run["left_out"] = {}
+    samples: list[Sample] = []
+    failure = ""
+    try:
+        for name in options.cases:
+            for sample in _measure(CASES[name], options, run["left_out"], lambda line: _say(started, line)):
+                samples.append(sample)  # noqa: PERF402  what there is when a later one fails is kept
+    except VllmRayAscendError as error:
+        failure = str(error)
+    except (KeyboardInterrupt, SystemExit):
+        failure = "it was stopped"
+    run["seconds"] = round(time.monotonic() - started)
+    if failure:
+        print(f"\nmake bench-transport: this run is not complete: {failure}", file=sys.stderr)
+    _write(run, options, samples)
+    return 1 if failure else 0
+
+
+def _measure(case: Case, options: Options, left_out: dict[str, str], report: Report) -> Iterator[Sample]:
+    """Every way in turn, for every size in every round: what is compared is seconds apart."""
+    with _driver(case, options) as driver:
+        ways = []
+        for way in options.ways:
+            if why := _open(driver, way, options):
+                left_out[f"{case.name}, {way}"] = why
+                report(f"{case.name}: {way} is left out: {why}")
+            else:
+                ways.append(way)
+        for number in range(options.rounds):
+            for size in options.sizes:
+                for way in turn(ways, number):
+                    seconds = driver.ask("hops", _HOPS_S, way=way, size=size, count=count_of(size))
+                    yield Sample(case.name, way, label(size), number, seconds)
+            report(f"{case.name} round {number + 1} of {options.rounds}")
+
+
+def _open(driver: Child, way: str, options: Options) -> str:
+    """Make a way; why it cannot be had, empty where it can."""
+    if way == "ray-ascend" and not options.ray_ascend:
+        return "no --ray-ascend FOLDER"
+    try:
+        driver.ask("open", _OPEN_S, way=way)
+        driver.ask("hops", _HOPS_S, way=way, size=4096, count=1)
+    except BenchError as error:
+        if way == BASE:
+            raise
+        return str(error)
+    return ""
+
+
+@contextlib.contextmanager
+def _driver(case: Case, options: Options) -> Iterator[Child]:
+    """A driver on a cluster of its own, which is removed afterwards."""
+    name = f"bench-hops-{os.getpid() % 100000}"
+    shape = Shape(
+        nodes=2 if case.tcp else 1, npus_per_node=2 * len(options.ways), cpus_per_node=2, kind=manager.best_kind()[0]
+    )
+    cluster, _ = manager.up(name, shape, report=lambda _: None)
+    try:
+        driver = Child(
+            manager.node_command(cluster, 1, [sys.executable, "-m", "benchmarks.transport.child"]),
+            manager.command_environment(cluster, 1, {**os.environ, **QUIET, "PYTHONPATH": str(ROOT)}),
+            LOGS / f"transport-{case.name}.log",
+            {"case": case.name, "root": str(ROOT), "ray_ascend": options.ray_ascend},
+        )
+        with contextlib.closing(driver):
+            driver.ask("connect", _OPEN_S)
+            yield driver
+    finally:
+        manager.down(name)
+
+
+def _write(run: dict[str, Any], options: Options, samples: list[Sample]) -> None:
+    of_metric = figures(samples, BASE)
+    text = markdown(run, of_metric)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / options.name
+    path.with_suffix(".json").write_text(as_json(run, samples))
+    path.with_suffix(".md").write_text(text)
+    plot(run, of_metric, path.with_suffix(".png"))
+    print(f"\n{text}\nwritten: {path}.json, .md, .png")
+
+
+def _say(started: float, line: str) -> None:
+    print(f"{time.monotonic() - started:5.0f} s  {line}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

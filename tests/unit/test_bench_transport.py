@@ -1,0 +1,50 @@
+"""What the transport benchmark computes from what it measured, without measuring."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.statistics import Sample, figures
+from benchmarks.transport.options import BASE, CASES, MIB, SIZES, WAYS, count_of, label, read_options
+from benchmarks.transport.report import markdown
+from benchmarks.transport.ways import WAYS as MADE
+
+pytestmark = pytest.mark.unit
+
+
+def test_sizes() -> None:
+    assert (label(SIZES[0]), label(SIZES[-1])) == ("4 KiB", "256 MiB")
+    assert [count_of(size) for size in (SIZES[0], 8 * MIB, SIZES[-1])] == [40, 8, 3]
+
+
+def test_every_way_can_be_made() -> None:
+    assert tuple(MADE) == WAYS
+
+
+def test_options() -> None:
+    assert read_options([]).cases == tuple(CASES)
+    quick = read_options(["--quick", "--ways", "raw", "group", "--sizes", "4096"])
+    assert (quick.cases, quick.ways, quick.sizes, quick.rounds) == (("one-node",), ("raw", "group"), (4096,), 2)
+
+
+def test_a_table_with_a_gap() -> None:
+    run: dict[str, Any] = {
+        "machine": {"processor": "P", "cores": 2, "memory_gib": 24, "kernel": "6", "load_before": [0.5]},
+        "versions": {"ray": "2.60.0"},
+        "commit": "abc",
+        "began": "now",
+        "seconds": 60,
+        "options": {"name": "n", "cases": ["one-node"], "ways": ["raw", "group", "direct"], "sizes": [MIB]},
+        "left_out": {"one-node, direct": "no reason"},
+    }
+    samples = [
+        Sample("one-node", BASE, "1 MiB", 0, [0.001]),
+        Sample("one-node", "group", "1 MiB", 0, [0.002]),
+        Sample("one-node", BASE, "1 MiB", 1, [0.003]),
+        Sample("one-node", "group", "1 MiB", 1, [0.003]),
+    ]
+    text = markdown(run, figures(samples, BASE))
+    assert "| 1 MiB | 2 ms (2.98 ms), 524 MB/s | 2.5 ms (2.99 ms), 419 MB/s, **0.67** [0.50, 1.00] |  |" in text
+    assert "Left out: one-node, direct: no reason" in text
