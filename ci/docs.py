@@ -24,7 +24,6 @@ SECTIONS: Mapping[str, str] = {
     "compiled-graph.md": "Running it",
     "direct-transport.md": "Running it",
     "transport.md": "Running it",
-    "upgrading.md": "Working on it",
 }
 _PROJECTS = {"vllm": "vLLM", "vllm-ascend": "vllm-ascend", "ray": "Ray", "python": "Python"}
 _RUNS = {
