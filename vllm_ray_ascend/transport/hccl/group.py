@@ -287,8 +287,7 @@ class Group:
         caller = self._npu.current_stream()
         with self._calls:
             self._raise_if_over(what)
-            before = self._npu.new_event()
-            self._lane.after(caller, before)
+            before = self._lane.after(caller, self._npu.new_event)
             call(self._lane.stream)
             mark = self._lane.mark()
             transfer = Transfer(self, what, mark, (before, *tensors))
@@ -387,7 +386,8 @@ class Group:
         try:
             self._npu.bind_thread(self.device)
             self._hccl.destroy(self._comm)
-            self._lane.close(_DESTROY_S)
+            while not self._lane.close(_DESTROY_S):
+                pass  # it waits for a stream of the caller's, or on an NPU until HCCL's own limit
         except (HcclError, RuntimeError) as error:
             logger.warning("%s: %s", self._name(), error)
 

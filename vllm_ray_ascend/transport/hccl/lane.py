@@ -7,6 +7,7 @@ its own goes with its communicator, so that a process whose transfer has failed 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from ctypes import POINTER, byref, c_int, c_int32, c_uint32, c_void_p
 from functools import cache
 from typing import Any
@@ -73,11 +74,15 @@ class Lane:
         assert handle.value is not None
         self.stream = handle.value
 
-    def after(self, stream: Any, event: Any) -> None:
-        """What comes in this stream comes after what one of torch's has. ``event``, torch's too, is to be kept."""
+    def after(self, stream: Any, new_event: Callable[[], Any]) -> Any:
+        """What comes in this stream comes after what one of torch's has. What it returns is to be kept until then."""
+        if stream.query():
+            return None
+        event = new_event()
         event.record(stream)
         bare(stream)
         _call("aclrtStreamWaitEvent", self.stream, c_void_p(event.npu_event))
+        return event
 
     def mark(self) -> Mark:
         """This point in the stream."""
