@@ -137,7 +137,8 @@ class Stage:
         end = time.monotonic() + 30
         while True:
             try:  # what had been sent fails now, and its stream is gone a little later
-                return torch.npu.synchronize()
+                torch.npu.synchronize()
+                return
             except RuntimeError:
                 assert time.monotonic() < end
                 time.sleep(0.1)
