@@ -25,7 +25,7 @@ from vllm_ray_ascend.errors import VllmRayAscendError
 from vllm_ray_ascend.softnpu.cluster import manager
 from vllm_ray_ascend.softnpu.cluster.plan import Shape
 
-_OPEN_S, _HOPS_S = 300.0, 300.0
+_LIMIT_S = 300.0
 Report = Callable[[str], None]
 
 
@@ -56,33 +56,34 @@ def main(arguments: Sequence[str]) -> int:
 def _measure(case: Case, options: Options, left_out: dict[str, str], report: Report) -> Iterator[Sample]:
     """Every way in turn, for every size in every round: what is compared is seconds apart."""
     with _driver(case, options) as driver:
-        ways = []
+        ways = list(options.ways)
+
+        def ask(what: str, way: str, **arguments: Any) -> Any:
+            """None where it fails, and from then on the run goes without that way."""
+            try:
+                if way == "ray-ascend" and not options.ray_ascend:
+                    raise BenchError("no --ray-ascend FOLDER")
+                return driver.ask(what, _LIMIT_S, way=way, **arguments)
+            except BenchError as error:
+                if way == BASE:
+                    raise
+                ways.remove(way)
+                left_out[f"{case.name}, {way}{_with(arguments)}"] = str(error)
+                report(f"{case.name}: {way} is left out{_with(arguments)}: {error}")
+
         for way in options.ways:
-            if why := _open(driver, way, options):
-                left_out[f"{case.name}, {way}"] = why
-                report(f"{case.name}: {way} is left out: {why}")
-            else:
-                ways.append(way)
+            if ask("open", way) is not None:
+                ask("hops", way, size=options.sizes[0], count=1)
         for number in range(options.rounds):
             for size in options.sizes:
-                for way in turn(ways, number):
-                    seconds = driver.ask("hops", _HOPS_S, way=way, size=size, count=count_of(size))
-                    yield Sample(case.name, way, label(size), number, seconds)
+                for way in turn(tuple(ways), number):
+                    if seconds := ask("hops", way, size=size, count=count_of(size)):
+                        yield Sample(case.name, way, label(size), number, seconds)
             report(f"{case.name} round {number + 1} of {options.rounds}")
 
 
-def _open(driver: Child, way: str, options: Options) -> str:
-    """Make a way; why it cannot be had, empty where it can."""
-    if way == "ray-ascend" and not options.ray_ascend:
-        return "no --ray-ascend FOLDER"
-    try:
-        driver.ask("open", _OPEN_S, way=way)
-        driver.ask("hops", _HOPS_S, way=way, size=4096, count=1)
-    except BenchError as error:
-        if way == BASE:
-            raise
-        return str(error)
-    return ""
+def _with(arguments: dict[str, Any]) -> str:
+    return f" from {label(arguments['size'])} on" if arguments else ""
 
 
 @contextlib.contextmanager
@@ -101,7 +102,7 @@ def _driver(case: Case, options: Options) -> Iterator[Child]:
             {"case": case.name, "root": str(ROOT), "ray_ascend": options.ray_ascend},
         )
         with contextlib.closing(driver):
-            driver.ask("connect", _OPEN_S)
+            driver.ask("connect", _LIMIT_S)
             yield driver
     finally:
         manager.down(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import zlib
 from typing import Any, NamedTuple
 
@@ -133,7 +134,14 @@ class Stage:
 
         torch.npu.set_device(torch.device(self.about()["device"]))
         self.gate.open()
-        torch.npu.synchronize()
+        end = time.monotonic() + 30
+        while True:
+            try:  # what had been sent fails now, and its stream is gone a little later
+                torch.npu.synchronize()
+                return
+            except RuntimeError:
+                assert time.monotonic() < end
+                time.sleep(0.1)
 
     def threads(self) -> list[str]:
         return sorted(thread.name for thread in threading.enumerate())

@@ -217,6 +217,7 @@ def test_beside_ray_ascend(first: str, tmp_path: Path) -> None:
     """The real one, in a folder of its own: both transports move tensors between the same actors."""
     options = ["-q", "--no-deps", "--target", str(tmp_path), "ray-ascend==0.1.1"]
     subprocess.run([sys.executable, "-m", "pip", "install", *options], check=True, timeout=LIMIT)
+    path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
     code = f"from tests.softnpu.beside_ray_ascend import main; main({first!r})"
-    said = json.loads(check_python(code, PYTHONPATH=f"{tmp_path}:{ROOT}").splitlines()[-1])
+    said = json.loads(check_python(code, PYTHONPATH=path).splitlines()[-1])
     assert said == {"name": "HCCL_DIRECT", "found": [45.0, 55.0, 45.0]}

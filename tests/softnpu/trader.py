@@ -17,14 +17,19 @@ class Trader:
 
         self.torch = torch
         (number,) = ray.get_runtime_context().get_accelerator_ids()["NPU"]
-        self.torch.npu.set_device(0 if os.environ.get("ASCEND_RT_VISIBLE_DEVICES") == number else int(number))
+        self.device = 0 if os.environ.get("ASCEND_RT_VISIBLE_DEVICES") == number else int(number)
+        self.made_in = threading.get_native_id()
 
     def facts(self) -> dict[str, Any]:
         """Where this is; device numbers are the runtime's."""
         from vllm_ray_ascend.accelerators.choose import accelerator
 
-        index = self.torch.npu.current_device()
-        return {"pid": os.getpid(), "device": f"npu:{index}", "physical": accelerator("npu").physical(index)}
+        return {
+            "pid": os.getpid(),
+            "device": f"npu:{self.device}",
+            "physical": accelerator("npu").physical(self.device),
+            "one_thread": self.made_in == threading.get_native_id(),
+        }
 
     def give(self, seed: int, shapes: list[tuple[int, ...]]) -> Any:
         """A nested value with a tensor of each shape."""
@@ -58,6 +63,7 @@ class Trader:
 
     def made(self, seed: int, shape: tuple[int, ...]) -> Any:
         """The same everywhere."""
+        self.torch.npu.set_device(self.device)  # Ray runs methods in another thread than __init__
         count = self.torch.Size(shape).numel()
         return self.torch.arange(count, dtype=self.torch.float32).reshape(shape).npu() + seed
 

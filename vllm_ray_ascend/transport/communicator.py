@@ -61,6 +61,7 @@ class HcclCommunicator(Communicator):  # type: ignore[misc]
         self._comm_id = comm_id
         self._rank: int | None = None
         self._group: Group | None = None
+        self._destroyed = False
         if rank is not None:
             self._connect(rank, bytes.fromhex(comm_id))
 
@@ -178,12 +179,13 @@ class HcclCommunicator(Communicator):  # type: ignore[misc]
         return self._group
 
     def abort(self, reason: str) -> None:
-        """End all transfers, from any thread: those that wait raise with ``reason``."""
+        """End all transfers, from any thread, and with them the graph: those that wait raise with ``reason``."""
         if self._group is not None:
             self._group.abort(reason)
 
     def destroy(self) -> None:
         """End the communicator, from any thread and at any time; peers that wait for this rank get an error."""
+        self._destroyed = True
         if self._group is not None:
             self._group.destroy()
 
@@ -200,7 +202,7 @@ class HcclCommunicator(Communicator):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         """Travels unconnected: an actor is its rank only once Ray says so."""
-        return {"_handles": self._handles, "_comm_id": self._comm_id, "_rank": None, "_group": None}
+        return self.__dict__ | {"_rank": None, "_group": None, "_destroyed": False}
 
     @cached_property
     def _contexts(self) -> tuple[Any, Any]:
@@ -220,6 +222,8 @@ class HcclCommunicator(Communicator):  # type: ignore[misc]
         try:
             return work(self.group)
         except TransferAbortedError as error:
+            if not self._destroyed:
+                raise
             raise RayChannelError(str(error)) from error
 
 

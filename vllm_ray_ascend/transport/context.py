@@ -114,12 +114,17 @@ def install() -> None:
 
 
 def own_device() -> Any:
-    """torch's device of this actor, with its index: what was set in Ray's channel context, or what Ray assigned."""
+    """torch's device of this actor, with its index: what was set in Ray's channel context, or what Ray assigned.
+
+    Ray keeps the first answer, "cpu" for an actor that was in a graph before there was a context for NPUs.
+    """
     context = ChannelContext.get_current()
-    device = context.torch_device
-    if device.type == NAME and device.index is None:
+    device = context._torch_device
+    if device is None or device.type != NAME:
+        device = AcceleratorContext.get().get_accelerator_devices()[0]
+    elif device.index is None:
         device = accelerator(NAME).device(accelerator(NAME).current_device())
-        context.set_torch_device(device)
+    context.set_torch_device(device)
     return device
 
 

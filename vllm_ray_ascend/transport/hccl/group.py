@@ -314,9 +314,9 @@ class Group:
                 assert transfer.mark is not None
                 if transfer.waiting or not transfer.mark.over():
                     return transfer
-                assert transfer.before is not None
                 transfer.mark.close()
-                transfer.before.close()
+                if transfer.before is not None:
+                    transfer.before.close()
                 transfer.mark, transfer.keep = None, ()
                 self._pending.popleft()
             return None
@@ -393,7 +393,8 @@ class Group:
         try:
             self._npu.bind_thread(self.device)
             self._hccl.destroy(self._comm)
-            self._lane.close(_DESTROY_S)
+            while not self._lane.close(_DESTROY_S):
+                pass  # it waits for a stream of the caller's, or on an NPU until HCCL's own limit
         except (HcclError, RuntimeError) as error:
             logger.warning("%s: %s", self._name(), error)
 

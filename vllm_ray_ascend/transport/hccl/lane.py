@@ -73,11 +73,14 @@ class Lane:
         assert handle.value is not None
         self.stream = handle.value
 
-    def after(self, stream: Any) -> Mark:
+    def after(self, stream: Any) -> Mark | None:
         """What comes in this stream comes after what one of torch's has, up to the mark, which is to be kept till then.
 
-        The mark is CANN's: one of torch's would go through its queue, and so through another thread and back.
+        None where that one has nothing to do. The mark is CANN's: one of torch's would go through its queue, and so
+        through another thread and back.
         """
+        if stream.query():
+            return None
         mark = Mark(bare(stream))
         _call("aclrtStreamWaitEvent", self.stream, mark._event)
         return mark
