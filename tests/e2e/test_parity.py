@@ -69,7 +69,7 @@ SLOW = (
     Start("tp2-synchronous", "one_node", 2, 1, (*TEXT, *CONTROL), {**SLEEPING, "async_scheduling": False}),
     Start("lora-tp2", "one_node", 2, 1, ("lora", "tokens", "abort"), ADAPTED),
     Start("lora-pp2", "two_nodes_of_one", 1, 2, ("lora", "tokens"), ADAPTED),
-    Start("ngram-tp2", "one_node", 2, 1, ("speculation", "seeded_samples"), {"speculative_config": SPECULATIVE}),
+    Start("ngram-tp2", "one_node", 2, 1, ("speculation",), {"speculative_config": SPECULATIVE}),
 )
 
 
