@@ -6,6 +6,7 @@ out of docs/ become the page made of that file, or its path.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,11 @@ from vllm_ray_ascend.settings import switches
 ROOT = Path(__file__).resolve().parent.parent
 PAGES: Mapping[str, str] = {"benchmarks.md": "benchmarks/README.md", "changelog.md": "CHANGELOG.md"}
 """Pages of the site, and the files of the repository that they are."""
+SECTIONS: Mapping[str, str] = {
+    "compiled-graph.md": "Running it",
+    "direct-transport.md": "Running it",
+    "transport.md": "Running it",
+}
 _PROJECTS = {"vllm": "vLLM", "vllm-ascend": "vllm-ascend", "ray": "Ray", "python": "Python"}
 _RUNS = {
     "contract": "its source read",
@@ -111,6 +117,22 @@ def relinked(markdown: str, page: str) -> str:
         return text if text.strip("`") == path else f"{text} (`{path}`)"
 
     return _LINK.sub(link, markdown)
+
+
+def on_config(config: Any) -> Any:
+    """Give pages that mkdocs.yml does not name a place: a new one is found before somebody writes it in there."""
+    config["nav"] = with_further(config["nav"], [path.name for path in (ROOT / "docs").glob("*.md")])
+    return config
+
+
+def with_further(nav: list[dict[str, Any]], pages: list[str]) -> list[dict[str, Any]]:
+    """The navigation with those of ``pages`` that it lacks, each in the section of SECTIONS, or in one at the end."""
+    named = set(re.findall(r"[\w-]+\.md", json.dumps(nav)))
+    further: dict[str, list[str]] = {}
+    for page in sorted(set(pages) - named):
+        further.setdefault(SECTIONS.get(page, "Further pages"), []).append(page)
+    made = [{title: [*entries, *further.pop(title, ())] for title, entries in section.items()} for section in nav]
+    return [*made, *({title: entries} for title, entries in further.items())]
 
 
 def on_files(files: Any, config: Any) -> Any:

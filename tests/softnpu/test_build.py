@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
@@ -46,6 +48,19 @@ def sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 def test_these_libraries_are_found_without_compiling(compiled: list[str]) -> None:
     assert build.build() == Path(os.environ["SOFTNPU_LIB"])
     assert compiled == []
+
+
+def test_another_clone_compiles_nothing_again(
+    sources: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    build.build()
+    compiled.clear()
+    clone = tmp_path / "clone" / "csrc"
+    shutil.copytree(sources, clone)
+    monkeypatch.setattr(build, "SOURCES", clone)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "clone" / ".venv"))
+    build.build()
+    assert compiled == ["libsmall.so"]
 
 
 def test_only_what_changed_is_compiled_again(sources: Path, compiled: list[str]) -> None:

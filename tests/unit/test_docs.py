@@ -9,10 +9,11 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ci.docs import PAGES, TABLES, filled, relinked, settings_table, suites_table
+from ci.docs import PAGES, TABLES, filled, relinked, settings_table, suites_table, with_further
 from ci.suites import SUITES
 from vllm_ray_ascend.accelerators import npu_codes
 from vllm_ray_ascend.settings import Settings, variable_of
@@ -160,6 +161,16 @@ def test_links_out_of_the_documentation() -> None:
     assert relinked("[NPUs](../docs/software-npu.md#nodes)", "benchmarks.md") == "[NPUs](software-npu.md#nodes)"
     assert relinked("[gone](nowhere.md)", "x.md") == "[gone](nowhere.md)"
     assert all((ROOT / source).is_file() for source in PAGES.values())
+
+
+def test_pages_that_the_navigation_lacks_have_a_place() -> None:
+    nav: list[dict[str, Any]] = [{"Running it": [{"Graphs": "graphs.md"}]}, {"Working on it": ["ci.md"]}]
+    assert with_further(nav, ["graphs.md", "ci.md"]) == nav
+    assert with_further(nav, ["graphs.md", "new.md", "transport.md"]) == [
+        {"Running it": [{"Graphs": "graphs.md"}, "transport.md"]},
+        {"Working on it": ["ci.md"]},
+        {"Further pages": ["new.md"]},
+    ]
 
 
 def test_switches_that_are_named_are_there() -> None:

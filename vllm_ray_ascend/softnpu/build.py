@@ -116,7 +116,11 @@ def build() -> Path:
         return target
     cache_folder().mkdir(parents=True, exist_ok=True)
     with open(cache_folder() / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several processes may start at once: one builds, the others find it
+        try:  # several processes may start at once: one builds, the others find it
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("Another process is compiling the software NPU: waiting for it ...", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.is_dir():
             print("Compiling the software NPU (about a minute, once) ...", file=sys.stderr, flush=True)
             with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
@@ -144,8 +148,14 @@ def compile_into(folder: Path) -> None:
 
 
 def object_key(source: Path, command: list[str]) -> str:
-    """Changes with the source, any header, the command, and the packages whose headers it reads."""
-    digest = hashlib.sha256(" ".join(command).encode())
+    """Changes with the source, any header, the command, and the packages whose headers it reads.
+
+    Not with the folders that they lie in: another clone and its environment find what this one has compiled.
+    """
+    words = " ".join(command)
+    for folder in (SOURCES, package_folder("torch"), package_folder("torch-npu")):
+        words = words.replace(str(folder), folder.name)
+    digest = hashlib.sha256(words.encode())
     for path in (source, *sorted(SOURCES.rglob("*.h"))):
         digest.update(path.read_bytes())
     digest.update("".join(distribution(name).version for name in ("torch", "torch-npu")).encode())

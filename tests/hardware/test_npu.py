@@ -1,0 +1,159 @@
+"""The NPU class of accelerators and HCCL on NPUs: an acceptance of one node. Written on software NPUs.
+
+python -m pytest tests/hardware -m npu                                   # on an Atlas server
+vllm-ray-ascend softnpu exec -- python -m pytest tests/hardware -m npu   # anywhere
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_ray_ascend.accelerators.base import Accelerator
+from vllm_ray_ascend.accelerators.choose import accelerator
+from vllm_ray_ascend.cluster.node_facts import collect
+from vllm_ray_ascend.devices.visible import VARIABLE
+from vllm_ray_ascend.errors import CaptureError
+
+
+def _available() -> bool:
+    """Whether torch_npu finds an NPU. Its import fails where there is no CANN."""
+    if importlib.util.find_spec("torch_npu") is None:
+        return False
+    try:
+        import torch_npu  # noqa: F401
+    except (ImportError, OSError):
+        return False
+    return bool(torch.npu.is_available())
+
+
+pytestmark = [pytest.mark.npu, pytest.mark.skipif(not _available(), reason="needs an Ascend NPU and CANN")]
+
+LIMIT_S = 300
+SUM = """
+import os, sys, torch, torch_npu, torch.distributed as dist
+rank, size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+torch.npu.set_device(rank)
+dist.init_process_group("hccl", init_method=f"file://{store}", rank=rank, world_size=size)
+summed = torch.full((1 << 20,), float(rank + 1), device=f"npu:{rank}")
+dist.all_reduce(summed)
+assert summed.unique().tolist() == [size * (size + 1) / 2], summed
+got = torch.zeros(8, device=f"npu:{rank}")
+wait = dist.isend(torch.full((8,), float(rank), device=f"npu:{rank}"), (rank + 1) % size)
+dist.recv(got, (rank - 1) % size)
+wait.wait()
+assert got.tolist() == [float((rank - 1) % size)] * 8, got
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture
+def npu() -> Accelerator:
+    found = accelerator("npu")
+    found.bind_thread(0)
+    return found
+
+
+def test_cann_torch_and_the_visible_list_agree(npu: Accelerator) -> None:
+    facts = collect()
+    assert facts.cann_devices is not None, facts.cann_error
+    visible = os.environ.get(VARIABLE)
+    assert npu.device_count() == (len(visible.split(",")) if visible else facts.cann_devices)
+    assert facts.npu_smi in (None, facts.cann_devices)
+
+
+def test_every_npu_computes(npu: Accelerator) -> None:
+    expected = torch.arange(64.0).reshape(8, 8) @ torch.arange(64.0).reshape(8, 8).T
+    wrong: list[str] = []
+
+    def body(index: int) -> None:
+        npu.bind_thread(index)
+        x = torch.arange(64.0, device=npu.device(index)).reshape(8, 8)
+        if not torch.equal((x @ x.T).cpu(), expected):
+            wrong.append(f"NPU {index}")
+
+    threads = [threading.Thread(target=body, args=(index,)) for index in range(npu.device_count())]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_events_order_streams(npu: Accelerator) -> None:
+    producer, consumer, event = npu.new_stream(), npu.new_stream(), npu.new_event()
+    x, seen = torch.zeros(4, device="npu"), torch.zeros(4, device="npu")
+    large = torch.ones(512, 512, device="npu")
+    npu.synchronise()
+    with npu.on_stream(producer):
+        for _ in range(50):
+            large = (large @ large).clamp(max=1.0)
+        x.copy_(large[0, :4] + 2)
+        event.record()
+    with npu.on_stream(consumer):
+        event.wait()
+        seen.copy_(x)
+    npu.synchronise()
+    assert seen.tolist() == [3.0] * 4
+
+
+def test_a_graph_is_replayed_and_nothing_of_ours_meets_its_capture(npu: Accelerator) -> None:
+    npu.watch_captures()
+    x = torch.ones(4, device="npu")
+    told: list[Any] = []
+
+    def other_thread() -> None:
+        npu.bind_thread(0)
+        try:
+            with npu.guard("a receive"):
+                told.append("not refused")
+        except CaptureError as error:
+            told.append(str(error))
+
+    npu.synchronise()
+    graph = npu.graph_class()
+    with torch.npu.graph(graph):
+        x.add_(1)
+        thread = threading.Thread(target=other_thread)
+        thread.start()
+        thread.join()
+    for _ in range(2):
+        graph.replay()
+    npu.synchronise()
+    assert x.tolist() == [3.0] * 4
+    assert told[0].startswith("a receive would touch the device")
+
+
+def test_out_of_memory_is_explained(npu: Accelerator) -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 45, dtype=torch.uint8, device="npu")
+    assert "out of memory" in str(npu.explain(raised.value))
+
+
+def test_hccl_between_the_npus_of_this_node(npu: Accelerator, tmp_path: Path) -> None:
+    size = npu.device_count()
+    if size < 2:
+        pytest.skip("one NPU has nobody to talk to")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SUM, str(rank), str(size), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=LIMIT_S)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0] * size, "\n".join(outputs)[-5000:]
