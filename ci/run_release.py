@@ -84,6 +84,8 @@ def _copy(folder: Path) -> None:
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
     os.unlink(archive)
+    for command in (["init", "--quiet"], ["add", "--all"]):  # tests ask git which files there are
+        subprocess.run(["git", *command], cwd=folder, check=True)
 
 
 def _pin(requirements: Path, name: str, version: str) -> None:

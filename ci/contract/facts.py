@@ -77,9 +77,9 @@ class Place:
         return [Broken(f"{place} {expected}", actual, self.by) for expected, actual in found]
 
     def _missing(self, node: ast.AST) -> Iterator[tuple[str, str]]:
-        if lacking := sorted(set(self.has) - code.names(node)):
+        if self.has and (lacking := sorted(set(self.has) - code.names(node))):
             yield f"has {', '.join(lacking)}", "not defined there"
-        if lacking := sorted(set(self.uses) - code.used(node)):
+        if self.uses and (lacking := sorted(set(self.uses) - code.used(node))):
             yield f"uses {', '.join(lacking)}", "never read there"
         given = code.parameters(node)
         if [name for name in given if name in self.takes] != list(self.takes):
