@@ -22,7 +22,7 @@ from packaging.specifiers import SpecifierSet
 
 from ci import matrix
 from ci.contract import code
-from ci.matrix import tomllib
+from ci.matrix import toml
 from ci.releases import ReleaseError, Sources, fetch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,8 +67,7 @@ class Patch:
 
 def series() -> list[Patch]:
     """All patches of series.toml. Raises TypeError for an entry that says something unknown."""
-    with (PATCHES / "series.toml").open("rb") as file:
-        return [Patch(**entry) for entry in tomllib.load(file)["patch"]]
+    return [Patch(**entry) for entry in toml(PATCHES / "series.toml")["patch"]]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -83,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
     ]
     try:
         with ThreadPoolExecutor(_THREADS) as pool:
-            for faults in pool.map(lambda release: list(faults_in(*release, wanted)), releases):
+            for faults in pool.map(lambda release: list(faults_in(release[0], release[1], wanted)), releases):
                 wrong += faults
     except ReleaseError as error:
         print(error, file=sys.stderr)
@@ -184,8 +183,9 @@ def stand_ins() -> list[str]:
             continue
         for node in code.parse(path.read_text()).body:
             # What answers a question says how things are; what answers nothing changes them.
-            is_public = isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
-            if is_public and isinstance(node, ast.FunctionDef) and ast.unparse(node.returns or ast.Tuple()) == "None":
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_") or node.returns is None:
+                continue
+            if ast.unparse(node.returns) == "None":
                 found.append(f"vllm_ray_ascend.compat.{path.stem}:{node.name}")
     return found
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
+_TOML = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "pip._vendor.tomli")
+"""Python 3.10 has its reader of TOML in pip alone."""
 PATH = Path(__file__).with_name("matrix.toml")
 RUNS = ("contract", "unit", "softnpu", "e2e")
 
@@ -49,16 +48,22 @@ class Matrix:
         raise ValueError(f"{PATH.name} has no line for {project} {version} (it has {known})")
 
 
+def toml(path: Path) -> dict[str, Any]:
+    """What a TOML file says."""
+    with path.open("rb") as file:
+        tables: dict[str, Any] = _TOML.load(file)
+    return tables
+
+
 def read(path: Path = PATH) -> Matrix:
     """The matrix. Raises ValueError for a line that says something unknown."""
-    with path.open("rb") as file:
-        tables = tomllib.load(file)
+    tables = toml(path)
     return Matrix({project: tuple(_release(project, line) for line in lines) for project, lines in tables.items()})
 
 
-def _release(project: str, line: Mapping[str, object]) -> Release:
+def _release(project: str, line: Mapping[str, Any]) -> Release:
     unknown = set(line) - {"version", "run", "with", "pins", "note"}
-    run = tuple(line.get("run", ()))  # type: ignore[call-overload]
+    run = tuple(line.get("run", ()))
     if unknown or "version" not in line or set(run) - set(RUNS):
         raise ValueError(
             f"{PATH.name}: {project}: {dict(line)}: say version, run (of {', '.join(RUNS)}), with, pins, note"
@@ -67,6 +72,6 @@ def _release(project: str, line: Mapping[str, object]) -> Release:
         version=str(line["version"]),
         run=run,
         made_for=str(line.get("with", "")),
-        pins=tuple(line.get("pins", ())),  # type: ignore[call-overload]
+        pins=tuple(line.get("pins", ())),
         note=str(line.get("note", "")),
     )

@@ -118,8 +118,9 @@ def _finder() -> Any:
     settings = _pip_settings()
     urls = [url for name in ("index-url", "extra-index-url") for url in settings.get(name, "").split()]
     remote = [url for url in urls if url.startswith("http")]
+    session: Any = PyPIClient(verify=settings.get("cert", True), follow_redirects=True)
     return PackageFinder(
-        session=PyPIClient(verify=settings.get("cert", True), follow_redirects=True),
+        session=session,
         index_urls=remote,
         ignore_compatibility=True,
     )

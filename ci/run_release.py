@@ -54,7 +54,9 @@ def pins_of(wanted: Mapping[str, str], matrix: Matrix) -> dict[str, str]:
     for name, version in wanted.items():
         release = matrix.release(name, version)
         pins[INSTALLED_AS.get(name, name)] = version
-        pins.update(pin.split("==") for pin in release.pins)
+        pins |= {
+            package: wanted_version for package, _, wanted_version in (pin.partition("==") for pin in release.pins)
+        }
     return pins
 
 
@@ -82,6 +84,8 @@ def _copy(folder: Path) -> None:
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
     os.unlink(archive)
+    for command in (["init", "--quiet"], ["add", "--all"]):  # tests ask git which files there are
+        subprocess.run(["git", *command], cwd=folder, check=True)
 
 
 def _pin(requirements: Path, name: str, version: str) -> None:

@@ -20,10 +20,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("releases", nargs="*", metavar="PROJECT==VERSION", help="default: all of ci/matrix.toml")
     parser.add_argument("--bodies", action="store_true", help="print fingerprints for facts.toml")
     options = parser.parse_args(arguments)
-    wanted = [tuple(each.split("==", 1)) for each in options.releases] or supported()
+    wanted = [(project, version) for project, _, version in (each.partition("==") for each in options.releases)]
+    wanted = wanted or supported()
     try:
         with ThreadPoolExecutor(_THREADS) as pool:
-            read = list(pool.map(lambda release: fetch(*release, files(release[0])), wanted))
+            read = list(pool.map(lambda release: fetch(release[0], release[1], files(release[0])), wanted))
     except ReleaseError as error:
         print(error, file=sys.stderr)
         return 2

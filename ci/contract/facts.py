@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from packaging.specifiers import SpecifierSet
 
 from ci.contract import code
-from ci.matrix import tomllib
+from ci.matrix import toml
 from ci.releases import Sources
 
 TABLE = Path(__file__).with_name("facts.toml")
@@ -77,9 +77,9 @@ class Place:
         return [Broken(f"{place} {expected}", actual, self.by) for expected, actual in found]
 
     def _missing(self, node: ast.AST) -> Iterator[tuple[str, str]]:
-        if lacking := sorted(set(self.has) - code.names(node)):
+        if self.has and (lacking := sorted(set(self.has) - code.names(node))):
             yield f"has {', '.join(lacking)}", "not defined there"
-        if lacking := sorted(set(self.uses) - code.used(node)):
+        if self.uses and (lacking := sorted(set(self.uses) - code.used(node))):
             yield f"uses {', '.join(lacking)}", "never read there"
         given = code.parameters(node)
         if [name for name in given if name in self.takes] != list(self.takes):
@@ -105,9 +105,9 @@ class Place:
 @functools.cache
 def table() -> list[Place]:
     """All places: those in facts.toml, and what our own code imports. Raises ValueError for an entry that is none."""
-    with TABLE.open("rb") as file:
-        tables = tomllib.load(file)
-    return [*(_place(project, entry) for project, entries in tables.items() for entry in entries), *imported()]
+    tables = toml(TABLE)
+    ranges = tables.pop("imports", {})
+    return [*(_place(project, entry) for project, entries in tables.items() for entry in entries), *imported(ranges)]
 
 
 def _place(project: str, entry: Mapping[str, Any]) -> Place:
@@ -122,28 +122,29 @@ def _place(project: str, entry: Mapping[str, Any]) -> Place:
     return place
 
 
-def imported(package: Path = PACKAGE) -> list[Place]:
-    """A place for each `from vllm... import ...` of ours, the software NPU's own apart."""
+def imported(ranges: Mapping[str, str], package: Path = PACKAGE) -> list[Place]:
+    """A place for each `from vllm... import ...` of ours, the software NPU's own apart.
+
+    ``ranges`` are the releases for which we import a name, by "package/module:name", or by a module for all below it.
+    """
     found = []
     for path in sorted(package.rglob("*.py")):
         by = path.relative_to(package).as_posix()
         if not by.startswith("softnpu/"):
-            found += [
-                place
-                for node in ast.walk(code.parse(path.read_text()))
-                if isinstance(node, ast.ImportFrom) and not node.level
-                for place in _imports(node, f"{by}: imports it")
-            ]
+            nodes = (node for node in ast.walk(code.parse(path.read_text())) if isinstance(node, ast.ImportFrom))
+            found += [place for node in nodes for place in _imports(node, f"{by}: imports it", ranges)]
     return found
 
 
-def _imports(node: ast.ImportFrom, by: str) -> Iterator[Place]:
-    module = (node.module or "").split(".")
-    project = PROJECTS.get(module[0])
-    if project is None:
+def _imports(node: ast.ImportFrom, by: str, ranges: Mapping[str, str]) -> Iterator[Place]:
+    parts = (node.module or "").split(".")
+    project, module = PROJECTS.get(parts[0]), "/".join(parts)
+    if project is None or node.level:
         return
     for alias in node.names:
-        yield Place(project, "/".join(module), has=(alias.name,), by=by)
+        keys = (f"{module}:{alias.name}", *("/".join(parts[:end]) for end in range(len(parts), 0, -1)))
+        releases = next((ranges[key] for key in keys if key in ranges), "")
+        yield Place(project, module, has=(alias.name,), by=by, releases=SpecifierSet(releases))
 
 
 def candidates(place: Place) -> tuple[str, str, str]:
@@ -174,7 +175,8 @@ def _import_broken(place: Place, sources: Sources) -> list[Broken]:
     if submodule in sources.names:
         return []
     texts = [text for name in (module, package) if (text := sources.text(name)) is not None]
-    if any(set(place.has) <= code.names(code.parse(text)) for text in texts):
+    defined = [code.names(code.parse(text)) for text in texts]
+    if any(place.has[0] in names or "*" in names for names in defined):  # what a star brings, nobody can tell
         return []
     what = "not defined there" if texts else "no such module"
     return [Broken(f"{place.file.replace('/', '.')} has {place.has[0]}", what, place.by)]

@@ -29,7 +29,7 @@ def register_npu() -> None:
     """Let this process's accelerator be an NPU. Only names are asked for, so torch need not know of NPUs."""
     import torch
 
-    torch.npu = torch.cpu  # type: ignore[attr-defined]
+    torch.npu = torch.cpu
     sys.modules.setdefault("torch.npu", torch.cpu)
     register_accelerator_context("npu", CPUCommunicator)
 
@@ -50,15 +50,14 @@ def detection() -> None:
     from ray._private.resource_and_label_spec import ResourceAndLabelSpec
 
     # CANN's Python module, by which Ray counts NPUs: eight of them.
-    sys.modules["acl"] = SimpleNamespace(  # type: ignore[assignment]
-        rt=SimpleNamespace(get_device_count=lambda: (8, 0))
-    )
+    modules: dict[str, Any] = sys.modules
+    modules["acl"] = SimpleNamespace(rt=SimpleNamespace(get_device_count=lambda: (8, 0)))
     find: Any = ResourceAndLabelSpec._get_current_node_accelerator
     manager, count = find(8, {})
-    assert (manager.get_resource_name(), count) == ("NPU", 8)
+    assert manager.get_resource_name() == "NPU" and count == 8, f"found {manager.get_resource_name(), count}"
     manager, count = find(None, {"TPU": 4})
     assert (manager.get_resource_name(), count) == ("NPU", 8)
-    del sys.modules["acl"]
+    del modules["acl"]
     manager, count = find(8, {})
     assert (manager.get_resource_name(), count) == ("GPU", 8), "what was declared still counts where nothing is found"
 
@@ -73,6 +72,7 @@ if __name__ == "__main__":
         runtime_env={"env_vars": {NOSET: "1"}},
         log_to_driver=False,
     )
-    holders = [Holder.remote() for _ in range(2)]
+    holder: Any = Holder
+    holders = [holder.remote() for _ in range(2)]
     run({"ray-0001": auto_transport, "ray-0002": devices, "ray-0003": detection})
     ray.shutdown()

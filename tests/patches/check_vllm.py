@@ -1,4 +1,4 @@
-"""What patches/vllm mends, asked of the vLLM on the path; one check a patch. Its platform is the CPU's."""
+"""What patches/vllm mends, asked of the vLLM on the path, on software NPUs; one check a patch."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ray.cluster_utils import Cluster
 from tests.patches.report import run
 
 MASTER, OTHER = "127.0.0.1", "127.0.0.2"
+modules: dict[str, Any] = sys.modules
 
 
 def node_variables() -> None:
@@ -52,13 +53,11 @@ def pipeline_communicator() -> None:
 
 
 def scale_up() -> None:
-    from vllm.platforms import current_platform
     from vllm.v1.engine.utils import CoreEngineActorManager
 
     nodes = [SimpleNamespace(node_ip=node["NodeManagerAddress"], node_id=node["NodeID"]) for node in ray.nodes()]
     # The state API asks Ray's dashboard, which is an extra of Ray's; its control store says the same.
-    sys.modules["ray.util.state"] = SimpleNamespace(list_nodes=lambda: nodes)  # type: ignore[assignment]
-    type(current_platform).ray_device_key = "NPU"
+    modules["ray.util.state"] = SimpleNamespace(list_nodes=lambda: nodes)
     old = SimpleNamespace(data_parallel_size=1, data_parallel_master_ip=MASTER, world_size=1)
     groups, _ = CoreEngineActorManager.add_dp_placement_groups(SimpleNamespace(parallel_config=old), 2)
     (group,) = groups
@@ -69,7 +68,9 @@ def end_of_workers() -> None:
     from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
     from vllm.v1.executor.ray_executor_v2 import RayExecutorV2, RayWorkerHandle, RayWorkerProc
 
-    class Worker(RayWorkerProc):
+    parent: Any = RayWorkerProc
+
+    class Worker(parent):  # type: ignore[misc]
         """vLLM's worker without a model: its loop and its end are upstream's."""
 
         def __init__(self, handle: Any, ended: str) -> None:
@@ -103,14 +104,14 @@ def platform_variables() -> None:
     type(current_platform).additional_env_vars = ["HCCL_BUFFSIZE"]  # as a platform's plugin says
     os.environ["HCCL_BUFFSIZE"] = "200"
     manager = CoreEngineActorManager.__new__(CoreEngineActorManager)
-    config = SimpleNamespace(model_config=SimpleNamespace(is_moe=False), parallel_config=None)
+    config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=1))
     with contextlib.suppress(AttributeError):  # it goes on to the engines' places, and there are none
-        manager.__init__(config, None, None, False)  # type: ignore[misc]
+        manager.__init__(config, None, None, False)
     assert manager.env_vars_dict.get("HCCL_BUFFSIZE") == "200"
 
 
 def metrics_without_serve() -> None:
-    sys.modules["ray.serve"] = None  # type: ignore[assignment]
+    modules["ray.serve"] = None
     from vllm.v1.metrics import ray_wrappers
 
     assert ray_wrappers.ray_metrics is not None

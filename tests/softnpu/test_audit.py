@@ -111,7 +111,8 @@ def test_a_bad_noset_is_a_warning_told_once(cluster: Cluster) -> None:
     refusal, log = told(cluster, "tell([message(audit_nodes), message(audit_nodes)])")
     assert refusal == [None, None]
     expected = (
-        f"node {cluster.node(2).address}: {NOSET}=0,1,2 counts as false, Ray takes only 1 and true. Workers of this "
+        f"node {cluster.node(2).address}: {NOSET}=0,1,2 counts as false since Ray 2.54, which "
+        "takes only 1 and true. Workers of this "
         f"engine have 1 all the same; for others: `ray stop` there, then `export {NOSET}=1`, then "
         f"`ray start --address={cluster.ray_address}`."
     )

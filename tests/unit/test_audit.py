@@ -175,7 +175,8 @@ def test_fewer_declared_than_there_are() -> None:
 def test_noset_that_ray_reads_as_false() -> None:
     assert found(replace(HEALTHY, noset="0,1,2")) == [
         warning(
-            "RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES=0,1,2 counts as false, Ray takes only 1 and true. "
+            "RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES=0,1,2 counts as false since Ray 2.54, "
+            "which takes only 1 and true. "
             "Workers of this engine have 1 all the same; for others: `ray stop` there, then "
             f"`export RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES=1`, then {JOIN}.",
         )

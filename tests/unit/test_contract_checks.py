@@ -86,10 +86,16 @@ def test_a_body_that_was_read_in_another_release_is_named(tmp_path: Path) -> Non
 
 
 def test_our_imports_are_places_too() -> None:
-    ours = {(place.project, place.file, *place.has) for place in imported()}
+    ours = {(place.project, place.file, *place.has) for place in imported({})}
     assert ("vllm", "vllm/v1/executor/ray_executor_v2", "RayExecutorV2") in ours
     assert ("ray", "ray/_private/state", "available_resources_per_node") in ours
-    assert not any(place.by.startswith("softnpu/") for place in imported())
+    assert not any(place.by.startswith("softnpu/") for place in imported({}))
+
+
+@pytest.mark.parametrize("key", ["ray/_private/state:available_resources_per_node", "ray/_private/state", "ray"])
+def test_an_import_may_be_for_some_releases_only(key: str) -> None:
+    found = [place for place in imported({key: ">=2.50"}) if place.file == "ray/_private/state"]
+    assert found and not any(place.holds_in("2.48.0") for place in found)
 
 
 def test_the_table_is_well_formed() -> None:

@@ -164,7 +164,8 @@ def _noset(node: _Node) -> str | None:
     if value is None or value.lower() in ("", "0", "false", "1", "true"):
         return None
     return (
-        f"{NOSET}={value} counts as false, Ray takes only 1 and true. Workers of this engine have 1 all the same; for "
+        f"{NOSET}={value} counts as false since Ray 2.54, which takes only 1 and true. "
+        "Workers of this engine have 1 all the same; for "
         f"others: {_restart(node, prepare=f'`export {NOSET}=1`')}."
     )
 
