@@ -9,5 +9,7 @@ fi
 for name in "${PYTHON:-python3.11}" python3.12 python3.10 python3; do
   if command -v "$name" >/dev/null; then python="$name"; break; fi
 done
-"${python:?no Python found: install python3.11, or name one in PYTHON}" demo/install.py test
+: "${python:?no Python found: install python3.11, or name one in PYTHON}"
+if [[ " $* " == *" --list "* ]]; then exec "$python" -m ci.suite --list; fi
+"$python" demo/install.py test
 exec .venv/bin/python -m ci.suite "$@"

@@ -21,6 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements"
 GROUPS = ("demo", "test", "lint", "docs", "bench", "upstream")
+ALONE = frozenset({"docs"})
+"""Groups that run without "demo"."""
 _SHOW_EVERY_S = 10.0
 
 # vllm-ascend comes as source only. Its metadata step imports torch, which must not look for CANN then; its custom
@@ -29,7 +31,7 @@ BUILD_ENVIRONMENT = {"SOC_VERSION": "ascend910b1", "COMPILE_CUSTOM_KERNELS": "0"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Install what the groups named in ``arguments`` need ("demo" always); the exit code."""
+    """Install what the groups named in ``arguments`` need; the exit code."""
     unknown = set(arguments) - set(GROUPS)
     if unknown:
         print(f"install.py: no group {', '.join(sorted(unknown))}: choose from {', '.join(GROUPS)}", file=sys.stderr)
@@ -41,13 +43,18 @@ def main(arguments: Sequence[str]) -> int:
     environment = ROOT / ".venv"
     started = time.monotonic()
     try:
-        done = [install_group(group, environment) for group in GROUPS if group in {"demo", *arguments}]
+        done = [install_group(group, environment) for group in GROUPS if group in groups_of(arguments)]
     except subprocess.CalledProcessError as error:
         print(f"install.py: failed with exit code {error.returncode}: {error.cmd}\n{error.output}", file=sys.stderr)
         return 1
     if any(done):
         print(f"installed in {time.monotonic() - started:.0f} s", flush=True)
     return 0
+
+
+def groups_of(arguments: Sequence[str]) -> set[str]:
+    """The groups to install: "demo" unless only such are named as do without."""
+    return {*arguments} if arguments and ALONE.issuperset(arguments) else {"demo", *arguments}
 
 
 def install_group(group: str, environment: Path) -> bool:
@@ -68,8 +75,10 @@ def install_group(group: str, environment: Path) -> bool:
 
 
 def fingerprint(group: str) -> str:
-    """What an installation of ``group`` depends on, as one line."""
-    sources = [*sorted(REQUIREMENTS.glob("*.txt")), ROOT / "pyproject.toml", Path(__file__)]
+    """What an installation of ``group`` depends on, as one line: not on what only other groups read."""
+    own = REQUIREMENTS / f"{group}.txt"
+    shared = [REQUIREMENTS / name for name in ("torch.txt", "demo.txt", "vllm-ascend.txt")]
+    sources = [*sorted({own, *shared}), ROOT / "pyproject.toml", Path(__file__)]
     digest = hashlib.sha256(sys.version.encode())
     for path in sources:
         digest.update(path.read_bytes())
@@ -144,7 +153,7 @@ STEPS: dict[str, list[tuple[str, Callable[[Path], None]]]] = {
     ],
     "test": [("pytest and others", _from_file("test.txt", "--no-deps"))],
     "lint": [("ruff, mypy and what checks files of others", _from_file("lint.txt", "--no-deps"))],
-    "docs": [("mkdocs", _from_file("docs.txt", "--no-deps"))],
+    "docs": [("mkdocs", _from_file("docs.txt", "--no-deps", "-c", str(REQUIREMENTS / "demo.txt")))],
     "bench": [("matplotlib", _from_file("bench.txt", "--no-deps"))],
     "upstream": [("what vLLM's own tests need", _from_file("upstream.txt", "--no-deps"))],
 }

@@ -14,6 +14,7 @@ import yaml
 
 from ci import suite as command
 from ci.junit import outcome
+from ci.matrix import read
 from ci.runner import Runner, detect
 from ci.suites import EVERY_CHANGE, NEEDS, SUITES, Suite, chosen
 
@@ -142,6 +143,20 @@ def test_pipelines_name_suites_that_there_are() -> None:
     assert found
     assert {name for each in found for name in each.split()} <= {*SUITES, "all"}
     assert set(EVERY_CHANGE) <= {name for each in found for name in each.split()}
+
+
+def test_containers_and_manifests_have_the_versions_that_were_run() -> None:
+    matrix = read()
+    run = {name: [each.version for each in matrix.projects[name] if "e2e" in each.run] for name in matrix.projects}
+    found: dict[str, set[str]] = {}
+    for path in (ROOT / "ci" / "containers").glob("*.Dockerfile"):
+        for name, version in re.findall(r"^ARG (VLLM|VLLM_ASCEND|RAY)=(\S+)$", path.read_text(), re.MULTILINE):
+            found.setdefault(name.lower().replace("_", "-"), set()).add(version)
+    for path in (ROOT / "docs" / "kuberay").glob("*.yaml"):
+        found["ray"] |= set(re.findall(r'rayVersion: "(\S+)"', path.read_text()))
+        found["vllm-ascend"] |= set(re.findall(r"image: \S+:(\S+)", path.read_text()))
+    assert set(found) == {"vllm", "vllm-ascend", "ray"}
+    assert all(versions <= set(run[name]) for name, versions in found.items()), (found, run)
 
 
 def test_a_report_of_pytests_own_is_read() -> None:

@@ -115,7 +115,7 @@ def build() -> Path:
     if target.is_dir():
         return target
     cache_folder().mkdir(parents=True, exist_ok=True)
-    with open(cache_folder() / ".lock", "w") as lock:
+    with target.with_suffix(".lock").open("w") as lock:
         try:  # several processes may start at once: one builds, the others find it
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
