@@ -360,8 +360,8 @@ class Group:
     def _late(self, transfer: Transfer) -> TransferLateError:
         return TransferLateError(
             f"{self._name()}: {transfer.what} has not ended after {transfer.limit_s:g} s. The other rank is late, "
-            "stopped or does something else: look for the first error in the logs of all ranks. If it only needs longer, raise "
-            "VLLM_RAY_ASCEND_TRANSFER_LIMIT_S (and HCCL_EXEC_TIMEOUT above it)."
+            "stopped or does something else: look for the first error in the logs of all ranks. If it needs longer, "
+            "raise VLLM_RAY_ASCEND_TRANSFER_LIMIT_S (and HCCL_EXEC_TIMEOUT above it)."
         )
 
     def _fail(self, error: Exception) -> Exception:
