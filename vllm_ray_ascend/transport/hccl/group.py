@@ -311,7 +311,7 @@ class Group:
             while self._pending:
                 transfer = self._pending[0]
                 assert transfer.mark is not None
-                if transfer.waiting or not transfer.mark.over():
+                if transfer.waiting or not transfer.mark.passed():
                     return transfer
                 transfer.mark.close()
                 transfer.mark, transfer.keep = None, ()
