@@ -40,6 +40,7 @@ logger = get_logger(__name__)
 
 _LOOK_S = 0.05  # how soon a wait notices an abort that the device does not end by itself
 _DESTROY_S = 2.0  # HcclCommDestroy may wait for the device; whoever ends a communicator does not wait for that
+_CLOSE_S = 0.5  # likewise of its stream
 
 
 def new_root(device: int) -> bytes:
@@ -389,21 +390,23 @@ class Group:
             self._ended = reason
         finally:
             self._calls.release()
-        destroyed = threading.Event()
-        threading.Thread(target=self._destroy, args=(destroyed,), name="hccl-destroy", daemon=True).start()
-        destroyed.wait(_DESTROY_S)
+        gone = threading.Event()
+        threading.Thread(target=self._destroy, args=(gone,), name="hccl-destroy", daemon=True).start()
+        gone.wait(_DESTROY_S)
 
-    def _destroy(self, destroyed: threading.Event) -> None:
+    def _destroy(self, gone: threading.Event) -> None:
+        """As the stream may wait for one of the caller's, or on an NPU until HCCL's own limit, it may go only later."""
         try:
             self._npu.bind_thread(self.device)
             self._hccl.destroy(self._comm)
-            destroyed.set()
-            while not self._lane.close(_DESTROY_S):
-                pass  # it waits for a stream of the caller's, or on an NPU until HCCL's own limit
+            closed = self._lane.close(_CLOSE_S)
+            gone.set()
+            while not closed:
+                closed = self._lane.close(_DESTROY_S)
         except (HcclError, RuntimeError) as error:
             logger.warning("%s: %s", self._name(), error)
         finally:
-            destroyed.set()
+            gone.set()
 
     def _name(self) -> str:
         return f"HCCL communicator of rank {self.rank} of {self.size} (npu:{self.device})"
