@@ -267,10 +267,10 @@ def fault(text: str) -> None:
 
 def silent() -> None:
     """Rank 1 takes part in nothing (fault hccl_silent): the others give up after their limit; sends are noticed too."""
-    own = group(limit_s=2)
+    own = group(limit_s=2 if RANK == 0 else 40)
     fault("hccl_silent:rank=1")
     if RANK == 1:
-        ends(lambda: receive(own, 0), (TransferLateError, HcclError))
+        own.send(torch.ones(10, device="npu"), 0)
         await_mark("over")
         fault("")
         return
@@ -323,6 +323,30 @@ def aborted() -> None:
 
 def destroyed() -> None:
     ended_by_another_thread("destroy")
+
+
+def held() -> None:
+    """A send whose producer hangs when its group ends: its stream goes once the producer goes on, and no sooner."""
+    own = group(limit_s=2)
+    if RANK == 1:
+        ends(lambda: receive(own, 0), TransferLateError, "receive of float32[10] from rank 0", within=5)
+        return
+    producer = torch.npu.Stream()
+    with torch.npu.stream(producer), gated(producer) as gate:
+        own.send(torch.ones(10, device="npu"), 1)
+        end = time.monotonic() + 20
+        while own.ended is None:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        gate.open()
+        while True:
+            try:
+                torch.npu.synchronize()
+                break
+            except RuntimeError:
+                assert time.monotonic() < end
+                time.sleep(0.1)
+    assert float(torch.ones(3, device="npu").sum()) == 3.0
 
 
 def refused() -> None:

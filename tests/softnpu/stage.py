@@ -118,7 +118,8 @@ class Stage:
 
         if what == "complex":
             return torch.ones(2, device="npu", dtype=torch.complex64)
-        return torch.ones(2, device="npu:3")
+        own = torch.device(self.about()["device"]).index
+        return torch.ones(2, device=f"npu:{(own + 1) % 6}")
 
     def hold(self, count: int) -> Any:
         """A tensor whose producer does not run until `let_go`: whoever receives it waits in HCCL."""

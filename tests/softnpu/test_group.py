@@ -14,7 +14,7 @@ from tests.softnpu.ranks import Outcome, listed, run_ranks
 
 PAIR = [
     "basic", "order", "missing_wait", "captured", "many", "large", "refused", "aborted", "destroyed",
-    "silent", "silent_send", "wrong_size", "absent",
+    "silent", "silent_send", "held", "wrong_size", "absent",
 ]  # fmt: skip
 FOUR = ["basic", "killed_in_send", "killed_in_recv", "killed_in_collective"]
 Told = tuple[Path, list[Outcome]]

@@ -202,7 +202,8 @@ class HcclCommunicator(Communicator):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         """Travels unconnected: an actor is its rank only once Ray says so."""
-        return self.__dict__ | {"_rank": None, "_group": None, "_destroyed": False}
+        unconnected = {"_rank": None, "_group": None, "_destroyed": False}
+        return {"_handles": self._handles, "_comm_id": self._comm_id} | unconnected
 
     @cached_property
     def _contexts(self) -> tuple[Any, Any]:

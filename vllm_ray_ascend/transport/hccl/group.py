@@ -40,6 +40,7 @@ logger = get_logger(__name__)
 
 _LOOK_S = 0.05  # how soon a wait notices an abort that the device does not end by itself
 _DESTROY_S = 2.0  # HcclCommDestroy may wait for the device; whoever ends a communicator does not wait for that
+_CLOSE_S = 0.5  # likewise of its stream
 
 
 def new_root(device: int) -> bytes:
@@ -57,16 +58,20 @@ class Transfer:
         self, group: Group, what: str, mark: Mark | None, before: Mark | None = None, keep: Sequence[Any] = ()
     ) -> None:
         self.what, self.mark, self.before, self.keep = what, mark, before, keep
-        self.began = time.monotonic()
         self.waiting = 0  # threads
         self._group = group
+        self.limit_by(group.limit_s)
+
+    def limit_by(self, limit_s: float) -> None:
+        """Count from now."""
+        self.limit_s, self.end = limit_s, time.monotonic() + limit_s
 
     def done(self) -> bool:
         """Whether the device is past it, well or not."""
         return self._group.done(self)
 
     def wait(self, limit_s: float | None = None) -> None:
-        """Wait until the tensors may be used by any stream, ``limit_s`` seconds at most (the group's limit if None).
+        """Wait until any stream may use the tensors: ``limit_s`` seconds from now, or the group's since the beginning.
 
         Raises TransferLateError, TransferAbortedError or HcclError, and with the first and the last the group is at
         its end.
@@ -211,12 +216,12 @@ class Group:
 
     def wait(self, transfer: Transfer, limit_s: float | None = None) -> None:
         """As `Transfer.wait`."""
-        limit_s = self.limit_s if limit_s is None else limit_s
-        end = time.monotonic() + limit_s
-        while not self._came(transfer, max(0.0, min(_LOOK_S, end - time.monotonic()))):
+        if limit_s is not None:
+            transfer.limit_by(limit_s)
+        while not self._came(transfer, max(0.0, min(_LOOK_S, transfer.end - time.monotonic()))):
             self._raise_if_over(transfer.what)
-            if time.monotonic() >= end:
-                raise self._fail(self._late(transfer, limit_s))
+            if time.monotonic() >= transfer.end:
+                raise self._fail(self._late(transfer))
         self._raise_if_over(transfer.what)
         transfer.keep = ()
 
@@ -241,8 +246,8 @@ class Group:
                 self._raise_if_over("transfer")
             except VllmRayAscendError:  # kept for whoever uses the group next
                 return
-            if late is not None and time.monotonic() - late.began > self.limit_s:
-                self._fail(self._late(late, self.limit_s))
+            if late is not None and time.monotonic() >= late.end:
+                self._fail(self._late(late))
 
     # ---- inside
 
@@ -312,7 +317,7 @@ class Group:
             while self._pending:
                 transfer = self._pending[0]
                 assert transfer.mark is not None
-                if transfer.waiting or not transfer.mark.over():
+                if transfer.waiting or not transfer.mark.passed():
                     return transfer
                 transfer.mark.close()
                 if transfer.before is not None:
@@ -360,11 +365,11 @@ class Group:
             "look for the first error in the logs of all ranks."
         )
 
-    def _late(self, transfer: Transfer, limit_s: float) -> TransferLateError:
+    def _late(self, transfer: Transfer) -> TransferLateError:
         return TransferLateError(
-            f"{self._name()}: {transfer.what} has not ended after {limit_s:g} s. The other rank is late, stopped or "
-            "does something else: look for the first error in the logs of all ranks. If it only needs longer, raise "
-            "VLLM_RAY_ASCEND_TRANSFER_LIMIT_S (and HCCL_EXEC_TIMEOUT above it)."
+            f"{self._name()}: {transfer.what} has not ended after {transfer.limit_s:g} s. The other rank is late, "
+            "stopped or does something else: look for the first error in the logs of all ranks. If it needs longer, "
+            "raise VLLM_RAY_ASCEND_TRANSFER_LIMIT_S (and HCCL_EXEC_TIMEOUT above it)."
         )
 
     def _fail(self, error: Exception) -> Exception:
@@ -383,20 +388,25 @@ class Group:
             if self._ended is not None:
                 return
             self._ended = reason
-            destroyer = threading.Thread(target=self._destroy, name="hccl-destroy", daemon=True)
         finally:
             self._calls.release()
-        destroyer.start()
-        destroyer.join(_DESTROY_S)
+        gone = threading.Event()
+        threading.Thread(target=self._destroy, args=(gone,), name="hccl-destroy", daemon=True).start()
+        gone.wait(_DESTROY_S)
 
-    def _destroy(self) -> None:
+    def _destroy(self, gone: threading.Event) -> None:
+        """As the stream may wait for one of the caller's, or on an NPU until HCCL's own limit, it may go only later."""
         try:
             self._npu.bind_thread(self.device)
             self._hccl.destroy(self._comm)
-            while not self._lane.close(_DESTROY_S):
-                pass  # it waits for a stream of the caller's, or on an NPU until HCCL's own limit
+            closed = self._lane.close(_CLOSE_S)
+            gone.set()
+            while not closed:
+                closed = self._lane.close(_DESTROY_S)
         except (HcclError, RuntimeError) as error:
             logger.warning("%s: %s", self._name(), error)
+        finally:
+            gone.set()
 
     def _name(self) -> str:
         return f"HCCL communicator of rank {self.rank} of {self.size} (npu:{self.device})"

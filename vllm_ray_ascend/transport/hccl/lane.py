@@ -17,7 +17,7 @@ from vllm_ray_ascend.transport.hccl.library import recent_error
 
 _SYNC = 1  # ACL_EVENT_SYNC: streams and the host may wait for it
 _LATE = (507046, 507047)  # ACL_ERROR_RT_STREAM_SYNC_TIMEOUT, ACL_ERROR_RT_EVENT_SYNC_TIMEOUT
-_RECORDED, _WAITED_FOR = 1, 0  # ACL_EVENT_RECORDED_STATUS_COMPLETE, ACL_EVENT_WAIT_STATUS_COMPLETE
+_RECORDED = 1  # ACL_EVENT_RECORDED_STATUS_COMPLETE
 _RUNTIME = 15  # HCCL_E_RUNTIME
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "aclrtCreateStream": (POINTER(c_void_p),),
@@ -27,7 +27,6 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "aclrtCreateEventExWithFlag": (POINTER(c_void_p), c_uint32),
     "aclrtRecordEvent": (c_void_p, c_void_p),
     "aclrtQueryEventStatus": (c_void_p, POINTER(c_int)),
-    "aclrtQueryEventWaitStatus": (c_void_p, POINTER(c_int)),
     "aclrtSynchronizeEventWithTimeout": (c_void_p, c_int32),
     "aclrtDestroyEvent": (c_void_p,),
 }
@@ -44,7 +43,9 @@ class Mark:
 
     def passed(self) -> bool:
         """Whether the stream is past it."""
-        return _status("aclrtQueryEventStatus", self._event) == _RECORDED
+        found = c_int()
+        _call("aclrtQueryEventStatus", self._event, byref(found))
+        return found.value == _RECORDED
 
     def wait(self, limit_s: float) -> bool:
         """The host waits, for ``limit_s`` seconds at most; whether the stream is past it."""
@@ -55,12 +56,8 @@ class Mark:
         """What one of torch's streams gets from now on comes after it."""
         _call("aclrtStreamWaitEvent", bare(stream), self._event)
 
-    def over(self) -> bool:
-        """Whether the stream is past it, and whatever waits for it too."""
-        return self.passed() and _status("aclrtQueryEventWaitStatus", self._event) == _WAITED_FOR
-
     def close(self) -> None:
-        """Forget it, once it is over."""
+        """Forget it, once it is past. Who waits for an event of this kind waits for what it was when he was told to."""
         _call("aclrtDestroyEvent", self._event)
 
 
@@ -108,12 +105,6 @@ class Lane:
 def bare(stream: Any) -> c_void_p:
     """The stream of CANN's below one of torch's. torch_npu first hands over to it all that its own queue holds."""
     return c_void_p(stream.npu_stream)
-
-
-def _status(name: str, event: c_void_p) -> int:
-    found = c_int()
-    _call(name, event, byref(found))
-    return found.value
 
 
 def _call(name: str, *arguments: Any, but: tuple[int, ...] = ()) -> int:
