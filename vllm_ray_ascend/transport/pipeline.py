@@ -111,7 +111,7 @@ class HcclPPCommunicator(Communicator):  # type: ignore[misc]  # Ray tells no ty
 
     def recv(self, shape: tuple[int, ...], dtype: torch.dtype, peer_rank: int, allocator: Any = None) -> torch.Tensor:
         """A tensor from a stage, safe to be read on any stream. RayChannelError after `destroy`, and where it does not
-        come in time."""
+        come in time: vLLM's group still waits for it then, and is of no more use."""
         import torch
 
         members = self._member()
