@@ -142,6 +142,12 @@ class Accelerator(ABC):
         """What the runtime says of the error that has stopped a stream; nothing where it goes on, or tells nothing."""
         return ""
 
+    def check_transfer(self, work: Any) -> None:
+        """Raise RuntimeError where torch.distributed's ``work``, which has ended, did so by an error.
+
+        Nothing is known of NCCL beyond what ``work.wait()`` raises: torch's watchdog ends the process.
+        """
+
     def plain(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor with its elements one after the other in memory, as other devices expect it: a copy if need be."""
         return tensor.contiguous()

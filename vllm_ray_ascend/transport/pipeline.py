@@ -209,7 +209,8 @@ class _Members:
             if work is None:
                 raise RayChannelError(f"stage {self.own} is not in the group of stage {peer}")
             self._await(work, peer, limit_s)
-            work.wait()  # raises what went wrong
+            work.wait()
+            current().check_transfer(work)
 
     def settle(self, limit_s: float) -> bool:
         """Wait until no call is under way and nothing is being sent."""
