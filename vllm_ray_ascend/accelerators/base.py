@@ -142,7 +142,7 @@ class Accelerator(ABC):
         """What the runtime says of the error that has stopped a stream; nothing where it goes on, or tells nothing."""
         return ""
 
-    def check_transfer(self, work: Any) -> None:
+    def check_transfer(self, work: Any) -> None:  # noqa: B027  torch tells of NCCL by itself
         """Raise RuntimeError where torch.distributed's ``work``, which has ended, did so by an error.
 
         Nothing is known of NCCL beyond what ``work.wait()`` raises: torch's watchdog ends the process.

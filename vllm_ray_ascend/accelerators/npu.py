@@ -100,8 +100,8 @@ class Npu(Accelerator):
         return " ".join((said() or b"").decode(errors="replace").split()).rstrip(". ") if code else ""
 
     def check_transfer(self, work: Any) -> None:
-        """An operation whose peer has died counts as completed in torch_npu 2.13, its ``wait()`` raises nothing, and the
-        stream that waits for it goes on: HCCL alone knows, and the device."""
+        """An operation whose peer has died counts as completed in torch_npu 2.13, its ``wait()`` raises nothing, and
+        the stream that waits for it goes on: HCCL alone knows, and the device."""
         if work.is_success():
             return
         self.synchronise()  # which says what happened
