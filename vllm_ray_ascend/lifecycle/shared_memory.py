@@ -19,7 +19,7 @@ def mapped() -> set[str]:
 
 
 def channels() -> set[str]:
-    """Names of the semaphores of Ray's channels that this process has open; whoever has them open does not need them."""
+    """Names of the semaphores of Ray's channels that this process has open, which need no name any more then."""
     return set(_SEMAPHORE.findall(_maps()))
 
 
