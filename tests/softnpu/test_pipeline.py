@@ -22,8 +22,12 @@ def test_tensors_between_stages(tmp_path: Path) -> None:
 
 
 def test_waits_end(tmp_path: Path) -> None:
-    """A stage that is silent, a communicator that is destroyed meanwhile, and a stage that is killed."""
-    first, second = run_ranks("test_pipeline", "faults", 2, tmp_path, VARIABLES)
+    """A stage that is silent, and a communicator that is destroyed meanwhile."""
+    succeeded(run_ranks("test_pipeline", "silent", 2, tmp_path, VARIABLES))
+
+
+def test_a_stage_that_is_killed_is_told(tmp_path: Path) -> None:
+    first, second = run_ranks("test_pipeline", "killed", 2, tmp_path, VARIABLES)
     assert first.code == 0, first.output[-4000:]
     assert second.code == -signal.SIGKILL, second.output[-4000:]
 
@@ -57,23 +61,19 @@ def values(own: int, communicator: Any, folder: Path) -> None:
     assert communicator.settle(LONG_S)
 
 
-def faults(own: int, communicator: Any, folder: Path) -> None:
+def silent(own: int, communicator: Any, folder: Path) -> None:
     import torch
 
     if own == 1:
-        communicator.recv((1,), torch.int64, 0)
-        (folder / "there").touch()
-        time.sleep(LATE_S)
-        os.kill(os.getpid(), signal.SIGKILL)
+        while not (folder / "done").exists():
+            time.sleep(0.05)
+        return
     told: list[Exception] = []
     communicator.on_failure(told.append)
     communicator._limit_s = LATE_S
     assert "has waited 1 s for a tensor that stage 1 was to send" in raised(lambda: receive(communicator))
     assert [type(error) for error in told] == [TimeoutError]
     communicator._limit_s = LONG_S
-    communicator.send(torch.ones(1, dtype=torch.int64, device="npu:0"), 1)
-    while not (folder / "there").exists():
-        time.sleep(0.01)
     said: list[str] = []
     waiting = threading.Thread(target=lambda: said.append(raised(lambda: receive(communicator))))
     waiting.start()
@@ -84,6 +84,17 @@ def faults(own: int, communicator: Any, folder: Path) -> None:
     waiting.join(LONG_S)
     assert "was destroyed" in said[0]
     assert "was destroyed" in raised(lambda: communicator.send(torch.ones(1, device="npu:0"), 1))
+    (folder / "done").touch()
+
+
+def killed(own: int, communicator: Any, folder: Path) -> None:
+    if own == 1:
+        time.sleep(LATE_S)
+        os.kill(os.getpid(), signal.SIGKILL)
+    told: list[Exception] = []
+    communicator.on_failure(told.append)
+    assert "waiting for a tensor of stage 1 failed: " in raised(lambda: receive(communicator))
+    assert "is gone: its process has ended" in str(told[0])
 
 
 def receive(communicator: Any) -> None:
@@ -126,7 +137,7 @@ def main(scenario: str) -> None:
     assert communicator.get_self_rank() is None
     members = communicator.join(f"actor of {own}")
     assert (members.own, members.actors) == (own, ["actor of 0", "actor of 1"])
-    {"values": values, "faults": faults}[scenario](own, communicator, folder)
+    {"values": values, "silent": silent, "killed": killed}[scenario](own, communicator, folder)
     os._exit(0)  # torch would wait for its peer
 
 

@@ -134,6 +134,12 @@ class Accelerator(ABC):
         """Wait for all work on the calling thread's device."""
         self.torch_module.synchronize()
 
+    def check_transfer(self, work: Any) -> None:  # noqa: B027  torch tells of NCCL by itself
+        """Raise RuntimeError where torch.distributed's ``work``, which has ended, did so by an error.
+
+        Nothing is known of NCCL beyond what ``work.wait()`` raises: torch's watchdog ends the process.
+        """
+
     def plain(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor with its elements one after the other in memory, as other devices expect it: a copy if need be."""
         return tensor.contiguous()

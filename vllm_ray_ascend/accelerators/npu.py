@@ -80,6 +80,14 @@ class Npu(Accelerator):
         found = ctypes.c_uint32()
         return found.value if ask is not None and ask(ctypes.byref(found)) == 0 else None
 
+    def check_transfer(self, work: Any) -> None:
+        """An operation whose peer has died counts as completed in torch_npu 2.13, its ``wait()`` raises nothing, and
+        the stream that waits for it goes on: HCCL alone knows, and the device."""
+        if work.is_success():
+            return
+        self.synchronise()  # which says what happened
+        raise RuntimeError("HCCL says that an operation has failed, and the device does not say why")
+
     def plain(self, tensor: torch.Tensor) -> torch.Tensor:
         """In the format that torch knows as well: vllm-ascend keeps some weights in a private one of the NPU."""
         import torch_npu

@@ -111,7 +111,7 @@ class HcclPPCommunicator(Communicator):  # type: ignore[misc]  # Ray tells no ty
 
     def recv(self, shape: tuple[int, ...], dtype: torch.dtype, peer_rank: int, allocator: Any = None) -> torch.Tensor:
         """A tensor from a stage, safe to be read on any stream. RayChannelError after `destroy`, and where it does not
-        come in time."""
+        come in time: vLLM's group still waits for it then, and is of no more use."""
         import torch
 
         members = self._member()
@@ -209,7 +209,8 @@ class _Members:
             if work is None:
                 raise RayChannelError(f"stage {self.own} is not in the group of stage {peer}")
             self._await(work, peer, limit_s)
-            work.wait()  # raises what went wrong
+            work.wait()
+            current().check_transfer(work)
 
     def settle(self, limit_s: float) -> bool:
         """Wait until no call is under way and nothing is being sent."""
