@@ -20,16 +20,15 @@ from vllm_ray_ascend.accelerators.choose import accelerator
 from vllm_ray_ascend.errors import (
     CaptureError,
     HcclError,
-    TensorTransportError,
     TransferAbortedError,
     TransferLateError,
     VllmRayAscendError,
 )
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import load
-from vllm_ray_ascend.transport.hccl import types
+from vllm_ray_ascend.transport.hccl import check, types
 from vllm_ray_ascend.transport.hccl.lane import Lane, Mark
-from vllm_ray_ascend.transport.hccl.library import ROOT_INFO_BYTES, Buffer, Part, failure, library
+from vllm_ray_ascend.transport.hccl.library import Buffer, Part, failure, library
 from vllm_ray_ascend.transport.hccl.limits import limit
 from vllm_ray_ascend.transport.hccl.watch import watch
 
@@ -88,7 +87,7 @@ class Group:
         Raises TensorTransportError for ranks that cannot be, and HcclError, which after HCCL_CONNECT_TIMEOUT says that
         not all came.
         """
-        _check_place(rank, size, root)
+        check.place(rank, size, root)
         self.device, self.rank, self.size = device, rank, size
         self.limit_s = limit(load().transfer_limit_s, os.environ) if limit_s is None else limit_s
         self._npu = accelerator("npu")
@@ -112,8 +111,8 @@ class Group:
 
         With ``caller_waits`` False it does not: then nobody writes to the tensor before the transfer was waited for.
         """
-        what = f"send of {_words(tensor)} to rank {peer}"
-        self._check(what, tensor, peer)
+        what = f"send of {check.words(tensor)} to rank {peer}"
+        check.pair(self, what, tensor, peer)
         number = types.to_move(str(tensor.dtype))
 
         def post(stream: int) -> None:
@@ -125,7 +124,7 @@ class Group:
 
     def recv(self, tensor: torch.Tensor, peer: int) -> Transfer:
         """Receive into a tensor, after what the calling thread's stream still does with it. Returns at once."""
-        what = f"receive of {_words(tensor)} from rank {peer}"
+        what = f"receive of {check.words(tensor)} from rank {peer}"
         with self._on_device(what):
             return self._recv(what, tensor, peer)
 
@@ -138,7 +137,7 @@ class Group:
             caller = self._npu.current_stream()
             with self._npu.in_stream(self._memory):
                 tensor = make()
-                transfer = self._recv(f"receive of {_words(tensor)} from rank {peer}", tensor, peer)
+                transfer = self._recv(f"receive of {check.words(tensor)} from rank {peer}", tensor, peer)
         transfer.wait(limit_s)
         tensor.record_stream(caller)
         return tensor
@@ -149,9 +148,9 @@ class Group:
         """Send and receive at once, (tensor, peer) each: no order among them can block the others."""
         what = f"exchange of {len(sends)} sends and {len(recvs)} receives"
         for tensor, peer in sends:
-            self._check(what, tensor, peer)
+            check.pair(self, what, tensor, peer)
         for tensor, peer in recvs:
-            self._check(what, tensor, peer, target=True)
+            check.pair(self, what, tensor, peer, target=True)
         with self._on_device(what):
             out = [(self._npu.plain(tensor), peer) for tensor, peer in sends]
             parts = [
@@ -171,9 +170,9 @@ class Group:
 
     def all_reduce(self, source: torch.Tensor, target: torch.Tensor, op: str = "sum") -> Transfer:
         """``target``, which may be ``source``, becomes the ``op`` (sum, product, max, min) over all ranks."""
-        what = f"all-reduce ({op}) of {_words(source)}"
+        what = f"all-reduce ({op}) of {check.words(source)}"
         number = types.to_reduce(str(source.dtype), op)
-        self._check_collective(what, source, target, 1, 1)
+        check.collective(self, what, source, target, 1, 1)
         reduction = types.REDUCTIONS[op]
         return self._collective(
             what, source, target, lambda s, t, st: self._hccl.all_reduce(s, t, reduction, self._comm, st), number
@@ -181,9 +180,9 @@ class Group:
 
     def reduce_scatter(self, source: torch.Tensor, target: torch.Tensor, op: str = "sum") -> Transfer:
         """``target`` becomes this rank's part of the ``op`` over all ranks' ``source``, of ``size`` times its size."""
-        what = f"reduce-scatter ({op}) of {_words(source)}"
+        what = f"reduce-scatter ({op}) of {check.words(source)}"
         number = types.to_reduce(str(source.dtype), op)
-        self._check_collective(what, source, target, 1, self.size)
+        check.collective(self, what, source, target, 1, self.size)
         reduction = types.REDUCTIONS[op]
         return self._collective(
             what, source, target, lambda s, t, st: self._hccl.reduce_scatter(s, t, reduction, self._comm, st), number
@@ -191,18 +190,18 @@ class Group:
 
     def all_gather(self, source: torch.Tensor, target: torch.Tensor) -> Transfer:
         """``target``, of ``size`` times the size of ``source``, becomes all ranks' ``source`` one after the other."""
-        what = f"all-gather of {_words(source)}"
+        what = f"all-gather of {check.words(source)}"
         number = types.to_move(str(source.dtype))
-        self._check_collective(what, source, target, self.size, 1)
+        check.collective(self, what, source, target, self.size, 1)
         return self._collective(
             what, source, target, lambda s, t, st: self._hccl.all_gather(s, t, self._comm, st), number
         )
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> Transfer:
         """All ranks' ``tensor`` becomes that of rank ``root``."""
-        what = f"broadcast of {_words(tensor)} from rank {root}"
+        what = f"broadcast of {check.words(tensor)} from rank {root}"
         number = types.to_move(str(tensor.dtype))
-        self._check(what, tensor, root, target=True, itself=True)
+        check.pair(self, what, tensor, root, target=True, itself=True)
         return self._collective(
             what, tensor, tensor, lambda s, _, st: self._hccl.broadcast(s, root, self._comm, st), number
         )
@@ -252,7 +251,7 @@ class Group:
     # ---- inside
 
     def _recv(self, what: str, tensor: torch.Tensor, peer: int) -> Transfer:
-        self._check(what, tensor, peer, target=True)
+        check.pair(self, what, tensor, peer, target=True)
         number = types.to_move(str(tensor.dtype))
 
         def post(stream: int) -> None:
@@ -357,17 +356,17 @@ class Group:
                 code = self._hccl.async_error(self._comm)
                 if not code:
                     return
-                self._fail(failure(f"{self._name()}: {what}", code, self._lane.error()))
+                self._fail(failure(f"{self.name}: {what}", code, self._lane.error()))
         if self._failed is not None:
             raise self._failed
         raise TransferAbortedError(
-            f"{self._name()} {self._ended}, so there is no {what}. Make a new communicator; where that was not meant, "
+            f"{self.name} {self._ended}, so there is no {what}. Make a new communicator; where that was not meant, "
             "look for the first error in the logs of all ranks."
         )
 
     def _late(self, transfer: Transfer) -> TransferLateError:
         return TransferLateError(
-            f"{self._name()}: {transfer.what} has not ended after {transfer.limit_s:g} s. The other rank is late, "
+            f"{self.name}: {transfer.what} has not ended after {transfer.limit_s:g} s. The other rank is late, "
             "stopped or does something else: look for the first error in the logs of all ranks. If it needs longer, "
             "raise VLLM_RAY_ASCEND_TRANSFER_LIMIT_S (and HCCL_EXEC_TIMEOUT above it)."
         )
@@ -404,42 +403,14 @@ class Group:
             while not closed:
                 closed = self._lane.close(_DESTROY_S)
         except (HcclError, RuntimeError) as error:
-            logger.warning("%s: %s", self._name(), error)
+            logger.warning("%s: %s", self.name, error)
         finally:
             gone.set()
 
-    def _name(self) -> str:
+    @property
+    def name(self) -> str:
+        """What messages call it."""
         return f"HCCL communicator of rank {self.rank} of {self.size} (npu:{self.device})"
-
-    def _check(self, what: str, tensor: torch.Tensor, peer: int, *, target: bool = False, itself: bool = False) -> None:
-        if not 0 <= peer < self.size or (peer == self.rank and not itself):
-            raise TensorTransportError(
-                f"{self._name()}: {what}: its other ranks are {[r for r in range(self.size) if r != self.rank]}."
-            )
-        self._check_tensor(what, tensor, target)
-
-    def _check_tensor(self, what: str, tensor: torch.Tensor, target: bool) -> None:
-        if (tensor.device.type, tensor.device.index) != ("npu", self.device):
-            raise TensorTransportError(
-                f"{self._name()}: {what}: the tensor is on {tensor.device}. Move it: tensor.to('npu:{self.device}')."
-            )
-        if tensor.layout is not _strided():
-            raise TensorTransportError(
-                f"{self._name()}: {what}: a sparse tensor. Send its parts, or tensor.to_dense()."
-            )
-        if target and not tensor.is_contiguous():
-            raise TensorTransportError(
-                f"{self._name()}: {what}: the target is not contiguous. Receive into a new tensor, and copy it there."
-            )
-
-    def _check_collective(self, what: str, source: torch.Tensor, target: torch.Tensor, up: int, down: int) -> None:
-        self._check_tensor(what, source, False)
-        self._check_tensor(what, target, True)
-        if source.dtype != target.dtype or source.numel() * up != target.numel() * down:
-            raise TensorTransportError(
-                f"{self._name()}: {what}: into {_words(target)}. It has to be of the same type, and of "
-                f"{source.numel() * up // down} elements."
-            )
 
 
 @cache
@@ -457,25 +428,5 @@ class _Bound(threading.local):
 _bound = _Bound()
 
 
-def _check_place(rank: int, size: int, root: bytes) -> None:
-    if size < 1 or not 0 <= rank < size:
-        raise TensorTransportError(f"Rank {rank} of {size} ranks cannot be: ranks count from 0 to {max(0, size - 1)}.")
-    if len(root) != ROOT_INFO_BYTES:
-        raise TensorTransportError(
-            f"The root info of a communicator has {ROOT_INFO_BYTES} bytes, not {len(root)}: it is what new_root() of "
-            "rank 0 gave."
-        )
-
-
 def _buffer(tensor: torch.Tensor, number: int) -> Buffer:
     return Buffer(tensor.data_ptr(), tensor.numel(), number)
-
-
-def _words(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
-
-
-def _strided() -> Any:
-    import torch
-
-    return torch.strided
