@@ -17,7 +17,7 @@ LIMIT = 120
 
 def main(first: str) -> None:
     """Both orders of registration are possible: ``first`` is who goes first."""
-    ray.init(num_cpus=4, resources={"NPU": 2}, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=4, resources={"NPU": 2}, include_dashboard=False, log_to_driver=False)
     if first == "theirs":
         register_hccl_tensor_transport()
     name = direct.register()

@@ -42,7 +42,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     faults = tmp_path_factory.mktemp("faults") / "faults"
     faults.touch()
     variables = {"VLLM_RAY_ASCEND_TRANSFER_LIMIT_S": "10", "SOFTNPU_FAULTS": f"@{faults}"}
-    ray.init(num_cpus=8, resources={"NPU": 6}, runtime_env={"env_vars": variables}, include_dashboard=False)
+    options = {"num_cpus": 8, "resources": {"NPU": 6}, "include_dashboard": False}
+    ray.init("local", runtime_env={"env_vars": variables}, **options)
     name = direct.register()
     assert name == direct.register() == direct.NAME
     actors = [trader(name), trader(name), trader(name, NOSET)]
