@@ -30,7 +30,7 @@ def cluster() -> Iterator[None]:
         "VLLM_RAY_ASCEND_TRANSFER_LIMIT_S": LATE,
         "SOFTNPU_WAIT_LIMIT": "120",
     }
-    ray.init(num_cpus=8, resources={"NPU": 6}, runtime_env={"env_vars": variables}, include_dashboard=False)
+    ray.init("local", num_cpus=8, resources={"NPU": 6}, runtime_env={"env_vars": variables}, include_dashboard=False)
     yield
     ray.shutdown()
 
