@@ -28,8 +28,8 @@ QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
 CLUSTERS = {"vllm-0004": "check_vllm_cluster", "vllm-0005": "check_vllm_cluster", "vllm-0008": "check_vllm_cluster"}
-"""Checks that need a Ray cluster of two nodes with vLLM in its workers: slow ones."""
-SLOW = {*CLUSTERS, "ray-ascend-0001", "ray-ascend-0002"}
+"""Checks that need a Ray cluster of two nodes, with vLLM in its workers."""
+SLOW = {*CLUSTERS, "ray-0002", "ray-ascend-0001", "ray-ascend-0002"}
 
 
 def script_of(patch: Patch) -> str:
