@@ -26,9 +26,10 @@ class Holder:
 
 
 def register_npu() -> None:
-    """Let this process's accelerator be an NPU. Only names are asked for, so torch need not know of NPUs."""
+    """Let this process's accelerator be an NPU. Only names are asked for, so that torch needs no more of it."""
     import torch
 
+    torch.utils.rename_privateuse1_backend("npu")
     torch.npu = torch.cpu
     sys.modules.setdefault("torch.npu", torch.cpu)
     register_accelerator_context("npu", CPUCommunicator)

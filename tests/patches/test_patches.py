@@ -27,26 +27,37 @@ ON_SOFTWARE_NPUS = ("vllm", "vllm-ascend", "ray-ascend")
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
-@pytest.mark.parametrize("patch", series(), ids=lambda patch: patch.test)
+CLUSTERS = {"vllm-0004": "check_vllm_cluster", "vllm-0005": "check_vllm_cluster", "vllm-0008": "check_vllm_cluster"}
+"""Checks that need a Ray cluster of two nodes, with vLLM in its workers."""
+SLOW = {*CLUSTERS, "ray-0002", "ray-ascend-0001", "ray-ascend-0002"}
+
+
+def script_of(patch: Patch) -> str:
+    return CLUSTERS.get(patch.test, f"check_{patch.project.replace('-', '_')}")
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [pytest.param(each, id=each.test, marks=[pytest.mark.slow] if each.test in SLOW else []) for each in series()],
+)
 def test_the_defect_is_there_and_the_patch_mends_it(patch: Patch, tmp_path_factory: pytest.TempPathFactory) -> None:
     base = tmp_path_factory.getbasetemp()
-    before, after = said(patch.project, False, base), said(patch.project, True, base)
-    assert patch.shows in before[patch.test], "not the defect that the patch mends"
+    before, after = (said(script_of(patch), patch.project, patched, base) for patched in (False, True))
     assert before[patch.test], "the released package does without the patch: is the defect gone, or the check no good?"
+    assert patch.shows in before[patch.test], "not the defect that the patch mends"
     assert not after[patch.test]
 
 
 @functools.cache
-def said(project: str, patched: bool, base: Path) -> dict[str, str]:
-    """What a project's checks say, by patch: an empty text where all is well."""
+def said(script: str, project: str, patched: bool, base: Path) -> dict[str, str]:
+    """What a script of checks says, by patch: an empty text where all is well."""
     package = package_of(project)
-    folder = base / f"{project}-{'patched' if patched else 'released'}"
-    folder.mkdir()
+    folder = base / f"{script}-{'patched' if patched else 'released'}"
+    folder.mkdir(exist_ok=True)
     paths = [str(folder), str(package.parent), str(ROOT)]
     if patched:
         overlay(package, [patch for patch in series() if patch.project == project], folder)
-    script = f"tests.patches.check_{project.replace('-', '_')}"
-    command = [sys.executable, "-m", script]
+    command = [sys.executable, "-m", f"tests.patches.{script}"]
     environment = {**os.environ, **QUIET, "PYTHONPATH": os.pathsep.join(paths), "VLLM_RAY_ASCEND": "0"}
     if project in ON_SOFTWARE_NPUS:
         command = [str(Path(sys.executable).parent / "vllm-ray-ascend"), "softnpu", "exec", "--", *command]
