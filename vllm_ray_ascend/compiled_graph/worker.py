@@ -70,8 +70,8 @@ class CompiledGraphWorkerProc(RayAscendWorkerProc):
         return self.graph_step(*before)
 
     def graph_step(self, message: bytes, tensors: dict[str, Any] | None = None) -> Any:
-        """A step of this stage, for Ray's loop: message and tensors for the next one. Of the last stage the answer, which
-        says something on one rank only."""
+        """A step of this stage, for Ray's loop: message and tensors for the next one, of the last stage the answer,
+        which says something on one rank only."""
         with self._step():
             scheduler_output, grammar_output, answering = unpack(message)
             if self._carrier is not None:
