@@ -31,6 +31,8 @@ from vllm_ray_ascend.transport.pipeline import HcclPPCommunicator
 logger = get_logger(__name__)
 
 _FRAMES = 4
+_NO_ANSWER = b"-"
+"""Not empty: Ray sends a message of no bytes to no other node, and its reader waits for ever (2.60)."""
 _READ_S = 1e6
 """Seconds for which a channel is read at a time. Ray begins a read anew after 0.1 s, and forgets a tensor whose
 metadata have come and the rest has not."""
@@ -48,7 +50,6 @@ class CompiledGraphWorkerProc(RayAscendWorkerProc):
         from ray.dag import DAGContext
 
         self._tasks = []
-        self._names_dropped = False
         self._stepping = threading.Lock()
         self._step_since: tuple[int, float] | None = None
         context = DAGContext.get_current()
@@ -69,13 +70,10 @@ class CompiledGraphWorkerProc(RayAscendWorkerProc):
         return self.graph_step(*before)
 
     def graph_step(self, message: bytes, tensors: dict[str, Any] | None = None) -> Any:
-        """A step of this stage: message and tensors for the next one, or the last one's answer, which is empty but on
-        the rank that answers. Ray's loop calls it."""
+        """A step of this stage, for Ray's loop: message and tensors for the next one, of the last stage the answer,
+        which says something on one rank only."""
         with self._step():
-            scheduler_output, grammar_output, answering, all_open = unpack(message)
-            if all_open and not self._names_dropped:
-                self._names_dropped = True
-                remove(channels())
+            scheduler_output, grammar_output, answering = unpack(message)
             if self._carrier is not None:
                 self._carrier.bring(tensors)
             output = self.worker.execute_model(scheduler_output)
@@ -86,7 +84,7 @@ class CompiledGraphWorkerProc(RayAscendWorkerProc):
                 output = self.worker.sample_tokens(grammar_output)
             if isinstance(output, AsyncModelRunnerOutput):
                 output = output.get_output()
-            return pickle.dumps(output, pickle.HIGHEST_PROTOCOL) if self.rank == answering else b""
+            return pickle.dumps(output, pickle.HIGHEST_PROTOCOL) if self.rank == answering else _NO_ANSWER
 
     def shutdown(self) -> None:
         """Leave the graph, then as RayAscendWorkerProc."""
@@ -106,7 +104,7 @@ class CompiledGraphWorkerProc(RayAscendWorkerProc):
             logger.warning("a step of the compiled graph was under way for more than %g s", limit_s)
 
     def _end(self, lost: bool) -> None:
-        """As RayAscendWorkerProc, and channels that were not yet open everywhere leave no name."""
+        """As RayAscendWorkerProc, and its channels leave no name behind."""
         remove(channels())
         super()._end(lost)
 
