@@ -14,6 +14,7 @@ from ray.exceptions import RayChannelTimeoutError
 
 from vllm_ray_ascend.compiled_graph.parcel import pack
 from vllm_ray_ascend.compiled_graph.shape import Shape
+from vllm_ray_ascend.lifecycle.shared_memory import channels, remove
 from vllm_ray_ascend.transport.pipeline import HcclPPCommunicator
 
 _FIRST_WORD_S = 1.0
@@ -65,6 +66,8 @@ class Graph:
         self._answering = shape.stages[-1][0]
         self._steps: collections.deque[Step] = collections.deque()
         self._cause: BaseException | None = None
+        self._all_open = False
+        """Whether every end of every channel is open, which the first answer shows: their names are needed no more."""
         ray.get([actor.prepare_graph.remote(self._room) for actor in actors])
         self._dag: Any = _outputs(actors, shape, limit_s).experimental_compile(
             _submit_timeout=limit_s,
@@ -81,7 +84,7 @@ class Graph:
         """Begin a step. Raises what `cancel` was given, and where the graph takes no more in time."""
         self._check()
         step = Step(self, self._limit_s)
-        message, step.kept = pack((scheduler_output, grammar_output, self._answering), self._room)
+        message, step.kept = pack((scheduler_output, grammar_output, self._answering, self._all_open), self._room)
         try:
             step.references = self._dag.execute(message)
         except RayChannelTimeoutError as error:
@@ -135,6 +138,9 @@ class Graph:
             left_s = max(0.0, step.deadline - time.monotonic())
             answers = [each.get(timeout=left_s) for each in step.references]  # Ray keeps what nobody asks for
             step.set_result(pickle.loads(answers[0]))
+            if not self._all_open:
+                self._all_open = True
+                remove(channels())
         except RayChannelTimeoutError as error:
             step.set_exception(self._cause or _caused(self._faults.late(), error))
         except Exception as error:  # noqa: BLE001  whoever asks for the answer gets it

@@ -50,6 +50,7 @@ class CompiledGraphWorkerProc(RayAscendWorkerProc):
         from ray.dag import DAGContext
 
         self._tasks = []
+        self._names_dropped = False
         self._stepping = threading.Lock()
         self._step_since: tuple[int, float] | None = None
         context = DAGContext.get_current()
@@ -73,7 +74,10 @@ class CompiledGraphWorkerProc(RayAscendWorkerProc):
         """A step of this stage, for Ray's loop: message and tensors for the next one, of the last stage the answer,
         which says something on one rank only."""
         with self._step():
-            scheduler_output, grammar_output, answering = unpack(message)
+            scheduler_output, grammar_output, answering, all_open = unpack(message)
+            if all_open and not self._names_dropped:
+                self._names_dropped = True
+                remove(channels())
             if self._carrier is not None:
                 self._carrier.bring(tensors)
             output = self.worker.execute_model(scheduler_output)
@@ -104,7 +108,7 @@ class CompiledGraphWorkerProc(RayAscendWorkerProc):
             logger.warning("a step of the compiled graph was under way for more than %g s", limit_s)
 
     def _end(self, lost: bool) -> None:
-        """As RayAscendWorkerProc, and its channels leave no name behind."""
+        """As RayAscendWorkerProc, and channels that were not yet open everywhere leave no name."""
         remove(channels())
         super()._end(lost)
 
