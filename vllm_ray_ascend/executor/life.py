@@ -23,6 +23,8 @@ logger = get_logger(__name__)
 _RAY_POLL_S = 1.0
 _DIE_LIMIT_S = 1.0
 _REPORT_LIMIT_S = 2.0
+_LEAST_IDLE_S = 60.0
+"""An idle process whose pages were dropped may need many seconds for a first answer on a machine that is overloaded."""
 
 
 class Life:
@@ -31,8 +33,8 @@ class Life:
     def __init__(self, executor: RayAscendExecutor, hang_s: float) -> None:
         """``hang_s``: seconds after which a worker counts as hung."""
         self._executor = executor
-        self._hang_s = hang_s
-        self.pulse = Pulse(self.reports, hang_s, self._silent)
+        self._idle_s = max(hang_s, _LEAST_IDLE_S)
+        self.pulse = Pulse(self.reports, self._idle_s, self._silent)
         self._hub: Hub | None = None
         self._changed = threading.Condition()
         self._ending = False
@@ -148,7 +150,7 @@ class Life:
             self.fail(WorkerDiedError(_obituary(loss)))
 
     def _silent(self, reports: Reports) -> None:
-        self.fail(WorkerLateError(idle_text(self._hang_s, reports)))
+        self.fail(WorkerLateError(idle_text(self._idle_s, reports)))
 
     def _watch_by_ray(self, unseen: dict[Any, int]) -> None:
         """A call that blocks would crash if Ray were shut down under it: short ones, as upstream's."""
