@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.softnpu.processes import check_python
 
 
@@ -35,6 +37,30 @@ def test_torch_reports_a_device_that_does_not_open() -> None:
             raise SystemExit("device 1 opened")
         """,
         SOFTNPU_FAULTS="open_device:device=1",
+    )
+
+
+@pytest.mark.parametrize("expandable", ["True", "False"])
+def test_torch_runs_out_of_memory(tmp_path: Path, expandable: str) -> None:
+    """Also with segments that grow, as vllm-ascend has them, whose memory comes from another function of CANN's."""
+    file = tmp_path / "faults"
+    check_python(
+        f"""
+        import torch, torch_npu
+        from pathlib import Path
+        kept = torch.ones(2, device="npu:0")
+        Path({str(file)!r}).write_text("no_memory:device=0")
+        try:
+            torch.empty(64 << 20, dtype=torch.uint8, device="npu:0")
+        except torch.OutOfMemoryError:
+            pass
+        else:
+            raise SystemExit("there was memory")
+        assert kept.sum().item() == 2
+        assert torch.empty(64 << 20, dtype=torch.uint8, device="npu:1").numel() == 64 << 20
+        """,
+        SOFTNPU_FAULTS=f"@{file}",
+        PYTORCH_NPU_ALLOC_CONF=f"expandable_segments:{expandable}",
     )
 
 

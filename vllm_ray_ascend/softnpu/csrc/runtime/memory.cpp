@@ -17,6 +17,10 @@ Segment::~Segment() {
 
 std::shared_ptr<Segment> Segment::make(size_t size, int visible, aclError* code) {
   int physical = visible_list()[visible];
+  if (fault("no_memory", {{"device", std::to_string(physical)}, {"capturing", capture_in_progress() ? "1" : "0"}})) {
+    *code = fail(ACL_ERROR_RT_MEMORY_ALLOCATION, "out of memory: asked for by SOFTNPU_FAULTS");
+    return nullptr;
+  }
   if (!table::charge_memory(physical, size)) {
     *code = fail(ACL_ERROR_RT_MEMORY_ALLOCATION, "NPU " + std::to_string(physical) + " is out of memory: " + std::to_string(size) + " bytes asked for, " +
                                                      std::to_string(table::used_memory(physical)) + " of " + std::to_string(device_memory()) + " in use (SOFTNPU_MEMORY)");
@@ -85,8 +89,6 @@ namespace {
 aclError allocate(void** out, size_t size) {
   if (!out || !size) return fail(ACL_ERROR_RT_PARAM_INVALID, "aclrtMalloc of no bytes, or to no address");
   if (visible_device() < 0) return fail(ACL_ERROR_RT_CONTEXT_NULL, "aclrtMalloc needs a device: call aclrtSetDevice first");
-  if (fault("no_memory", {{"device", std::to_string(visible_list()[visible_device()])}, {"capturing", capture_in_progress() ? "1" : "0"}}))
-    return fail(ACL_ERROR_RT_MEMORY_ALLOCATION, "out of memory: asked for by SOFTNPU_FAULTS");
   aclError code = ACL_SUCCESS;
   size = whole_pages(size);
   auto segment = Segment::make(size, visible_device(), &code);
