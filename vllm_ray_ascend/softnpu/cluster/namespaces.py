@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from vllm_ray_ascend.softnpu.cluster import processes
 from vllm_ray_ascend.softnpu.cluster.plan import Cluster, ClusterError, Node, hosts_file, node_environment
 
 _UNSHARE = ["unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
+
+_EXEC_LIMIT_S = 10.0
 
 # What process 1 of a node does: nothing. Ignoring SIGCHLD makes the kernel reap the orphans that fall to it; without
 # a handler for SIGINT, which Python sets, the kernel lets no signal from inside the node end it.
@@ -74,7 +77,7 @@ def create(cluster: Cluster, base: Mapping[str, str]) -> None:
     _ip("link", "set", cluster.bridge, "up")
     for node in cluster.nodes:
         _start_node(cluster, node, base)
-        pid = init_pid(cluster, node)
+        pid = _started_pid(cluster, node)
         if pid is None:
             raise ClusterError(f"process 1 of node {node.hostname} ended at once: see {directory}/{node.hostname}.log.")
         _plug(cluster, node, pid, prefix)
@@ -126,6 +129,14 @@ def init_pid(cluster: Cluster, node: Node) -> int | None:
         if processes.variable_of(pid, "SOFTNPU_NODE") == node.hostname and _pid_inside(pid) == 1:
             return pid
     return None
+
+
+def _started_pid(cluster: Cluster, node: Node) -> int | None:
+    """The same of a node that has just said that it is ready: its process 1 is nobody for as long as its exec takes."""
+    end = time.monotonic() + _EXEC_LIMIT_S
+    while (pid := init_pid(cluster, node)) is None and time.monotonic() < end:
+        time.sleep(0.01)
+    return pid
 
 
 def _pid_inside(pid: int) -> int:
