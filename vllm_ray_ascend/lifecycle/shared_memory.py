@@ -4,13 +4,14 @@ the files of ZeroMQ's sockets, which it never removes."""
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 _FOLDER = Path("/dev/shm")
 _MAPPED = re.compile(rf"{_FOLDER}/(psm_\w+)")
-_SEMAPHORE = re.compile(rf"{_FOLDER}/(sem\.(?:hdr|obj)\d+-\d+)")
+_SEMAPHORE = re.compile(r"sem\.(?:hdr|obj)\d+-\d+")
 
 
 def mapped() -> set[str]:
@@ -19,8 +20,13 @@ def mapped() -> set[str]:
 
 
 def channels() -> set[str]:
-    """Names of the semaphores of Ray's channels that this process has open; who has them open does not need them."""
-    return set(_SEMAPHORE.findall(_maps()))
+    """Names of the semaphores of Ray's channels that this process has open; who has them open does not need them.
+
+    Told by their inodes: of a semaphore that it has made itself, a process has mapped the file under another name.
+    """
+    inodes = {int(line.split()[4]) for line in _maps().splitlines() if f"{_FOLDER}/sem." in line}
+    with os.scandir(_FOLDER) as entries:
+        return {entry.name for entry in entries if _SEMAPHORE.fullmatch(entry.name) and entry.inode() in inodes}
 
 
 def _maps() -> str:
