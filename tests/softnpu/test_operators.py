@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from tests.softnpu.compare import Body, check_eager_and_replayed, check_equal
+from tests.softnpu.compare import Body, check_eager_and_replayed
 from tests.softnpu.processes import check_python
 
 
