@@ -3,57 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.machine import facts
 from benchmarks.measure import turn
-from benchmarks.options import RESULTS, BenchError
+from benchmarks.options import BenchError
 from benchmarks.place import LOGS, ROOT
 from benchmarks.protocol import Child
-from benchmarks.report import as_json
-from benchmarks.statistics import Sample, figures
+from benchmarks.record import Benchmark, Run, Say, record
+from benchmarks.statistics import Sample
 from benchmarks.transport.options import BASE, CASES, Case, Options, count_of, label, read_options
 from benchmarks.transport.report import markdown, plot
 from demo.server import QUIET
-from vllm_ray_ascend.errors import VllmRayAscendError
 from vllm_ray_ascend.softnpu.cluster import manager
 from vllm_ray_ascend.softnpu.cluster.plan import Shape
 
 _LIMIT_S = 300.0
-Report = Callable[[str], None]
 
 
 def main(arguments: Sequence[str]) -> int:
     """Measure, write NAME.json, NAME.md and NAME.png, also of a run that failed on its way; the exit code."""
     options = read_options(arguments)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # on the way out, clusters are removed
-    started = time.monotonic()
-    run: dict[str, Any] = {**facts(), "began": time.strftime("%Y-%m-%d %H:%M"), "options": dataclasses.asdict(options)}
-    run["left_out"] = {}
-    samples: list[Sample] = []
-    failure = ""
-    try:
+
+    def measure(run: Run, say: Say) -> Iterator[Sample]:
+        left_out: dict[str, str] = run.setdefault("left_out", {})
         for name in options.cases:
-            for sample in _measure(CASES[name], options, run["left_out"], lambda line: _say(started, line)):
-                samples.append(sample)  # noqa: PERF402  what there is when a later one fails is kept
-    except VllmRayAscendError as error:
-        failure = str(error)
-    except (KeyboardInterrupt, SystemExit):
-        failure = "it was stopped"
-    run["seconds"] = round(time.monotonic() - started)
-    if failure:
-        print(f"\nmake bench-transport: this run is not complete: {failure}", file=sys.stderr)
-    _write(run, options, samples)
-    return 1 if failure else 0
+            yield from _measure(CASES[name], options, left_out, say)
+
+    return record(Benchmark("make bench-transport", measure, BASE, markdown, plot), options)
 
 
-def _measure(case: Case, options: Options, left_out: dict[str, str], report: Report) -> Iterator[Sample]:
+def _measure(case: Case, options: Options, left_out: dict[str, str], report: Say) -> Iterator[Sample]:
     """Every way in turn, for every size in every round: what is compared is seconds apart."""
     with _driver(case, options) as driver:
         ways = list(options.ways)
@@ -106,21 +88,6 @@ def _driver(case: Case, options: Options) -> Iterator[Child]:
             yield driver
     finally:
         manager.down(name)
-
-
-def _write(run: dict[str, Any], options: Options, samples: list[Sample]) -> None:
-    of_metric = figures(samples, BASE)
-    text = markdown(run, of_metric)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / options.name
-    path.with_suffix(".json").write_text(as_json(run, samples))
-    path.with_suffix(".md").write_text(text)
-    plot(run, of_metric, path.with_suffix(".png"))
-    print(f"\n{text}\nwritten: {path}.json, .md, .png")
-
-
-def _say(started: float, line: str) -> None:
-    print(f"{time.monotonic() - started:5.0f} s  {line}", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 
 from demo.train.recitation import DENSE
 from demo.train.reference import Entry, stored_reference
 from tests.e2e.conftest import generated, on_head
-from tests.e2e.placed import check_text, server_of, topology_of
-from tests.e2e.test_death import LIMIT_S, SIZES, check_all_gone, endless, ends, kill
+from tests.e2e.placed import check_text, server_of
+from tests.e2e.test_death import LIMIT_S, SIZES, check_all_gone, killed_in_a_request
 from tests.e2e.test_tokens import Case, check_generated, check_start_line, check_workers
 from vllm_ray_ascend.settings import variable_of
 from vllm_ray_ascend.softnpu.cluster.plan import Cluster
@@ -81,16 +80,7 @@ def test_a_worker_killed_in_decode_ends_the_request_and_leaves_nothing(
     with server_of(two_nodes_of_two, DENSE, tmp_path / "log", *SIZES, **EXECUTOR) as server:
         server.wait_until_healthy()
         check_text(server, DENSE, 1)
-        engine = topology_of(two_nodes_of_two)["engines"][0]
-        second = two_nodes_of_two.nodes[1].address
-        victim = next(rank for rank in engine["ranks"] if rank["address"] == second)
-        stream = endless(server)
-        kill(two_nodes_of_two, 2, victim["pid"])
-        with pytest.raises((openai.APIError, openai.APIConnectionError, Exception)) as raised:
-            for _ in stream:
-                pass
-        assert not isinstance(raised.value, openai.APITimeoutError)
-        ends(server)
+        victim = killed_in_a_request(two_nodes_of_two, server)
     log = (tmp_path / "log").read_text()
     assert f"Worker process {victim['pid']} of rank {victim['rank']}" in log
     check_all_gone(two_nodes_of_two)

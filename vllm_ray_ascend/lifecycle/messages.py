@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from vllm_ray_ascend.lifecycle.lines import Lines
+
 STOP = b"S"
 """End in order, after the present step."""
 DIE = b"D"
@@ -61,17 +63,5 @@ class Report(msgspec.Struct, frozen=True, tag="report"):
 
 
 Message = Hello | Holds | Doing | Segment | Failed | Report
-_DECODER: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
-
-
-def line(message: Message) -> bytes:
-    """``message`` as it is sent."""
-    return msgspec.json.encode(message) + b"\n"
-
-
-def parse(text: bytes) -> Message | None:
-    """The message of one line; None where it is none."""
-    try:
-        return _DECODER.decode(text)
-    except msgspec.MsgspecError:
-        return None
+_LINES: Lines[Message] = Lines(Message)
+line, parse = _LINES.line, _LINES.parse

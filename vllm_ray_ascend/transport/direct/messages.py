@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from vllm_ray_ascend.lifecycle.lines import Lines
+
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
     """The receiver's first message. ``device`` is the sender's, by its visible number, ``place`` the receiver's own."""
@@ -44,17 +46,5 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 Message = Hello | Welcome | Want | Coming | Refused | Failed
-_DECODER: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
-
-
-def line(message: Message) -> bytes:
-    """``message`` as it is sent."""
-    return msgspec.json.encode(message) + b"\n"
-
-
-def parse(text: bytes) -> Message | None:
-    """The message of one line; None where it is none."""
-    try:
-        return _DECODER.decode(text)
-    except msgspec.MsgspecError:
-        return None
+_LINES: Lines[Message] = Lines(Message)
+line, parse = _LINES.line, _LINES.parse

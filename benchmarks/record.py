@@ -1,0 +1,66 @@
+"""One run of a benchmark from start to files, also one that fails on its way."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import facts
+from benchmarks.options import RESULTS
+from benchmarks.report import Figures, as_json
+from benchmarks.statistics import Sample, figures
+from vllm_ray_ascend.errors import VllmRayAscendError
+
+Run = dict[str, Any]
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """What differs: the command's name, how it measures, what ratios are over, and how its figures are shown."""
+
+    command: str
+    measure: Callable[[Run, Say], Iterable[Sample]]
+    base: str
+    markdown: Callable[[Mapping[str, Any], Figures], str]
+    plot: Callable[[Mapping[str, Any], Figures, Path], None]
+
+
+def record(benchmark: Benchmark, options: Any) -> int:
+    """Measure, write NAME.json, NAME.md and NAME.png; the exit code. ``options``: a dataclass with a ``name``."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # on the way out, clusters are removed
+    started = time.monotonic()
+    run: Run = {**facts(), "began": time.strftime("%Y-%m-%d %H:%M"), "options": dataclasses.asdict(options)}
+    samples: list[Sample] = []
+    failure = ""
+    try:
+        for sample in benchmark.measure(run, lambda line: _say(started, line)):
+            samples.append(sample)  # noqa: PERF402  what there is when a later one fails is kept
+    except VllmRayAscendError as error:
+        failure = str(error)
+    except (KeyboardInterrupt, SystemExit):
+        failure = "it was stopped"
+    run["seconds"] = round(time.monotonic() - started)
+    _write(benchmark, run, RESULTS / options.name, samples)
+    if failure:
+        print(f"\n{benchmark.command}: this run is not complete: {failure}", file=sys.stderr)
+    return 1 if failure else 0
+
+
+def _write(benchmark: Benchmark, run: Run, path: Path, samples: list[Sample]) -> None:
+    of_metric = figures(samples, benchmark.base)
+    text = benchmark.markdown(run, of_metric)
+    RESULTS.mkdir(exist_ok=True)
+    path.with_suffix(".json").write_text(as_json(run, samples))
+    path.with_suffix(".md").write_text(text)
+    benchmark.plot(run, of_metric, path.with_suffix(".png"))
+    print(f"\n{text}\nwritten: {path}.json, .md, .png")
+
+
+def _say(started: float, line: str) -> None:
+    print(f"{time.monotonic() - started:5.0f} s  {line}", flush=True)
