@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -23,3 +24,16 @@ os.environ.setdefault("SOFTNPU_LOG", "0")  # failures that tests ask for are no 
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["SOFTNPU_STATE_DIR"], ignore_errors=True)
+
+
+_OF_A_DRIVER = ("HCCL_", "GLOO_", "RAY_", "VLLM_HOST_IP")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def variables_of_this_module() -> Iterator[None]:
+    """What Ray and our transports set in a driver, here pytest, does not reach the processes of the next module."""
+    before = {name: value for name, value in os.environ.items() if name.startswith(_OF_A_DRIVER)}
+    yield
+    for name in [name for name in os.environ if name.startswith(_OF_A_DRIVER)]:
+        del os.environ[name]
+    os.environ.update(before)
