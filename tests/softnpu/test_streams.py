@@ -186,11 +186,14 @@ def test_synchronise_with_a_time_limit() -> None:
 
 def test_destroying_a_stream_waits_for_its_work_unless_forced() -> None:
     torch.npu.set_device(0)
-    patient, forced = RawStream(), RawStream()
-    for stream in (patient, forced):
-        for number in range(3):
-            stream.note(number)
+    forced = RawStream()
+    for number in range(3):
+        forced.note(number)
     assert runtime().aclrtDestroyStreamForce(forced.handle) == OK
+    assert runtime().aclrtSynchronizeDeviceWithTimeout(5000) == OK  # without the forced one, whose task still waits
+    patient = RawStream()
+    for number in range(3):
+        patient.note(number)
     forced.open()
     patient.open()
     assert runtime().aclrtDestroyStream(patient.handle) == OK

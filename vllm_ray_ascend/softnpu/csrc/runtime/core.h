@@ -91,6 +91,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
   // Waits until all that was pushed has run; the stream's sticky error, or a timeout (limit_ms < 0: none).
   aclError synchronize(int limit_ms);
   void close(bool drop_queue);
+  bool closed();
   bool runs_here() const;  // is the calling thread this stream's own
 
   const int id;
@@ -116,7 +117,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
 
 Registry<Stream>& streams();
 std::shared_ptr<Stream> resolve(aclrtStream handle);  // null: the default stream of the thread's device
-std::vector<std::shared_ptr<Stream>> streams_of(int visible);
+std::vector<std::shared_ptr<Stream>> streams_of(int visible);  // also closed ones whose last task still runs
 aclError enqueue(const std::shared_ptr<Stream>& stream, Work work);
 void use_device(int visible);  // for the calling thread
 

@@ -59,7 +59,9 @@ aclError synchronize_device(int limit_ms) {
   if (auto code = forbid_in_capture("aclrtSynchronizeDevice")) return code;
   aclError first = ACL_SUCCESS;
   for (auto& stream : streams_of(visible))
-    if (aclError code = stream->synchronize(limit_ms); code && !first) first = code;
+    if (stream->closed())
+      continue;  // what it did, and how it ended, is nobody's any more
+    else if (aclError code = stream->synchronize(limit_ms); code && !first) first = code;
   return first;
 }
 
@@ -164,6 +166,11 @@ void Stream::close(bool drop_queue) {
   if (drop_queue) queue_.clear();
   closing_ = true;
   arrived_.notify_all();
+}
+
+bool Stream::closed() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return closing_;
 }
 
 bool Stream::runs_here() const { return t_running == this; }
