@@ -16,7 +16,7 @@ from demo.train.recitation import DENSE
 from demo.train.reference import Entry, stored_reference
 from tests.e2e.conftest import generated, on_head
 from tests.e2e.placed import check_text, server_of
-from tests.e2e.test_death import LIMIT_S, SIZES, check_all_gone, killed_in_a_request
+from tests.e2e.test_death import LIMIT_S, PATIENT, SIZES, check_all_gone, killed_in_a_request
 from tests.e2e.test_tokens import Case, check_generated, check_start_line, check_workers
 from vllm_ray_ascend.settings import variable_of
 from vllm_ray_ascend.softnpu.cluster.plan import Cluster
@@ -88,7 +88,7 @@ def test_a_worker_killed_in_decode_ends_the_request_and_leaves_nothing(
 
 @pytest.mark.slow
 def test_a_server_ends_in_order(two_nodes_of_two: Cluster, tmp_path: Path) -> None:
-    with server_of(two_nodes_of_two, DENSE, tmp_path / "log", *SIZES, **EXECUTOR) as server:
+    with server_of(two_nodes_of_two, DENSE, tmp_path / "log", *SIZES, **PATIENT, **EXECUTOR) as server:
         server.wait_until_healthy()
         check_text(server, DENSE, 1)
         server._process.send_signal(signal.SIGINT)

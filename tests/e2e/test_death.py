@@ -24,11 +24,12 @@ from vllm_ray_ascend.softnpu.cluster.plan import Cluster
 
 SIZES = ("--tensor-parallel-size", "2", "--pipeline-parallel-size", "2")
 LIMIT_S = 120.0
+PATIENT = {"VLLM_RAY_ASCEND_STOP_GRACE_S": "60"}  # an end in order is what is tested, not how long it takes
 
 
 @contextlib.contextmanager
-def serving(cluster: Cluster, folder: Path, *arguments: str) -> Iterator[Server]:
-    with server_of(cluster, DENSE, folder / "log", *SIZES, *arguments) as server:
+def serving(cluster: Cluster, folder: Path, *arguments: str, **variables: str) -> Iterator[Server]:
+    with server_of(cluster, DENSE, folder / "log", *SIZES, *arguments, **variables) as server:
         server.wait_until_healthy()
         yield server
 
@@ -102,7 +103,7 @@ def test_a_worker_on_another_node_is_killed_in_the_middle_of_a_request(
 
 
 def test_an_engine_starts_on_the_same_npus_at_once_and_ends_in_order(two_nodes_of_two: Cluster, tmp_path: Path) -> None:
-    with serving(two_nodes_of_two, tmp_path) as server:
+    with serving(two_nodes_of_two, tmp_path, **PATIENT) as server:
         check_text(server, DENSE, 1)
         assert shared_memory(two_nodes_of_two) == []  # names are gone as soon as all ends have it open
         server._process.send_signal(signal.SIGINT)
