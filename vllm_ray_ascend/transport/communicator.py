@@ -18,7 +18,8 @@ from vllm_ray_ascend.accelerators.choose import accelerator
 from vllm_ray_ascend.errors import TensorTransportError, TransferAbortedError
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.transport import context
-from vllm_ray_ascend.transport.hccl.group import Group, Transfer, new_root
+from vllm_ray_ascend.transport.hccl.group import Group, new_root
+from vllm_ray_ascend.transport.hccl.transfer import Transfer
 from vllm_ray_ascend.transport.meeting import Meeting
 
 if TYPE_CHECKING:

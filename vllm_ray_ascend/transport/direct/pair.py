@@ -9,7 +9,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from vllm_ray_ascend.accelerators.choose import accelerator
-from vllm_ray_ascend.transport.hccl.group import Group, Transfer
+from vllm_ray_ascend.transport.hccl.group import Group
+from vllm_ray_ascend.transport.hccl.transfer import Transfer
 
 if TYPE_CHECKING:
     import torch

@@ -27,9 +27,10 @@ from vllm_ray_ascend.errors import (
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import load
 from vllm_ray_ascend.transport.hccl import check, types
-from vllm_ray_ascend.transport.hccl.lane import Lane, Mark
+from vllm_ray_ascend.transport.hccl.lane import Lane
 from vllm_ray_ascend.transport.hccl.library import Buffer, Part, failure, library
 from vllm_ray_ascend.transport.hccl.limits import limit
+from vllm_ray_ascend.transport.hccl.transfer import Transfer
 from vllm_ray_ascend.transport.hccl.watch import watch
 
 if TYPE_CHECKING:
@@ -48,34 +49,6 @@ def new_root(device: int) -> bytes:
     npu.bind_thread(device)
     with npu.guard("a new communicator"):
         return library().root_info()
-
-
-class Transfer:
-    """A send, receive or collective that has been handed to the device."""
-
-    def __init__(
-        self, group: Group, what: str, mark: Mark | None, before: Mark | None = None, keep: Sequence[Any] = ()
-    ) -> None:
-        self.what, self.mark, self.before, self.keep = what, mark, before, keep
-        self.waiting = 0  # threads
-        self._group = group
-        self.limit_by(group.limit_s)
-
-    def limit_by(self, limit_s: float) -> None:
-        """Count from now."""
-        self.limit_s, self.end = limit_s, time.monotonic() + limit_s
-
-    def done(self) -> bool:
-        """Whether the device is past it, well or not."""
-        return self._group.done(self)
-
-    def wait(self, limit_s: float | None = None) -> None:
-        """Wait until any stream may use the tensors: ``limit_s`` seconds from now, or the group's since the beginning.
-
-        Raises TransferLateError, TransferAbortedError or HcclError, and with the first and the last the group is at
-        its end.
-        """
-        self._group.wait(self, limit_s)
 
 
 class Group:
