@@ -39,6 +39,7 @@ test-matrix:
 	@$(PYTHON) demo/install.py test
 	$(RUN)/python -m pytest tests/e2e -m 'slow or not slow' $(PYTEST_ARGS)
 	$(ON_SOFTWARE_NPUS) $(RUN)/python -m pytest tests/softnpu -m slow $(PYTEST_ARGS)
+	$(RUN)/python -m pytest tests/patches -m slow $(PYTEST_ARGS)
 
 test-faults:
 	@$(PYTHON) demo/install.py test
