@@ -1,13 +1,18 @@
-"""The compiled graph's shape, and what its executor refuses."""
+"""The compiled graph's shape, what its executor refuses, and how it waits."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayChannelTimeoutError
 
+from vllm_ray_ascend.compiled_graph import patience
 from vllm_ray_ascend.compiled_graph.carrier import Carrier
+from vllm_ray_ascend.compiled_graph.patience import pause_after
 from vllm_ray_ascend.compiled_graph.refusal import obstacles, refuse
 from vllm_ray_ascend.compiled_graph.shape import shape_of
 from vllm_ray_ascend.errors import SettingError
@@ -102,16 +107,68 @@ class Group:
 
 def test_the_carrier_hands_over_what_a_worker_would_send_and_receive() -> None:
     group = Group()
-    carrier = Carrier(group)
+    carrier = Carrier(group, 0)
     carrier.bring({"hidden_states": 1})
     assert group.irecv_tensor_dict(all_gather_group=None) == ({"hidden_states": 1}, [], [])
     assert group.isend_tensor_dict({"hidden_states": 2}, all_gather_group=None) == []
     assert carrier.take() == {"hidden_states": 2}
-    assert carrier.take() == {}
 
 
 def test_a_stage_without_tensors_says_so() -> None:
     group = Group()
-    Carrier(group).bring({})
+    here, there = Carrier(Group(), 0), Carrier(group, 0)
+    there.bring(here.take())
     with pytest.raises(RuntimeError, match="got no tensors"):
         group.irecv_tensor_dict()
+
+
+def test_a_wait_is_hardly_longer_for_its_pauses() -> None:
+    waited_s, looks = 0.001, 0
+    while waited_s < 1.0:
+        pause_s = pause_after(waited_s)
+        assert 0 < pause_s <= 0.002 and pause_s < 0.051 * waited_s
+        waited_s, looks = waited_s + pause_s, looks + 1
+    assert looks < 1000  # where Ray looks as often as it can
+
+
+def test_a_channel_is_read_with_pauses_until_it_has_something_or_its_time_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[float] = []
+
+    def read(_: object, timeout: float) -> str:
+        asked.append(timeout)
+        if len(asked) < 4:
+            raise RayChannelTimeoutError("nothing yet")
+        return "something"
+
+    monkeypatch.setattr(patience, "upstream", lambda *_: read)
+    assert patience._read(None, 60.0) == "something"
+    assert asked == [0.001, 0.0, 0.0, 0.0]
+    asked.clear()
+    with pytest.raises(RayChannelTimeoutError):
+        patience._read(None, 0.0)
+    assert asked == [0.0]
+
+
+def test_pollers_of_ray_step_back_and_nobody_else() -> None:
+    """In a process of its own: a priority that was given up does not come back."""
+    code = """
+import ctypes, os, threading
+from vllm_ray_ascend.compiled_graph.patience import step_back
+ready, end, ids = threading.Barrier(3), threading.Event(), {}
+def waits(name):
+    ctypes.CDLL(None).prctl(15, name, 0, 0, 0)  # PR_SET_NAME
+    ids[name] = threading.get_native_id()
+    ready.wait()
+    end.wait()
+for name in (b"worker.channel_io", b"worker.io"):
+    threading.Thread(target=waits, args=(name,), daemon=True).start()
+ready.wait()
+step_back()
+found = [os.getpriority(os.PRIO_PROCESS, ids[name]) - os.getpriority(os.PRIO_PROCESS, 0) for name in sorted(ids)]
+assert found[0] > 0 or os.getpriority(os.PRIO_PROCESS, 0) == 19, found
+assert found[1] == 0, found
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+_NOTHING = "nothing"
+"""The name of the one number that a step without tensors carries: each step sends some (worker._let_catch_up)."""
+
 
 class Carrier:
     """Stands in for the transfers of vLLM's pipeline group: vLLM's own worker runs a step, and the graph carries.
@@ -12,7 +15,9 @@ class Carrier:
     0.33. Whole tensors travel: vLLM's own transfers send each tensor parallel rank's share and gather there.
     """
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, nothing: Any) -> None:
+        """``nothing``: the tensor that is sent where there is none."""
+        self._nothing = nothing
         self._incoming: dict[str, Any] | None = None
         self._outgoing: dict[str, Any] = {}
         for name in ("irecv_tensor_dict", "isend_tensor_dict"):
@@ -22,12 +27,13 @@ class Carrier:
 
     def bring(self, tensors: dict[str, Any] | None) -> None:
         """What the worker will receive in the step that comes."""
-        self._incoming, self._outgoing = tensors, {}
+        self._incoming = {name: tensor for name, tensor in (tensors or {}).items() if name != _NOTHING}
+        self._outgoing = {}
 
     def take(self) -> dict[str, Any]:
-        """What the worker has sent in the step that was; empty where it had nothing to send."""
+        """What the worker has sent in the step that was."""
         outgoing, self._outgoing, self._incoming = self._outgoing, {}, None
-        return outgoing
+        return outgoing or {_NOTHING: self._nothing}
 
     def _receive(self, *_: Any, **__: Any) -> tuple[dict[str, Any], list[Any], list[Any]]:
         tensors, self._incoming = self._incoming, None

@@ -15,10 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from vllm_ray_ascend.accelerators.choose import current
+from vllm_ray_ascend.compiled_graph import patience
 from vllm_ray_ascend.compiled_graph.carrier import Carrier
 from vllm_ray_ascend.compiled_graph.context import use_device
 from vllm_ray_ascend.compiled_graph.parcel import unpack
@@ -49,16 +51,19 @@ class CompiledGraphWorkerProc(RayAscendWorkerProc):
         carries."""
         from ray.dag import DAGContext
 
+        patience.install()
         self._tasks = []
-        self._names_dropped = False
+        self._all_open = threading.Event()
+        patience.step_back_until(self._all_open)
         self._stepping = threading.Lock()
         self._step_since: tuple[int, float] | None = None
         context = DAGContext.get_current()
         context.read_iteration_timeout, context.buffer_size_bytes = _READ_S, room
-        use_device(current().device(current().current_device()))
+        device = current().device(current().current_device())
+        use_device(device)
         group = get_pp_group()
         self._first, self._last = group.is_first_rank, group.is_last_rank
-        self._carrier = Carrier(group) if group.world_size > 1 else None
+        self._carrier = Carrier(group, torch.zeros(1, device=device)) if group.world_size > 1 else None
 
     def keep_tasks(self, tasks: list[Any]) -> None:
         """After it: Ray's tasks of this worker, whose channels it closes when it ends."""
@@ -75,20 +80,31 @@ class CompiledGraphWorkerProc(RayAscendWorkerProc):
         which says something on one rank only."""
         with self._step():
             scheduler_output, grammar_output, answering, all_open = unpack(message)
-            if all_open and not self._names_dropped:
-                self._names_dropped = True
+            if all_open and not self._all_open.is_set():
+                self._all_open.set()
                 remove(channels())
             if self._carrier is not None:
                 self._carrier.bring(tensors)
             output = self.worker.execute_model(scheduler_output)
             if not self._last:
                 assert self._carrier is not None
+                self._let_catch_up()
                 return message, self._carrier.take()
             if output is None:
                 output = self.worker.sample_tokens(grammar_output)
             if isinstance(output, AsyncModelRunnerOutput):
                 output = output.get_output()
             return pickle.dumps(output, pickle.HIGHEST_PROTOCOL) if self.rank == answering else _NO_ANSWER
+
+    def _let_catch_up(self) -> None:
+        """Wait until the next stage has the tensors of the step before, and so has read what came ahead of them.
+
+        Between nodes, Ray's channels have room for one message, and while that is not read, the node's raylet waits
+        and takes no other (ray-project/ray#49044). A stage that hurries ahead would stop the very message, on another
+        channel, for which the next stage waits.
+        """
+        for each in self._communicators():
+            each.wait_until_sent()
 
     def shutdown(self) -> None:
         """Leave the graph, then as RayAscendWorkerProc."""

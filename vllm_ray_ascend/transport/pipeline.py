@@ -139,6 +139,10 @@ class HcclPPCommunicator(Communicator):  # type: ignore[misc]  # Ray tells no ty
         """The transfer that is under way, in words; empty where there is none."""
         return self._members.doing if self._members else ""
 
+    def wait_until_sent(self) -> None:
+        """Wait until the next stages have all that was sent. RayChannelError as of `recv`."""
+        self._member().wait_until_sent(self._limit_s)
+
     def settle(self, limit_s: float) -> bool:
         """After `destroy`: wait until no call is under way and all that was sent has gone; whether that came."""
         return self._members is None or self._members.settle(limit_s)
@@ -184,7 +188,7 @@ class _Members:
         self._ranks: list[int] = group.ranks
         self._group = group.device_group
         self._turn = threading.Lock()
-        self._sending: collections.deque[tuple[Any, torch.Tensor]] = collections.deque()
+        self._sending: collections.deque[tuple[Any, torch.Tensor, int]] = collections.deque()
         self.actors = [actor] * group.world_size
         if group.world_size > 1:
             distributed.all_gather_object(self.actors, actor, group=group.cpu_group)
@@ -199,7 +203,14 @@ class _Members:
             if work is None:
                 raise RayChannelError(f"stage {self.own} is not in the group of stage {peer}")
             work.wait()  # the stream does, and not this thread
-            self._sending.append((work, tensor))
+            self._sending.append((work, tensor, peer))
+
+    def wait_until_sent(self, limit_s: float | None) -> None:
+        while self._sending:
+            work, _, peer = self._sending[0]
+            with self._call(f"waiting until stage {peer} has a tensor"):
+                self._await(work, f"until stage {peer} takes a tensor that was sent to it", limit_s)
+                self._forget_sent()
 
     def receive(self, buffer: torch.Tensor, peer: int, limit_s: float | None) -> None:
         from torch import distributed
@@ -208,7 +219,7 @@ class _Members:
             work = distributed.irecv(buffer, self._ranks[peer], group=self._group)
             if work is None:
                 raise RayChannelError(f"stage {self.own} is not in the group of stage {peer}")
-            self._await(work, peer, limit_s)
+            self._await(work, f"for a tensor that stage {peer} was to send", limit_s)
             work.wait()
             current().check_transfer(work)
 
@@ -240,7 +251,7 @@ class _Members:
             finally:
                 self.doing = ""
 
-    def _await(self, work: Any, peer: int, limit_s: float | None) -> None:
+    def _await(self, work: Any, what: str, limit_s: float | None) -> None:
         """Wait for ``work``, napping for longer the longer it takes."""
         started = time.monotonic()
         while not work.is_completed():
@@ -249,8 +260,8 @@ class _Members:
             waited = time.monotonic() - started
             if limit_s is not None and waited > limit_s:
                 raise TimeoutError(
-                    f"stage {self.own} has waited {limit_s:g} s for a tensor that stage {peer} was to send. The log of "
-                    f"that stage's rank says what it does. If it only needs longer, raise VLLM_RAY_ASCEND_HANG_S."
+                    f"stage {self.own} has waited {limit_s:g} s {what}. The log of that stage's rank says what it "
+                    "does. If it only needs longer, raise VLLM_RAY_ASCEND_HANG_S."
                 )
             time.sleep(0 if waited < _SPIN_S else min(waited / 8, _LONGEST_NAP_S))
 

@@ -120,6 +120,7 @@ std::shared_ptr<Stream> resolve(aclrtStream handle);  // null: the default strea
 std::vector<std::shared_ptr<Stream>> streams_of(int visible);  // also closed ones whose last task still runs
 aclError enqueue(const std::shared_ptr<Stream>& stream, Work work);
 void use_device(int visible);  // for the calling thread
+void calm_release_thread();    // of torch_npu, once it is there
 
 // ---- graphs
 struct TaskGroup : std::enable_shared_from_this<TaskGroup> {

@@ -97,6 +97,7 @@ void Stream::push(Work work) {
   queue_.push_back(std::move(work));
   if (!started_) {
     started_ = true;
+    calm_release_thread();
     std::thread([self = shared_from_this()] { self->loop(); }).detach();
   } else if (!busy_) {
     arrived_.notify_one();
