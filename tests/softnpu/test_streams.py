@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 
@@ -243,3 +244,22 @@ def test_process_with_busy_streams_and_graphs_exits_cleanly() -> None:
     codes = [BUSY, BUSY + "    torch.npu.synchronize()\n"]
     started = [start_python(code, PYTHONFAULTHANDLER="1") for code in codes]
     assert [process.wait(LIMIT) for process in started] == [0, 0]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may change the timer slack of another thread")
+def test_torch_npus_release_thread_asks_a_thousand_times_a_second_and_not_more() -> None:
+    """Else it takes a tenth of a core in every process, all of its life."""
+    check_python(
+        """
+        import torch, torch_npu
+        from pathlib import Path
+        for _ in range(2):  # it may be younger than the first stream
+            with torch.npu.stream(torch.npu.Stream()):
+                torch.zeros(4, device="npu").add_(1)
+            torch.npu.synchronize()
+        tasks = Path("/proc/self/task")
+        found = [task.name for task in tasks.iterdir() if (task / "comm").read_text().strip() == "release_thread"]
+        assert found, "torch_npu has no such thread any more: runtime/threads.cpp can go"
+        assert [Path(f"/proc/{each}/timerslack_ns").read_text().strip() for each in found] == ["1000000"] * len(found)
+        """
+    )
