@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 _NOTHING = "nothing"
-"""The name of the one number that a step without tensors carries: each step sends some (worker._let_catch_up)."""
+"""The name of the one number that a step without tensors carries: each step sends some (transport.context)."""
 
 
 class Carrier:

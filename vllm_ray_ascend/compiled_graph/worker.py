@@ -88,23 +88,12 @@ class CompiledGraphWorkerProc(RayAscendWorkerProc):
             output = self.worker.execute_model(scheduler_output)
             if not self._last:
                 assert self._carrier is not None
-                self._let_catch_up()
                 return message, self._carrier.take()
             if output is None:
                 output = self.worker.sample_tokens(grammar_output)
             if isinstance(output, AsyncModelRunnerOutput):
                 output = output.get_output()
             return pickle.dumps(output, pickle.HIGHEST_PROTOCOL) if self.rank == answering else _NO_ANSWER
-
-    def _let_catch_up(self) -> None:
-        """Wait until the next stage has the tensors of the step before, and so has read what came ahead of them.
-
-        Between nodes, Ray's channels have room for one message, and while that is not read, the node's raylet waits
-        and takes no other (ray-project/ray#49044). A stage that hurries ahead would stop the very message, on another
-        channel, for which the next stage waits.
-        """
-        for each in self._communicators():
-            each.wait_until_sent()
 
     def shutdown(self) -> None:
         """Leave the graph, then as RayAscendWorkerProc."""

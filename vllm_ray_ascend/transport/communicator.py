@@ -62,6 +62,7 @@ class HcclCommunicator(Communicator):  # type: ignore[misc]
         self._comm_id = comm_id
         self._rank: int | None = None
         self._group: Group | None = None
+        self._sent: Transfer | None = None
         self._destroyed = False
         if rank is not None:
             self._connect(rank, bytes.fromhex(comm_id))
@@ -127,7 +128,12 @@ class HcclCommunicator(Communicator):  # type: ignore[misc]
 
     def send(self, value: torch.Tensor, peer_rank: int) -> None:
         """Send after what the calling thread's stream has; returns at once. What is written later comes later."""
-        self._within(lambda group: group.send(value, peer_rank))
+        self._sent = self._within(lambda group: group.send(value, peer_rank))
+
+    def when_sent(self) -> Callable[[], None]:
+        """What waits until the peers have all that was sent so far."""
+        sent = self._sent
+        return lambda: None if sent is None else self._within(lambda group: group.wait(sent))
 
     def recv(
         self,
@@ -203,7 +209,7 @@ class HcclCommunicator(Communicator):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         """Travels unconnected: an actor is its rank only once Ray says so."""
-        unconnected = {"_rank": None, "_group": None, "_destroyed": False}
+        unconnected = {"_rank": None, "_group": None, "_sent": None, "_destroyed": False}
         return {"_handles": self._handles, "_comm_id": self._comm_id} | unconnected
 
     @cached_property

@@ -35,6 +35,7 @@ NAME = "npu"
 """torch's name of the device, and so Ray's of the context."""
 
 _MARK = "_vllm_ray_ascend"
+_CATCH_UP = "_vllm_ray_ascend_catch_up"
 _OF_A_MESSAGE = {
     "_use_external_transport": bool,
     "_out_of_band_tensors": list,
@@ -179,6 +180,18 @@ def _serialize_to_numpy_or_scalar(before: Callable[..., Any], self: Any, tensor:
 
 
 def _write(before: Callable[..., Any], self: Any, value: Any, timeout: float | None = None) -> None:
+    """After the reader has the tensors of the message before, and so has read what came ahead of them.
+
+    Between nodes, Ray's channels have room for one message, and while that is not read, the node's raylet waits and
+    takes no other (ray-project/ray#49044). A writer that hurries ahead would stop the very message, on another channel,
+    for which the reader waits.
+    """
+    vars(self).get(_CATCH_UP, _nothing)()
+    _send(before, self, value, timeout)
+    setattr(self, _CATCH_UP, getattr(self._gpu_data_channel._accelerator_group, "when_sent", lambda: _nothing)())
+
+
+def _send(before: Callable[..., Any], self: Any, value: Any, timeout: float | None) -> None:
     """With _direct_return Ray asks a tensor whether it ``is_cuda``; one of an NPU is sent just the same."""
     if self._cpu_data_channel is not None or getattr(getattr(value, "device", None), "type", None) != NAME:
         before(self, value, timeout)
@@ -187,6 +200,10 @@ def _write(before: Callable[..., Any], self: Any, value: Any, timeout: float | N
     if self._local_channel is not None:
         self._local_channel.write(value)
     self._gpu_data_channel.write([value], timeout=timeout)
+
+
+def _nothing() -> None:
+    """To wait for."""
 
 
 class _OfThread:

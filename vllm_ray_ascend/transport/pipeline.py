@@ -139,9 +139,9 @@ class HcclPPCommunicator(Communicator):  # type: ignore[misc]  # Ray tells no ty
         """The transfer that is under way, in words; empty where there is none."""
         return self._members.doing if self._members else ""
 
-    def wait_until_sent(self) -> None:
-        """Wait until the next stages have all that was sent. RayChannelError as of `recv`."""
-        self._member().wait_until_sent(self._limit_s)
+    def when_sent(self) -> Callable[[], None]:
+        """What waits until the next stages have all that was sent so far. It raises RayChannelError as `recv` does."""
+        return self._member().when_sent(self._limit_s)
 
     def settle(self, limit_s: float) -> bool:
         """After `destroy`: wait until no call is under way and all that was sent has gone; whether that came."""
@@ -205,12 +205,14 @@ class _Members:
             work.wait()  # the stream does, and not this thread
             self._sending.append((work, tensor, peer))
 
-    def wait_until_sent(self, limit_s: float | None) -> None:
-        while self._sending:
-            work, _, peer = self._sending[0]
+    def when_sent(self, limit_s: float | None) -> Callable[[], None]:
+        work, _, peer = self._sending[-1] if self._sending else (None, None, None)
+
+        def wait() -> None:
             with self._call(f"waiting until stage {peer} has a tensor"):
                 self._await(work, f"until stage {peer} takes a tensor that was sent to it", limit_s)
-                self._forget_sent()
+
+        return wait if work is not None else lambda: None
 
     def receive(self, buffer: torch.Tensor, peer: int, limit_s: float | None) -> None:
         from torch import distributed
