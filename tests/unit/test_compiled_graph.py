@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -149,26 +147,3 @@ def test_a_channel_is_read_with_pauses_until_it_has_something_or_its_time_is_ove
     with pytest.raises(RayChannelTimeoutError):
         patience._read(None, 0.0)
     assert asked == [0.0]
-
-
-def test_pollers_of_ray_step_back_and_nobody_else() -> None:
-    """In a process of its own: a priority that was given up does not come back."""
-    code = """
-import ctypes, os, threading
-from vllm_ray_ascend.compiled_graph.patience import step_back
-ready, end, ids = threading.Barrier(3), threading.Event(), {}
-def waits(name):
-    ctypes.CDLL(None).prctl(15, name, 0, 0, 0)  # PR_SET_NAME
-    ids[name] = threading.get_native_id()
-    ready.wait()
-    end.wait()
-for name in (b"worker.channel_io", b"worker.io"):
-    threading.Thread(target=waits, args=(name,), daemon=True).start()
-ready.wait()
-step_back()
-found = [os.getpriority(os.PRIO_PROCESS, ids[name]) - os.getpriority(os.PRIO_PROCESS, 0) for name in sorted(ids)]
-assert found[0] > 0 or os.getpriority(os.PRIO_PROCESS, 0) == 19, found
-assert found[1] == 0, found
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr

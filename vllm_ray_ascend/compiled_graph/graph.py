@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import pickle
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -68,10 +67,9 @@ class Graph:
         self._answering = shape.stages[-1][0]
         self._steps: collections.deque[Step] = collections.deque()
         self._cause: BaseException | None = None
-        self._all_open = threading.Event()
+        self._all_open = False
         """Whether every end of every channel is open, which the first answer shows: their names are needed no more."""
         patience.install()
-        patience.step_back_until(self._all_open)
         ray.get([actor.prepare_graph.remote(self._room) for actor in actors])
         self._dag: Any = _outputs(actors, shape, limit_s).experimental_compile(
             _submit_timeout=limit_s,
@@ -88,9 +86,7 @@ class Graph:
         """Begin a step. Raises what `cancel` was given, and where the graph takes no more in time."""
         self._check()
         step = Step(self, self._limit_s)
-        message, step.kept = pack(
-            (scheduler_output, grammar_output, self._answering, self._all_open.is_set()), self._room
-        )
+        message, step.kept = pack((scheduler_output, grammar_output, self._answering, self._all_open), self._room)
         try:
             step.references = self._dag.execute(message)
         except RayChannelTimeoutError as error:
@@ -126,7 +122,6 @@ class Graph:
         """Close this end of the channels, and end the actor that Ray has for it."""
         import ray
 
-        self._all_open.set()
         if self._cause is None:
             self._cause = RuntimeError("the engine has ended")
             self._close_channels()
@@ -145,8 +140,8 @@ class Graph:
             left_s = max(0.0, step.deadline - time.monotonic())
             answers = [each.get(timeout=left_s) for each in step.references]  # Ray keeps what nobody asks for
             step.set_result(pickle.loads(answers[0]))
-            if not self._all_open.is_set():
-                self._all_open.set()
+            if not self._all_open:
+                self._all_open = True
                 remove(channels())
         except RayChannelTimeoutError as error:
             step.set_exception(self._cause or _caused(self._faults.late(), error))

@@ -53,8 +53,7 @@ class CompiledGraphWorkerProc(RayAscendWorkerProc):
 
         patience.install()
         self._tasks = []
-        self._all_open = threading.Event()
-        patience.step_back_until(self._all_open)
+        self._names_dropped = False
         self._stepping = threading.Lock()
         self._step_since: tuple[int, float] | None = None
         context = DAGContext.get_current()
@@ -80,8 +79,8 @@ class CompiledGraphWorkerProc(RayAscendWorkerProc):
         which says something on one rank only."""
         with self._step():
             scheduler_output, grammar_output, answering, all_open = unpack(message)
-            if all_open and not self._all_open.is_set():
-                self._all_open.set()
+            if all_open and not self._names_dropped:
+                self._names_dropped = True
                 remove(channels())
             if self._carrier is not None:
                 self._carrier.bring(tensors)
