@@ -33,7 +33,7 @@ def test_values_cross_nodes(cluster: Cluster) -> None:
     done = subprocess.run(
         manager.node_command(cluster, 1, [sys.executable, "-m", "tests.softnpu.test_transport_nodes"]),
         env=manager.command_environment(cluster, 1, os.environ) | {"PYTHONPATH": f"{ROOT}:{os.environ['PYTHONPATH']}"},
-        capture_output=True, text=True, timeout=120, cwd=ROOT, check=False,
+        capture_output=True, text=True, timeout=240, cwd=ROOT, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-6000:]}"
     print(done.stdout)
