@@ -30,6 +30,7 @@ LATE = (
     "compiled_graph/context.py",
     "compiled_graph/executor.py",
     "compiled_graph/graph.py",
+    "compiled_graph/patience.py",
     "compiled_graph/worker.py",
     "engine/actors.py",
     "engine/going_on.py",
