@@ -67,7 +67,7 @@ def main() -> None:
     under_way: list[tuple[int, Any]] = []
     for seed in range(EXECUTIONS):
         under_way.append((seed, graph.execute(seed)))
-        if len(under_way) == IN_FLIGHT or seed == EXECUTIONS - 1:
+        while under_way and (len(under_way) == IN_FLIGHT or seed == EXECUTIONS - 1):
             oldest, references = under_way.pop(0)
             for told, device in zip(ray.get(references, timeout=60), devices, strict=True):
                 assert told == (oldest, expected(oldest, device)), told

@@ -130,10 +130,10 @@ class HcclCommunicator(Communicator):  # type: ignore[misc]
         """Send after what the calling thread's stream has; returns at once. What is written later comes later."""
         self._sent = self._within(lambda group: group.send(value, peer_rank))
 
-    def when_sent(self) -> Callable[[], None]:
-        """What waits until the peers have all that was sent so far."""
+    def when_sent(self) -> Callable[[], None] | None:
+        """What waits until the peers have all that was sent so far; None where nothing was."""
         sent = self._sent
-        return lambda: None if sent is None else self._within(lambda group: group.wait(sent))
+        return None if sent is None else lambda: self._within(lambda group: group.wait(sent))
 
     def recv(
         self,

@@ -186,9 +186,11 @@ def _write(before: Callable[..., Any], self: Any, value: Any, timeout: float | N
     takes no other (ray-project/ray#49044). A writer that hurries ahead would stop the very message, on another channel,
     for which the reader waits.
     """
-    vars(self).get(_CATCH_UP, _nothing)()
+    if (catch_up := getattr(self, _CATCH_UP, None)) is not None:
+        catch_up()
     _send(before, self, value, timeout)
-    setattr(self, _CATCH_UP, getattr(self._gpu_data_channel._accelerator_group, "when_sent", lambda: _nothing)())
+    if (when_sent := getattr(self._gpu_data_channel._accelerator_group, "when_sent", None)) is not None:
+        setattr(self, _CATCH_UP, when_sent())
 
 
 def _send(before: Callable[..., Any], self: Any, value: Any, timeout: float | None) -> None:
@@ -200,10 +202,6 @@ def _send(before: Callable[..., Any], self: Any, value: Any, timeout: float | No
     if self._local_channel is not None:
         self._local_channel.write(value)
     self._gpu_data_channel.write([value], timeout=timeout)
-
-
-def _nothing() -> None:
-    """To wait for."""
 
 
 class _OfThread:

@@ -139,8 +139,9 @@ class HcclPPCommunicator(Communicator):  # type: ignore[misc]  # Ray tells no ty
         """The transfer that is under way, in words; empty where there is none."""
         return self._members.doing if self._members else ""
 
-    def when_sent(self) -> Callable[[], None]:
-        """What waits until the next stages have all that was sent so far. It raises RayChannelError as `recv` does."""
+    def when_sent(self) -> Callable[[], None] | None:
+        """What waits until the next stages have all that was sent so far, and raises RayChannelError as `recv` does;
+        None where nothing is on its way."""
         return self._member().when_sent(self._limit_s)
 
     def settle(self, limit_s: float) -> bool:
@@ -205,14 +206,16 @@ class _Members:
             work.wait()  # the stream does, and not this thread
             self._sending.append((work, tensor, peer))
 
-    def when_sent(self, limit_s: float | None) -> Callable[[], None]:
-        work, _, peer = self._sending[-1] if self._sending else (None, None, None)
+    def when_sent(self, limit_s: float | None) -> Callable[[], None] | None:
+        if not self._sending:
+            return None
+        work, _, peer = self._sending[-1]
 
         def wait() -> None:
             with self._call(f"waiting until stage {peer} has a tensor"):
                 self._await(work, f"until stage {peer} takes a tensor that was sent to it", limit_s)
 
-        return wait if work is not None else lambda: None
+        return wait
 
     def receive(self, buffer: torch.Tensor, peer: int, limit_s: float | None) -> None:
         from torch import distributed
