@@ -15,8 +15,17 @@ import pytest
 from demo.train.recitation import DENSE
 from demo.train.reference import Entry, stored_reference
 from tests.e2e.conftest import generated, on_head
-from tests.e2e.placed import check_text, server_of
-from tests.e2e.test_death import LIMIT_S, PATIENT, SIZES, check_all_gone, killed_in_a_request
+from tests.e2e.placed import check_text, server_of, topology_of
+from tests.e2e.test_death import (
+    LIMIT_S,
+    PATIENT,
+    SIZES,
+    check_all_gone,
+    endless,
+    ends,
+    kill,
+    killed_in_a_request,
+)
 from tests.e2e.test_tokens import Case, check_generated, check_start_line, check_workers
 from vllm_ray_ascend.settings import variable_of
 from vllm_ray_ascend.softnpu.cluster.plan import Cluster
@@ -47,10 +56,9 @@ def hidden_size(model: Path) -> int:
 @pytest.mark.parametrize(
     "case",
     [
-        Case("one_node", 2, 2),
-        # Between nodes, Ray's own threads spin, two a worker: on two cores that may take minutes.
-        pytest.param(Case("two_nodes_of_one", 1, 2), marks=pytest.mark.slow),
-        pytest.param(Case("two_nodes_of_two", 2, 2, eager=True), marks=pytest.mark.slow),
+        Case("two_nodes_of_two", 2, 2),
+        pytest.param(Case("two_nodes_of_one", 1, 2, eager=True), marks=pytest.mark.slow),
+        pytest.param(Case("one_node", 2, 2), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -84,6 +92,18 @@ def test_a_worker_killed_in_decode_ends_the_request_and_leaves_nothing(
         victim = killed_in_a_request(two_nodes_of_two, server)
     log = (tmp_path / "log").read_text()
     assert f"Worker process {victim['pid']} of rank {victim['rank']}" in log
+    check_all_gone(two_nodes_of_two)
+
+
+@pytest.mark.slow
+def test_the_driver_is_killed_and_leaves_nothing(two_nodes_of_two: Cluster, tmp_path: Path) -> None:
+    with server_of(two_nodes_of_two, DENSE, tmp_path / "log", *SIZES, **EXECUTOR) as server:
+        server.wait_until_healthy()
+        stream = endless(server)
+        engine = topology_of(two_nodes_of_two)["engines"][0]
+        kill(two_nodes_of_two, 1, engine["pid"])
+        ends(server)
+        stream.close()
     check_all_gone(two_nodes_of_two)
 
 

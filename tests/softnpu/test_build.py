@@ -133,9 +133,16 @@ def test_no_torch_npu(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_environment_keeps_what_the_user_set() -> None:
-    base = {"LD_LIBRARY_PATH": "/mine", "PYTHONPATH": "/also/mine", "OMP_NUM_THREADS": "3", "PATH": "/bin"}
+    base = {
+        "LD_LIBRARY_PATH": "/mine",
+        "LD_PRELOAD": "/my/own.so",
+        "PYTHONPATH": "/also/mine",
+        "OMP_NUM_THREADS": "3",
+        "PATH": "/bin",
+    }
     once = activate.environment(base)
     assert once["LD_LIBRARY_PATH"] == f"{once['SOFTNPU_LIB']}:/mine"
+    assert once["LD_PRELOAD"] == f"{once['SOFTNPU_LIB']}/{build.PRELOADED}:/my/own.so"
     assert once["PYTHONPATH"].endswith(":/also/mine")
     assert (once["OMP_NUM_THREADS"], once["PATH"]) == ("3", "/bin")
     assert activate.environment(once) == once

@@ -263,3 +263,24 @@ def test_torch_npus_release_thread_asks_a_thousand_times_a_second_and_not_more()
         assert [Path(f"/proc/{each}/timerslack_ns").read_text().strip() for each in found] == ["1000000"] * len(found)
         """
     )
+
+
+def test_rays_threads_that_wait_for_channels_sleep_and_others_yield() -> None:
+    """Else they share two cores with everything else (preload/yield.cpp). A turn given up is no voluntary switch."""
+    check_python(
+        """
+        import ctypes, os, resource, threading
+        def slept(name):
+            ctypes.CDLL(None).prctl(15, name.encode(), 0, 0, 0)
+            before = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+            for _ in range(100):
+                os.sched_yield()
+            result.append(resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - before)
+        for name, sleeps in (("worker.channel_", True), ("worker.io", False)):
+            result = []
+            thread = threading.Thread(target=slept, args=(name,))
+            thread.start()
+            thread.join()
+            assert (result[0] >= 100) is sleeps, (name, result)
+        """
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from ray.exceptions import RayChannelTimeoutError
 from vllm_ray_ascend.compiled_graph import patience
 from vllm_ray_ascend.compiled_graph.carrier import Carrier
 from vllm_ray_ascend.compiled_graph.patience import pause_after
+from vllm_ray_ascend.compiled_graph.receipts import Post, Receipts
 from vllm_ray_ascend.compiled_graph.refusal import obstacles, refuse
 from vllm_ray_ascend.compiled_graph.shape import shape_of
 from vllm_ray_ascend.errors import SettingError
@@ -147,3 +149,36 @@ def test_a_channel_is_read_with_pauses_until_it_has_something_or_its_time_is_ove
     with pytest.raises(RayChannelTimeoutError):
         patience._read(None, 0.0)
     assert asked == [0.0]
+
+
+def test_nobody_sends_before_all_have_read() -> None:
+    receipts = Receipts()
+    assert receipts.before_sending(readers=2)
+    receipts.came()
+    assert not receipts.before_sending(readers=2, limit_s=0)
+    receipts.came()
+    assert receipts.before_sending(readers=2, limit_s=0)
+
+
+def test_a_wait_for_receipts_ends_with_its_cause() -> None:
+    receipts = Receipts()
+    receipts.before_sending(readers=1)
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(receipts.before_sending, 1)
+        receipts.close(RuntimeError("a worker died"))
+        with pytest.raises(RuntimeError, match="a worker died"):
+            waiting.result(60)
+    with pytest.raises(RuntimeError, match="a worker died"):
+        receipts.before_sending(readers=1)
+
+
+def test_receipts_go_to_the_stage_before_and_answers_to_the_last_one() -> None:
+    told: list[int] = []
+    post = Post(shape_of(6, 3), told.append)
+    assert post.own.before_sending(post.first)
+    for rank in range(6):
+        post.read_by(rank)
+    assert told == [0, 1, 2, 3]
+    assert post.own.before_sending(post.first, 0)
+    post.answers_read()
+    assert told[4:] == [4, 5]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from vllm_ray_ascend.lifecycle.hub import Hub, Loss
-from vllm_ray_ascend.lifecycle.messages import DIE, STOP
+from vllm_ray_ascend.lifecycle.messages import DIE, READ, STOP
 
 pytestmark = pytest.mark.unit
 
@@ -23,13 +23,14 @@ LIMIT_S = 30.0
 WORKER = """
 import os, sys, time
 from vllm_ray_ascend.lifecycle.lifeline import Lifeline
-from vllm_ray_ascend.lifecycle.messages import Doing, Holds, Segment
+from vllm_ray_ascend.lifecycle.messages import Doing, HasRead, Holds, Segment
 def stop():
     print("stop", flush=True)
     os._exit(7)
 def end(lost):
     os._exit(8 if lost else 9)
-line = Lifeline(sys.argv[1], int(sys.argv[2]), "10.0.0.9", 30.0, on_stop=stop, on_end=end, activity=lambda: "testing")
+line = Lifeline(sys.argv[1], int(sys.argv[2]), "10.0.0.9", 30.0, on_stop=stop, on_end=end, activity=lambda: "testing",
+    on_read=lambda: print("read", flush=True))
 print("connected", flush=True)
 for command in sys.stdin:
     exec(command)
@@ -232,3 +233,12 @@ def test_nobody_listens() -> None:
             [sys.executable, "-c", WORKER, text, "0"], capture_output=True, text=True, timeout=LIMIT_S, check=False
         )
     assert "ConnectionRefusedError" in done.stderr
+
+
+def test_who_reads_says_so_and_who_sent_is_told(hub: Hub, start: Callable[[int], subprocess.Popen[str]]) -> None:
+    hub.on_read = lambda rank: hub.tell(rank - 1, READ)
+    sender, reader = start(0), start(1)
+    assert reader.stdin is not None and sender.stdout is not None
+    reader.stdin.write("line.tell(HasRead())\n")
+    reader.stdin.flush()
+    assert sender.stdout.readline() == "read\n"

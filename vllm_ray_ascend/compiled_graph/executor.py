@@ -7,8 +7,9 @@ from concurrent.futures import Future
 from typing import Any
 
 from vllm_ray_ascend.compiled_graph.graph import Faults, Graph
+from vllm_ray_ascend.compiled_graph.receipts import Post
 from vllm_ray_ascend.compiled_graph.refusal import refuse
-from vllm_ray_ascend.compiled_graph.shape import shape_of
+from vllm_ray_ascend.compiled_graph.shape import Shape, shape_of
 from vllm_ray_ascend.compiled_graph.worker import CompiledGraphWorkerProc
 from vllm_ray_ascend.executor.executor import RayAscendExecutor
 from vllm_ray_ascend.executor.start import Start
@@ -50,9 +51,25 @@ class CompiledGraphExecutor(RayAscendExecutor):
         in_flight = getattr(self.vllm_config, "max_concurrent_batches", len(shape.stages))
         faults = Faults(functools.partial(self._late, STEPS[0], "", self._hang_s), self._life.wait_for_loss)
         actors = [handle.actor for handle in handles]
-        make = functools.partial(Graph, actors, shape, in_flight, self._hang_s, faults)
+        make = functools.partial(Graph, actors, shape, in_flight, self._hang_s, faults, self._post(shape))
         with self._start.phase(GRAPH):
             self._graph = self._start.watched(make, GRAPH)
+
+    def _post(self, shape: Shape) -> Post | None:
+        """Where the graph is on one node, its channels are shared memory, and nothing stands still."""
+        import ray
+
+        peers = self._life.peers()
+        if {peer.node for peer in peers} == {str(ray.util.get_node_ip_address())}:
+            return None
+        post = Post(shape, self._life.was_read)
+        if self._life.connect_post(sum(map(len, shape.stages)), post.read_by):
+            return post
+        logger.warning(
+            "Not all ranks could connect to this node, so none can say what it has read: a worker that dies may leave "
+            "its node's raylet waiting for it (ray-project/ray#49044). See that no firewall stands between the nodes."
+        )
+        return None
 
     def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
         """Keep what is to be computed until `sample_tokens`; at once where there is nothing to sample."""

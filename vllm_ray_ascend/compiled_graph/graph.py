@@ -14,6 +14,7 @@ from ray.exceptions import RayChannelTimeoutError
 
 from vllm_ray_ascend.compiled_graph import patience
 from vllm_ray_ascend.compiled_graph.parcel import pack
+from vllm_ray_ascend.compiled_graph.receipts import Post
 from vllm_ray_ascend.compiled_graph.shape import Shape
 from vllm_ray_ascend.lifecycle.shared_memory import channels, remove
 from vllm_ray_ascend.transport.pipeline import HcclPPCommunicator
@@ -56,21 +57,29 @@ class Graph:
     its workers itself, and they close their ends by themselves.
     """
 
-    def __init__(self, actors: Sequence[Any], shape: Shape, in_flight: int, limit_s: float, faults: Faults) -> None:
+    def __init__(
+        self,
+        actors: Sequence[Any],
+        shape: Shape,
+        in_flight: int,
+        limit_s: float,
+        faults: Faults,
+        post: Post | None = None,
+    ) -> None:
         """Compile the graph over ``actors``, by rank, whose main threads are free. ``in_flight``: executions that may
-        be under way; ``limit_s``: seconds of one."""
+        be under way; ``limit_s``: seconds of one; ``post``: of a graph between nodes."""
         import ray
         from ray.dag import DAGContext
 
         self._room = int(DAGContext.get_current().buffer_size_bytes)
-        self._limit_s, self._faults = limit_s, faults
+        self._limit_s, self._faults, self._post = limit_s, faults, post
         self._answering = shape.stages[-1][0]
         self._steps: collections.deque[Step] = collections.deque()
         self._cause: BaseException | None = None
         self._all_open = False
         """Whether every end of every channel is open, which the first answer shows: their names are needed no more."""
         patience.install()
-        ray.get([actor.prepare_graph.remote(self._room) for actor in actors])
+        ray.get([actor.prepare_graph.remote(self._room, post is not None) for actor in actors])
         self._dag: Any = _outputs(actors, shape, limit_s).experimental_compile(
             _submit_timeout=limit_s,
             _max_inflight_executions=in_flight + 1,
@@ -87,6 +96,8 @@ class Graph:
         self._check()
         step = Step(self, self._limit_s)
         message, step.kept = pack((scheduler_output, grammar_output, self._answering, self._all_open), self._room)
+        if self._post is not None and not self._post.own.before_sending(self._post.first, self._limit_s):
+            raise self._faults.late()
         try:
             step.references = self._dag.execute(message)
         except RayChannelTimeoutError as error:
@@ -115,16 +126,14 @@ class Graph:
     def cancel(self, cause: BaseException) -> None:
         """End every read and write with ``cause``, now and later. May be called in any thread."""
         if self._cause is None:
-            self._cause = cause
-            self._close_channels()
+            self._end(cause)
 
     def close(self) -> None:
         """Close this end of the channels, and end the actor that Ray has for it."""
         import ray
 
         if self._cause is None:
-            self._cause = RuntimeError("the engine has ended")
-            self._close_channels()
+            self._end(RuntimeError("the engine has ended"))
         for step in self._steps:
             step.set_exception(self._cause)
         self._steps.clear()
@@ -139,6 +148,8 @@ class Graph:
             self._check()
             left_s = max(0.0, step.deadline - time.monotonic())
             answers = [each.get(timeout=left_s) for each in step.references]  # Ray keeps what nobody asks for
+            if self._post is not None:
+                self._post.answers_read()
             step.set_result(pickle.loads(answers[0]))
             if not self._all_open:
                 self._all_open = True
@@ -153,7 +164,10 @@ class Graph:
         if self._cause is not None:
             raise self._cause
 
-    def _close_channels(self) -> None:
+    def _end(self, cause: BaseException) -> None:
+        self._cause = cause
+        if self._post is not None:
+            self._post.own.close(cause)
         for end in (self._dag._dag_submitter, self._dag._dag_output_fetcher):
             with contextlib.suppress(Exception):  # a channel whose other end is gone
                 end.close()

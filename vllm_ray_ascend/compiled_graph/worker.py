@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from ray.exceptions import RayChannelError
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
@@ -24,7 +25,9 @@ from vllm_ray_ascend.compiled_graph import patience
 from vllm_ray_ascend.compiled_graph.carrier import Carrier
 from vllm_ray_ascend.compiled_graph.context import use_device
 from vllm_ray_ascend.compiled_graph.parcel import unpack
+from vllm_ray_ascend.compiled_graph.receipts import Receipts
 from vllm_ray_ascend.executor.worker import RayAscendWorkerProc
+from vllm_ray_ascend.lifecycle.messages import HasRead
 from vllm_ray_ascend.lifecycle.shared_memory import channels, remove
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import load
@@ -45,13 +48,15 @@ class CompiledGraphWorkerProc(RayAscendWorkerProc):
 
     _tasks: list[Any]
     _carrier: Carrier | None
+    _receipts: Receipts | None = None
 
-    def prepare_graph(self, room: int) -> None:
-        """Before the graph is compiled: device and size of its channels, and a pipeline group whose tensors it
-        carries."""
+    def prepare_graph(self, room: int, receipts: bool) -> None:
+        """Before the graph is compiled: device and size of its channels, a pipeline group whose tensors it carries, and
+        whether everyone says when it has read."""
         from ray.dag import DAGContext
 
         patience.install()
+        self._receipts = Receipts() if receipts else None
         self._tasks = []
         self._names_dropped = False
         self._stepping = threading.Lock()
@@ -99,8 +104,14 @@ class CompiledGraphWorkerProc(RayAscendWorkerProc):
         self._leave_graph()
         super().shutdown()
 
+    def _was_read(self) -> None:
+        if self._receipts is not None:
+            self._receipts.came()
+
     def _leave_graph(self) -> None:
         """Close the channels, which ends Ray's loop after its present step, and wait for that and for pending sends."""
+        if self._receipts is not None:
+            self._receipts.close(RayChannelError("the engine ends"))
         communicators = self._communicators()
         for task in getattr(self, "_tasks", ()):
             task.cancel()
@@ -126,9 +137,13 @@ class CompiledGraphWorkerProc(RayAscendWorkerProc):
     def _step(self) -> Iterator[None]:
         with self._stepping:
             self._step_since = (threading.get_ident(), time.monotonic())
+            if self._receipts is not None:
+                self._tell(HasRead())
             try:
                 yield
-            finally:
+            finally:  # Ray sends an error on as well
+                if self._receipts is not None:
+                    self._receipts.before_sending(readers=1)
                 self._step_since = None
 
     def _activity(self) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm_ray_ascend.errors import VllmRayAscendError, WorkerDiedError, WorkerFailedError, WorkerLateError
 from vllm_ray_ascend.executor.start import idle_text
 from vllm_ray_ascend.lifecycle.hub import Hub, Loss, Peer
-from vllm_ray_ascend.lifecycle.messages import DIE, STOP
+from vllm_ray_ascend.lifecycle.messages import DIE, READ, STOP
 from vllm_ray_ascend.lifecycle.pulse import Pulse, Reports
 from vllm_ray_ascend.lifecycle.shared_memory import remove
 from vllm_ray_ascend.log import get_logger
@@ -62,6 +63,18 @@ class Life:
         """What each connected rank says that it does; None for one that does not answer within ``limit_s`` seconds."""
         hub = self._hub
         return hub.ask(limit_s) if hub else {}
+
+    def connect_post(self, ranks: int, read_by: Callable[[int], None]) -> bool:
+        """Have ``read_by`` called with each rank that says that it has read; False where not all ``ranks`` can."""
+        if self._hub is None or len(self._hub.ranks()) < ranks:
+            return False
+        self._hub.on_read = read_by
+        return True
+
+    def was_read(self, rank: int) -> None:
+        """Tell a rank that what it sent last was read."""
+        if (hub := self._hub) is not None:
+            hub.tell(rank, READ)
 
     def check(self) -> None:
         """Raise what ended the engine, if it has ended."""

@@ -73,6 +73,7 @@ class RayAscendWorkerProc(RayWorkerProc):
                 on_stop=self._stop,
                 on_end=self._end,
                 activity=self._activity,
+                on_read=self._was_read,
             )
         except OSError as error:
             logger.warning("rank %d on node %s cannot reach its executor at %s: %s", rank, node_address(), text, error)
@@ -95,6 +96,9 @@ class RayAscendWorkerProc(RayWorkerProc):
         if not queue.working_on:
             return "waiting for work"
         return f"in {queue.working_on} for {time.monotonic() - queue.working_since:.1f} s"
+
+    def _was_read(self) -> None:
+        """What this worker sent last was read: for those who send by other ways than vLLM's queues."""
 
     def _stop(self) -> None:
         """Leave the busy loop after the present step; SystemExit is how an actor ends its process on purpose."""

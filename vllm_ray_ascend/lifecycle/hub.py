@@ -18,6 +18,7 @@ from vllm_ray_ascend.lifecycle.messages import (
     Address,
     Doing,
     Failed,
+    HasRead,
     Hello,
     Holds,
     Message,
@@ -68,6 +69,8 @@ class Hub:
 
     def __init__(self, host: str, silence_s: float, on_loss: Callable[[Loss], None]) -> None:
         self._on_loss = on_loss
+        self.on_read: Callable[[int], None] = lambda _: None
+        """Called in the hub's thread with the rank that has read its message."""
         self._silence_s = silence_s
         self._listener = listen(host)
         self._token = secrets.token_hex(8)
@@ -100,6 +103,14 @@ class Hub:
         with self._changed:
             for connection, peer in self._peers.items():
                 if peer.rank != but:
+                    with contextlib.suppress(OSError):
+                        connection.send(command)
+
+    def tell(self, rank: int, command: bytes) -> None:
+        """Send a command to one rank."""
+        with self._changed:
+            for connection, peer in self._peers.items():
+                if peer.rank == rank:
                     with contextlib.suppress(OSError):
                         connection.send(command)
 
@@ -182,6 +193,8 @@ class Hub:
             self._changed.notify_all()
         if loss is not None:
             self._on_loss(loss)
+        if isinstance(message, HasRead) and peer is not None:
+            self.on_read(peer.rank)
         return True
 
     def _drop(self, connection: socket.socket) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from vllm_ray_ascend.lifecycle.messages import ASK, DIE, STOP, Address, Failed, Hello, Message, Report, line
+from vllm_ray_ascend.lifecycle.messages import ASK, DIE, READ, STOP, Address, Failed, Hello, Message, Report, line
 from vllm_ray_ascend.lifecycle.sockets import keep_alive
 
 _CONNECT_LIMIT_S = 10.0
@@ -25,10 +25,10 @@ _FRAMES = 6
 
 
 class Lifeline:
-    """The owned process's end. All three callbacks are called in its thread.
+    """The owned process's end. All callbacks are called in its thread.
 
     ``on_stop()``: end in order. ``on_end(lost)``: end now; lost: the owner is gone. ``activity()``: what this process
-    is doing, in a few words.
+    is doing, in a few words. ``on_read()``: what this process sent last was read.
     """
 
     def __init__(
@@ -41,10 +41,11 @@ class Lifeline:
         on_stop: Callable[[], None],
         on_end: Callable[[bool], None],
         activity: Callable[[], str],
+        on_read: Callable[[], None] = lambda: None,
     ) -> None:
         """Connects. Raises OSError where the owner cannot be reached."""
         address = msgspec.json.decode(text, type=Address)
-        self._on_stop, self._on_end, self._activity = on_stop, on_end, activity
+        self._on_stop, self._on_end, self._activity, self._on_read = on_stop, on_end, activity, on_read
         self._closed = False
         self._sending = threading.Lock()
         self._socket = socket.create_connection((address.host, address.port), timeout=_CONNECT_LIMIT_S)
@@ -79,6 +80,8 @@ class Lifeline:
                 return
             if order == ASK:
                 self.tell(Report(f"{self._activity()}, at {_place()}"))
+            elif order == READ:
+                self._on_read()
             elif order == STOP:
                 self._on_stop()
             else:

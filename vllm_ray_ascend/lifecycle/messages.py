@@ -12,6 +12,8 @@ DIE = b"D"
 """End at once: a sibling is gone, and HCCL would wait for it."""
 ASK = b"A"
 """Say what you are doing."""
+READ = b"R"
+"""What you sent last to the next stage, or to the executor, was read."""
 
 
 class Address(msgspec.Struct, frozen=True):
@@ -56,12 +58,16 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     text: str
 
 
+class HasRead(msgspec.Struct, frozen=True, tag="read"):
+    """The sender has read the message of a step, and everything that belongs to it."""
+
+
 class Report(msgspec.Struct, frozen=True, tag="report"):
     """The answer to ASK."""
 
     text: str
 
 
-Message = Hello | Holds | Doing | Segment | Failed | Report
+Message = Hello | Holds | Doing | Segment | Failed | HasRead | Report
 _LINES: Lines[Message] = Lines(Message)
 line, parse = _LINES.line, _LINES.parse

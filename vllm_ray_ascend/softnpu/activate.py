@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vllm_ray_ascend.errors import SoftNpuError
-from vllm_ray_ascend.softnpu.build import build
+from vllm_ray_ascend.softnpu.build import PRELOADED, build
 
 SITE = Path(__file__).parent / "site"
 REAL_DRIVER = (Path("/dev/davinci_manager"), Path("/usr/local/Ascend/driver"))
@@ -38,6 +38,8 @@ def environment(base: Mapping[str, str]) -> dict[str, str]:
     result = dict(base)
     result["SOFTNPU_LIB"] = libraries
     result["LD_LIBRARY_PATH"] = prepended(libraries, base.get("LD_LIBRARY_PATH"))
+    result["LD_PRELOAD"] = prepended(f"{libraries}/{PRELOADED}", base.get("LD_PRELOAD"))
+    result.setdefault("RAY_LD_PRELOAD_ON_WORKERS", "1")
     result["PYTHONPATH"] = prepended(str(SITE), base.get("PYTHONPATH"))
     # Every stream is a thread, and every rank a process: more threads in each operator would only fight for cores.
     result.setdefault("OMP_NUM_THREADS", "1")

@@ -41,11 +41,14 @@ class Library:
     links: tuple[str, ...] = ()
 
 
+PRELOADED = "libsoftnpu_preload.so"
+"""What LD_PRELOAD names in every process on software NPUs."""
 LIBRARIES = (
     Library("libascendcl.so", ("runtime/*.cpp",), links=("-lpthread",)),
     Library("libacl_op_compiler.so", ("link/op_compiler.cpp",), links=("-lascendcl",)),
     Library("libhccl.so", ("hccl/*.cpp",), links=("-lascendcl", "-lpthread", "-lrt")),
     Library("libatb.so", ("link/atb.cpp",)),
+    Library(PRELOADED, ("preload/*.cpp",)),
     Library("vllm_ascend_C.so", ("camem/*.cpp",), links=("-lascendcl",)),
     *(Library(f"lib{name}.so", ("link/empty.cpp",)) for name in ("ge_runner", "graph", "acl_tdt_channel")),
     Library("libopapi.so", ("opapi/*.cpp",), torch=True, links=("-ltorch", "-ltorch_cpu", "-lc10", "-lascendcl")),

@@ -3,7 +3,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cstdio>
 #include <cstring>
 
@@ -122,9 +121,7 @@ aclError aclrtSetCurrentContext(aclrtContext handle) {
 aclError aclrtGetPrimaryCtxState(int32_t visible, uint32_t* flags, int32_t* active) {
   if (auto code = check_visible(visible, "aclrtGetPrimaryCtxState")) return code;
   if (flags) *flags = 0;
-  auto all = streams_of(visible);
-  bool open = std::any_of(all.begin(), all.end(), [](auto& stream) { return !stream->closed(); });
-  *active = open || table::used_memory(visible_list()[visible]) > 0;
+  *active = !open_streams_of(visible).empty() || table::used_memory(visible_list()[visible]) > 0;
   return ACL_SUCCESS;
 }
 

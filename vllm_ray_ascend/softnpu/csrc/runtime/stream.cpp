@@ -58,10 +58,8 @@ aclError synchronize_device(int limit_ms) {
   if (visible < 0) return fail(ACL_ERROR_RT_CONTEXT_NULL, "no device set on this thread");
   if (auto code = forbid_in_capture("aclrtSynchronizeDevice")) return code;
   aclError first = ACL_SUCCESS;
-  for (auto& stream : streams_of(visible))
-    if (stream->closed())
-      continue;  // what it did, and how it ended, is nobody's any more
-    else if (aclError code = stream->synchronize(limit_ms); code && !first) first = code;
+  for (auto& stream : open_streams_of(visible))
+    if (aclError code = stream->synchronize(limit_ms); code && !first) first = code;
   return first;
 }
 
@@ -92,13 +90,21 @@ std::vector<std::shared_ptr<Stream>> streams_of(int visible) {
   return found;
 }
 
+std::vector<std::shared_ptr<Stream>> open_streams_of(int visible) {
+  auto found = streams_of(visible);
+  found.erase(std::remove_if(found.begin(), found.end(), [](auto& stream) { return stream->closed(); }), found.end());
+  return found;
+}
+
 void Stream::push(Work work) {
   std::lock_guard<std::mutex> lock(mutex_);
   queue_.push_back(std::move(work));
   if (!started_) {
     started_ = true;
-    calm_release_thread();
-    std::thread([self = shared_from_this()] { self->loop(); }).detach();
+    std::thread([self = shared_from_this()] {
+      calm_release_thread();
+      self->loop();
+    }).detach();
   } else if (!busy_) {
     arrived_.notify_one();
   }
