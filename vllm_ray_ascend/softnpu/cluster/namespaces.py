@@ -28,16 +28,19 @@ _EXEC_LIMIT_S = 10.0
 _SLEEP = "import signal as s; s.signal(s.SIGCHLD, s.SIG_IGN); s.signal(s.SIGINT, s.SIG_DFL)\nwhile True: s.pause()"
 
 # What it does before that. /sys is mounted anew because it shows the network interfaces of the namespace in which it
-# was mounted.
+# was mounted. Where the head has its session each node has its own: old versions of Ray (2.48) keep to the head's path
+# on every node, and would share the file in which a node's own address is.
 _INIT = """
 set -e
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm
 mount -t sysfs sysfs /sys
 mount --bind "$1/hosts" /etc/hosts
 [ ! -e /etc/resolv.conf ] || mount --bind "$1/resolv.conf" /etc/resolv.conf
+mkdir -p "$3" "$4"
+mount --bind "$3" "$4"
 hostname "$2"
 echo ready
-exec "$3" -I -S -c "$4" >/dev/null 2>&1
+exec "$5" -I -S -c "$6" >/dev/null 2>&1
 """
 
 
@@ -86,6 +89,7 @@ def create(cluster: Cluster, base: Mapping[str, str]) -> None:
 def _start_node(cluster: Cluster, node: Node, base: Mapping[str, str]) -> None:
     # setsid --fork: process 1 shall not be a child of ours, which would have to wait for it.
     command = ["setsid", "--fork", *_UNSHARE, "sh", "-c", _INIT, "softnpu-node", cluster.directory, node.hostname]
+    command += [str(cluster.temp_dir(each)) for each in (node, cluster.nodes[0])]
     command += [sys.executable, _SLEEP]
     log_path = Path(cluster.directory) / f"{node.hostname}.log"
     environment = node_environment(cluster, node, base)
