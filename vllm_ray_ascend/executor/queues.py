@@ -43,9 +43,9 @@ def drop_name(queue: MessageQueue | None) -> None:
             buffer.shared_memory.unlink()
 
 
-def files_of(queue: MessageQueue) -> list[str]:
-    """Of the sockets by which the ends on one node have met: paths, for nobody's use once all are connected."""
-    addresses = (getattr(queue.handle, name, None) for name in ("local_subscribe_addr", "local_notify_addr"))
+def files_of(handle: Any) -> list[str]:
+    """Of the sockets by which a queue's ends on one node meet: paths, for nobody's use once all are connected."""
+    addresses = (getattr(handle, name, None) for name in ("local_subscribe_addr", "local_notify_addr"))
     return [address.removeprefix("ipc://") for address in addresses if address]
 
 
@@ -61,7 +61,7 @@ def drop_names() -> None:
     wait = upstream(MessageQueue, "wait_until_ready")
 
     def wait_until_ready(queue: MessageQueue) -> None:
-        socket_files.update(files_of(queue))
+        socket_files.update(files_of(queue.handle))
         wait(queue)
         drop_name(queue)
 
@@ -84,7 +84,7 @@ class CancellableQueue(MessageQueue):
         self, n_reader: int, n_local_reader: int, *args: Any, connect_ip: str | None = None, **kwargs: Any
     ) -> None:
         super().__init__(n_reader, n_local_reader, *args, connect_ip=connect_ip, **kwargs)
-        socket_files.update(files_of(self))
+        socket_files.update(files_of(self.handle))
         self._heard = threading.Event()
         if self.n_remote_reader > 0:
             check = weakref.WeakMethod(self._check)  # a cycle would leave ZeroMQ's sockets to the garbage collector
@@ -97,7 +97,7 @@ class CancellableQueue(MessageQueue):
         """The reading end, as vLLM's."""
         queue: Any = MessageQueue.create_from_handle(handle, rank)
         queue.__class__ = CancellableQueue
-        socket_files.update(files_of(queue))
+        socket_files.update(files_of(queue.handle))
         queue._heard = threading.Event()
         if queue._is_remote_reader:
             queue._take_wire(Reader(getattr(handle, _WIRE)))
@@ -131,7 +131,7 @@ class CancellableQueue(MessageQueue):
         """
         self.shutdown()
         drop_name(self)
-        remove(files_of(self))
+        remove(files_of(self.handle))
         condition = self._spin_condition
         for holder, names in ((self, ("local_socket",)), (condition, _NOTIFYING)):
             for name in names:

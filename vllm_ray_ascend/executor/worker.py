@@ -56,6 +56,7 @@ class RayAscendWorkerProc(RayWorkerProc):
         if not platform_is_ours():
             raise NotActiveError(_not_active())
         super().__init__(*args, **kwargs)
+        socket_files.update(files_of(self._init_kwargs["input_shm_handle"]))  # whose executor may be killed at any time
         self._stopping = False
         self._lifeline = self._connect(lifeline)
 
@@ -117,7 +118,8 @@ class RayAscendWorkerProc(RayWorkerProc):
         """
         queue = getattr(self, "rpc_broadcast_mq", None)
         if lost and queue is not None:
-            remove(mapped() | socket_files)
+            remove(socket_files)  # at once: Ray kills an actor whose driver is gone
+            remove(mapped())
             limit = threading.Timer(load().stop_grace_s, os._exit, (1,))
             limit.daemon = True
             limit.start()
@@ -130,7 +132,7 @@ class RayAscendWorkerProc(RayWorkerProc):
         """vLLM's queues, with reads that `_stop` can end, and shared memory that the executor knows of."""
         with_globals(super()._init_message_queues.__func__, MessageQueue=CancellableQueue)(self, *args, **kwargs)
         if (segment := self.worker_response_mq.segment()) is not None:
-            for name in (segment, *files_of(self.worker_response_mq)):
+            for name in (segment, *files_of(self.worker_response_mq.handle)):
                 self._tell(Segment(name))
 
     def run(self) -> None:
