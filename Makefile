@@ -31,7 +31,7 @@ test:
 	$(RUN)/python -m ci.check_patches
 	$(RUN)/python -m pytest tests/patches $(PYTEST_ARGS)
 	@echo '== on software NPUs: the device layer, HCCL, the plugin, clusters'
-	$(ON_SOFTWARE_NPUS) $(RUN)/python -m pytest tests/softnpu $(PYTEST_ARGS)
+	$(ON_SOFTWARE_NPUS) $(RUN)/python -m pytest tests/softnpu -n 3 --dist loadfile $(PYTEST_ARGS)
 	@echo '== whole engines and servers'
 	$(RUN)/python -m pytest tests/e2e $(PYTEST_ARGS)
 

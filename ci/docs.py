@@ -29,6 +29,7 @@ _PROJECTS = {"vllm": "vLLM", "vllm-ascend": "vllm-ascend", "ray": "Ray", "python
 _RUNS = {
     "contract": "its source read",
     "unit": "unit tests",
+    "basic": "a server and tokens",
     "softnpu": "on software NPUs",
     "e2e": "whole engines and servers",
 }

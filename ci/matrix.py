@@ -12,7 +12,7 @@ from typing import Any
 _TOML = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "pip._vendor.tomli")
 """Python 3.10 has its reader of TOML in pip alone."""
 PATH = Path(__file__).with_name("matrix.toml")
-RUNS = ("contract", "unit", "softnpu", "e2e")
+RUNS = ("contract", "unit", "basic", "softnpu", "e2e")
 
 
 @dataclass(frozen=True)

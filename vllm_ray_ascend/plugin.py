@@ -21,6 +21,7 @@ from vllm_ray_ascend.compat.ascend import keep_fence
 from vllm_ray_ascend.compat.import_hook import when_imported
 from vllm_ray_ascend.compat.ray_metrics import without_serve
 from vllm_ray_ascend.compat.rebind import replace
+from vllm_ray_ascend.compat.start_method import join_as_parent
 from vllm_ray_ascend.errors import NotActiveError
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import PREFIX, VARIABLES, is_off, load, unknown
@@ -67,6 +68,7 @@ def general() -> None:
     if selected_alone() and _has_vllm_ascend():
         for plugin in left_out(entry_points(group="vllm.general_plugins"), os.environ):
             plugin.load()()
+    join_as_parent()
     when_imported(_ASCENDS_PIPELINES, keep_fence)
     when_imported(_RAY_METRICS, without_serve)
     if settings.executor != "upstream":

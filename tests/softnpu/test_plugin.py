@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.softnpu.plugin_script import MARKER
+from tests.softnpu.processes import check_python
 from vllm_ray_ascend import __version__
 from vllm_ray_ascend.softnpu.activate import environment
 
@@ -173,3 +174,27 @@ def test_a_visible_list_with_an_npu_that_is_not_there() -> None:
     list_ = "ASCEND_RT_VISIBLE_DEVICES=0,9 names NPU '9', which is not there"
     assert f"Ray was told of 2 NPUs, but 1 of 2 can be used: {list_}" in found["error"]
     assert found["free"] == 2 and set(found["placements"]) <= {"REMOVED"}, log[-2000:]
+
+
+JOINS_AND_LEAVES = """
+import os, subprocess, sys
+import ray
+from vllm_ray_ascend.compat.start_method import ADDRESS, PARENTS, spawn_beside_ray
+show = "import os; from vllm_ray_ascend.compat.start_method import *; join_as_parent(); print(os.environ.get(ADDRESS))"
+def of_a_child():
+    return subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True).stdout.strip()
+ray.init(num_cpus=1, object_store_memory=80 * 2**20, include_dashboard=False)
+spawn_beside_ray()
+assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn" and ADDRESS not in os.environ
+assert of_a_child() == ray.get_runtime_context().gcs_address
+os.environ[ADDRESS] = "10.0.0.1:6379"
+assert of_a_child() == "10.0.0.1:6379"
+ray.shutdown()
+spawn_beside_ray()
+assert PARENTS not in os.environ
+"""
+
+
+def test_children_join_the_cluster_that_their_parent_has_joined() -> None:
+    """The parent's own next ray.init() is left alone."""
+    check_python(JOINS_AND_LEAVES, RAY_ADDRESS=None)

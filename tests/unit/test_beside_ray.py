@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 from vllm_ray_ascend.compat.ray_metrics import without_serve
-from vllm_ray_ascend.compat.start_method import ADDRESS, METHOD, spawn_beside_ray
+from vllm_ray_ascend.compat.start_method import ADDRESS, METHOD, PARENTS, join_as_parent, spawn_beside_ray
 
 pytestmark = pytest.mark.unit
 
@@ -19,8 +19,16 @@ def test_nothing_is_changed_where_ray_was_not_joined(monkeypatch: pytest.MonkeyP
     assert not ray.is_initialized()
     for name in (METHOD, ADDRESS):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(PARENTS, f"{os.getpid()} 10.0.0.1:6379")
     spawn_beside_ray()
-    assert METHOD not in os.environ and ADDRESS not in os.environ
+    assert not {METHOD, ADDRESS, PARENTS} & set(os.environ)
+
+
+def test_a_cluster_of_no_parent_is_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ADDRESS, raising=False)
+    monkeypatch.setenv(PARENTS, f"{os.getpid()} 10.0.0.1:6379")
+    join_as_parent()
+    assert ADDRESS not in os.environ
 
 
 def test_metrics_are_found_where_serve_was_not() -> None:

@@ -9,6 +9,9 @@ from vllm_ray_ascend.log import get_logger
 
 METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 ADDRESS = "RAY_ADDRESS"
+PARENTS = "_VLLM_RAY_ASCEND_JOINED"
+"""For the children of a process: its id, and the cluster that it has joined. RAY_ADDRESS itself would hold in that
+process too, whose next ray.init() may be about another cluster."""
 
 logger = get_logger(__name__)
 
@@ -21,15 +24,23 @@ def spawn_beside_ray() -> None:
     """
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
+        os.environ.pop(PARENTS, None)
         return
-    os.environ.setdefault(ADDRESS, ray.get_runtime_context().gcs_address)
+    address = ray.get_runtime_context().gcs_address
+    os.environ[PARENTS] = f"{os.getpid()} {address}"
     if os.environ.get(METHOD) == "spawn":
         return
     os.environ[METHOD] = "spawn"
     logger.info(
-        "%s=spawn and %s=%s are set: this process has joined Ray, whose state a forked engine process cannot use. "
+        "%s=spawn is set: this process has joined Ray at %s, whose state a forked engine process cannot use. "
         "A script needs `if __name__ == '__main__':` round what it runs.",
         METHOD,
-        ADDRESS,
-        os.environ[ADDRESS],
+        address,
     )
+
+
+def join_as_parent() -> None:
+    """In a process whose parent has joined a cluster: let RAY_ADDRESS be that one, unless the user has set it."""
+    process, _, address = os.environ.get(PARENTS, "").partition(" ")
+    if process == str(os.getppid()):
+        os.environ.setdefault(ADDRESS, address)
