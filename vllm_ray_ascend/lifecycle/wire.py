@@ -77,8 +77,9 @@ class Writer:
         if lost is not None:
             raise ConnectionError(f"a reader of this queue is gone: {lost}") from lost
 
-    def close(self) -> None:
-        """End all connections, and a send that is under way. May be called in any thread, and again."""
+    def close(self, linger: int | None = None) -> None:
+        """End all connections, and a send that is under way. May be called in any thread, and again. ``linger`` is ZeroMQ's:
+        nothing lingers here."""
         self._listener.close()
         for reader in self._readers:
             _shut(reader)
@@ -112,8 +113,9 @@ class Reader:
         lengths = _LENGTH.iter_unpack(self._take(_LENGTH.size * count))
         return [self._take(length) for (length,) in lengths]
 
-    def close(self) -> None:
-        """End a read that is under way, and all later ones. May be called in any thread, and again."""
+    def close(self, linger: int | None = None) -> None:
+        """End a read that is under way, and all later ones. May be called in any thread, and again. ``linger`` is ZeroMQ's:
+        nothing lingers here."""
         _shut(self._socket)
 
     def _take(self, size: int) -> bytearray:
