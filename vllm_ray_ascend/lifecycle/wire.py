@@ -78,8 +78,8 @@ class Writer:
             raise ConnectionError(f"a reader of this queue is gone: {lost}") from lost
 
     def close(self, linger: int | None = None) -> None:
-        """End all connections, and a send that is under way. May be called in any thread, and again. ``linger`` is ZeroMQ's:
-        nothing lingers here."""
+        """End all connections, and a send that is under way. May be called in any thread, and again.
+        ``linger`` is ZeroMQ's: nothing lingers here."""
         self._listener.close()
         for reader in self._readers:
             _shut(reader)
@@ -114,8 +114,8 @@ class Reader:
         return [self._take(length) for (length,) in lengths]
 
     def close(self, linger: int | None = None) -> None:
-        """End a read that is under way, and all later ones. May be called in any thread, and again. ``linger`` is ZeroMQ's:
-        nothing lingers here."""
+        """End a read that is under way, and all later ones. May be called in any thread, and again.
+        ``linger`` is ZeroMQ's: nothing lingers here."""
         _shut(self._socket)
 
     def _take(self, size: int) -> bytearray:
