@@ -146,8 +146,8 @@ class Life:
         if late:
             segments = [name for peer in self._hub.peers() for name in peer.segments]
             self._hub.order(DIE)
+            remove(segments)  # before the wait, which a second signal may end
             late = self._hub.wait_until_gone(_DIE_LIMIT_S)
-            remove(segments)
         if late:
             logger.warning("ranks %s did not end in time and are killed", late)
         self._hub.close()
