@@ -146,10 +146,11 @@ def reach(case: Case, server: Server) -> Asking | None:
 
 def most_files(case: Case) -> int:
     """How many a process that gets SIGKILL may leave: of a worker's and an engine core's the others on its node see to
-    it, unless Ray kills them first."""
+    it, unless Ray kills them first, which it may while they are busy with their start."""
     if case.fault is Fault.SERVER:
         return _OF_A_SERVER
-    return _OF_TWO_QUEUES if (case.fault, case.phase) == (Fault.DRIVER, Phase.CAPTURE) else 0
+    starting = case.phase in (Phase.START, Phase.CAPTURE)
+    return _OF_TWO_QUEUES if case.fault is Fault.DRIVER and starting else 0
 
 
 def ended(server: Server) -> bool:

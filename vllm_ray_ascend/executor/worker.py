@@ -125,7 +125,8 @@ class RayAscendWorkerProc(RayWorkerProc):
             limit.start()
             self._stop()
             return
-        remove(socket_files | mapped() - (set() if lost or queue is None else {queue.segment()}))
+        remove(socket_files)
+        remove(mapped() - (set() if lost or queue is None else {queue.segment()}))
         os._exit(1)
 
     def _init_message_queues(self, *args: Any, **kwargs: Any) -> None:
