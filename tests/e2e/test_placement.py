@@ -154,6 +154,7 @@ def test_ranks_that_span_nodes(four_nodes_of_one: Cluster, tmp_path: Path) -> No
             assert len({rank["address"] for rank in engine["ranks"]}) == 2
 
 
+@pytest.mark.slow
 def test_2879_without_the_plugin(four_nodes_of_one: Cluster, tmp_path: Path) -> None:
     """A data parallel rank's range is computed over its own node's list, and runs past its end."""
     with (

@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 from tests.patches.report import run
 
 MASTER, OTHER = "127.0.0.2", "127.0.0.3"
-"""Not 127.0.0.1: where Ray is to join that, it joins the machine's other address, at which this head does not listen."""
+"""Not 127.0.0.1: where Ray is to join that, it joins the machine's other address, where this head does not listen."""
 WORKER_S = 120
 modules: dict[str, Any] = sys.modules
 
