@@ -24,6 +24,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from demo.train.recitation import DENSE
 from vllm_ray_ascend.compat.ascend import keep_fence
+from vllm_ray_ascend.compiled_graph.news import says_nothing
 
 STAGES, CHUNK, BLOCK = 2, 16, 16
 PROMPT, WANTED = 3 * CHUNK + 5, 6
@@ -89,3 +90,14 @@ def test_a_prompt_in_chunks_is_decoded_once_at_a_time(scheduler: Any, monkeypatc
     assert decoded_at_once(scheduler) == 1
     monkeypatch.setattr(Scheduler, "update_from_output", Scheduler.update_from_output.__wrapped__)
     assert decoded_at_once(scheduler) == STAGES
+
+
+def test_a_step_behind_the_only_request_says_nothing_to_the_workers(scheduler: Any) -> None:
+    """The compiled graph's executor answers it by itself; that the request has ended is said."""
+    scheduler.add_request(Request("r", [1, 2, 3], SamplingParams(max_tokens=1), None))
+    first, behind = scheduler.schedule(), scheduler.schedule()
+    assert not says_nothing(first)
+    assert says_nothing(behind), behind
+    scheduler.update_from_output(first, ModelRunnerOutput(["r"], {"r": 0}, [[7]], None, {}, []))
+    assert not scheduler.has_unfinished_requests()
+    assert not says_nothing(scheduler.schedule())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from ray.exceptions import RayChannelTimeoutError
 
 from vllm_ray_ascend.compiled_graph import patience
 from vllm_ray_ascend.compiled_graph.carrier import Carrier
+from vllm_ray_ascend.compiled_graph.news import says_nothing
 from vllm_ray_ascend.compiled_graph.patience import pause_after
 from vllm_ray_ascend.compiled_graph.receipts import Post, Receipts
 from vllm_ray_ascend.compiled_graph.refusal import obstacles, refuse
@@ -149,6 +151,31 @@ def test_a_channel_is_read_with_pauses_until_it_has_something_or_its_time_is_ove
     with pytest.raises(RayChannelTimeoutError):
         patience._read(None, 0.0)
     assert asked == [0.0]
+
+
+@dataclasses.dataclass
+class Cached:
+    req_ids: list[str]
+
+
+@dataclasses.dataclass
+class Scheduled:
+    """As vLLM's SchedulerOutput, whose own tests/softnpu/test_pipeline_scheduling.py has."""
+
+    total_num_scheduled_tokens: int = 0
+    finished_req_ids: frozenset[str] = frozenset()
+    num_common_prefix_blocks: tuple[int, ...] = (0,)
+    scheduled_cached_reqs: Cached = dataclasses.field(default_factory=lambda: Cached([]))
+    kv_connector_metadata: object = None
+
+
+def test_a_step_is_sent_only_where_it_says_something() -> None:
+    assert says_nothing(Scheduled())
+    assert not says_nothing(Scheduled(total_num_scheduled_tokens=1))
+    assert not says_nothing(Scheduled(finished_req_ids=frozenset({"a"})))
+    assert not says_nothing(Scheduled(scheduled_cached_reqs=Cached(["a"])))
+    assert not says_nothing(Scheduled(kv_connector_metadata=object()))
+    assert not says_nothing(object())
 
 
 def test_nobody_sends_before_all_have_read() -> None:

@@ -6,7 +6,10 @@ import functools
 from concurrent.futures import Future
 from typing import Any
 
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
+
 from vllm_ray_ascend.compiled_graph.graph import Faults, Graph
+from vllm_ray_ascend.compiled_graph.news import says_nothing
 from vllm_ray_ascend.compiled_graph.receipts import Post
 from vllm_ray_ascend.compiled_graph.refusal import refuse
 from vllm_ray_ascend.compiled_graph.shape import Shape, shape_of
@@ -76,16 +79,18 @@ class CompiledGraphExecutor(RayAscendExecutor):
         self._life.check()
         if self._scheduled is not None:
             raise RuntimeError("sample_tokens() has to follow an execute_model() that returned None")
+        if says_nothing(scheduler_output):
+            return _done(EMPTY_MODEL_RUNNER_OUTPUT) if non_block else EMPTY_MODEL_RUNNER_OUTPUT
         if not scheduler_output.total_num_scheduled_tokens or self.model_config.runner_type == "pooling":
             return self._step(scheduler_output, None, non_block)
         self._scheduled = scheduler_output
-        return _nothing() if non_block else None
+        return _done(None) if non_block else None
 
     def sample_tokens(self, grammar_output: Any, non_block: bool = False) -> Any:
         """Run the step that `execute_model` was given."""
         scheduled, self._scheduled = self._scheduled, None
         if scheduled is None:
-            return _nothing() if non_block else None
+            return _done(None) if non_block else None
         return self._step(scheduled, grammar_output, non_block)
 
     def collective_rpc(self, method: Any, *args: Any, **kwargs: Any) -> Any:
@@ -117,7 +122,7 @@ class CompiledGraphExecutor(RayAscendExecutor):
         return step if non_block else step.result()
 
 
-def _nothing() -> Future[None]:
-    done: Future[None] = Future()
-    done.set_result(None)
+def _done(answer: Any) -> Future[Any]:
+    done: Future[Any] = Future()
+    done.set_result(answer)
     return done
