@@ -21,7 +21,7 @@ from vllm_ray_ascend.compat.ascend import keep_fence
 from vllm_ray_ascend.compat.import_hook import when_imported
 from vllm_ray_ascend.compat.ray_metrics import without_serve
 from vllm_ray_ascend.compat.rebind import replace
-from vllm_ray_ascend.compat.start_method import join_as_parent
+from vllm_ray_ascend.compat.start_method import ADDRESS, PARENTS
 from vllm_ray_ascend.errors import NotActiveError
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import PREFIX, VARIABLES, is_off, load, unknown
@@ -74,6 +74,13 @@ def general() -> None:
     if settings.executor != "upstream":
         when_imported(_UPSTREAM_EXECUTOR_MODULE, _load_executor)
         when_imported(_EXECUTOR_MODULE, _select_executor)
+
+
+def join_as_parent() -> None:
+    """In a process whose parent has joined a cluster: let RAY_ADDRESS be that one, unless the user has set it."""
+    process, _, address = os.environ.get(PARENTS, "").partition(" ")
+    if process == str(os.getppid()):
+        os.environ.setdefault(ADDRESS, address)
 
 
 def selected_alone(environ: Mapping[str, str] | None = None) -> bool:

@@ -180,7 +180,7 @@ JOINS_AND_LEAVES = """
 import os, subprocess, sys
 import ray
 from vllm_ray_ascend.compat.start_method import ADDRESS, PARENTS, spawn_beside_ray
-show = "import os; from vllm_ray_ascend.compat.start_method import *; join_as_parent(); print(os.environ.get(ADDRESS))"
+show = "import os; from vllm_ray_ascend.plugin import *; join_as_parent(); print(os.environ.get(ADDRESS))"
 def of_a_child():
     return subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True).stdout.strip()
 ray.init(num_cpus=1, object_store_memory=80 * 2**20, include_dashboard=False)

@@ -8,7 +8,8 @@ from types import ModuleType
 import pytest
 
 from vllm_ray_ascend.compat.ray_metrics import without_serve
-from vllm_ray_ascend.compat.start_method import ADDRESS, METHOD, PARENTS, join_as_parent, spawn_beside_ray
+from vllm_ray_ascend.compat.start_method import ADDRESS, METHOD, PARENTS, spawn_beside_ray
+from vllm_ray_ascend.plugin import join_as_parent
 
 pytestmark = pytest.mark.unit
 

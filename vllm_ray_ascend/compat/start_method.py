@@ -37,10 +37,3 @@ def spawn_beside_ray() -> None:
         METHOD,
         address,
     )
-
-
-def join_as_parent() -> None:
-    """In a process whose parent has joined a cluster: let RAY_ADDRESS be that one, unless the user has set it."""
-    process, _, address = os.environ.get(PARENTS, "").partition(" ")
-    if process == str(os.getppid()):
-        os.environ.setdefault(ADDRESS, address)
