@@ -79,7 +79,9 @@ def spawn() -> None:
 def cluster() -> Iterator[None]:
     """Two nodes of Ray, of which the second has an NPU, joined."""
     small = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
-    made = Cluster(initialize_head=True, head_node_args={**small, "node_ip_address": MASTER})
+    # Ray would find the software NPUs by itself.
+    head = {**small, "resources": {"NPU": 0}, "node_ip_address": MASTER}
+    made = Cluster(initialize_head=True, head_node_args=head)
     try:
         made.add_node(**small, resources={"NPU": 1}, node_ip_address=OTHER)
         ray.init(made.address, log_to_driver=False)
