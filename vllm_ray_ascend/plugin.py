@@ -21,7 +21,7 @@ from vllm_ray_ascend.compat.ascend import keep_fence
 from vllm_ray_ascend.compat.import_hook import when_imported
 from vllm_ray_ascend.compat.ray_metrics import without_serve
 from vllm_ray_ascend.compat.rebind import replace
-from vllm_ray_ascend.compat.start_method import ADDRESS, PARENTS
+from vllm_ray_ascend.compat.start_method import ADDRESS, cluster_of_parent
 from vllm_ray_ascend.errors import NotActiveError
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import PREFIX, VARIABLES, is_off, load, unknown
@@ -78,8 +78,7 @@ def general() -> None:
 
 def join_as_parent() -> None:
     """In a process whose parent has joined a cluster: let RAY_ADDRESS be that one, unless the user has set it."""
-    process, _, address = os.environ.get(PARENTS, "").partition(" ")
-    if process == str(os.getppid()):
+    if address := cluster_of_parent():
         os.environ.setdefault(ADDRESS, address)
 
 

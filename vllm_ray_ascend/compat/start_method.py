@@ -37,3 +37,9 @@ def spawn_beside_ray() -> None:
         METHOD,
         address,
     )
+
+
+def cluster_of_parent() -> str:
+    """The address of the cluster that this process's parent has joined; empty where it has joined none."""
+    process, _, address = os.environ.get(PARENTS, "").partition(" ")
+    return address if process == str(os.getppid()) else ""

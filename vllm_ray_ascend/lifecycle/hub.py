@@ -100,19 +100,11 @@ class Hub:
 
     def order(self, command: bytes, but: int | None = None) -> None:
         """Send STOP, DIE or ASK to all ranks ``but`` one."""
-        with self._changed:
-            for connection, peer in self._peers.items():
-                if peer.rank != but:
-                    with contextlib.suppress(OSError):
-                        connection.send(command)
+        self._send(command, lambda rank: rank != but)
 
     def tell(self, rank: int, command: bytes) -> None:
         """Send a command to one rank."""
-        with self._changed:
-            for connection, peer in self._peers.items():
-                if peer.rank == rank:
-                    with contextlib.suppress(OSError):
-                        connection.send(command)
+        self._send(command, lambda each: each == rank)
 
     def ask(self, limit_s: float) -> dict[int, str | None]:
         """What each rank says that it is doing; None for one that does not answer within ``limit_s`` seconds."""
@@ -137,6 +129,13 @@ class Hub:
             self._wake.close()
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=5)
+
+    def _send(self, command: bytes, wanted: Callable[[int], bool]) -> None:
+        with self._changed:
+            for connection, peer in self._peers.items():
+                if wanted(peer.rank):
+                    with contextlib.suppress(OSError):
+                        connection.send(command)
 
     def _owing(self, asked: list[Peer]) -> bool:
         """Whether an answer is still to come: not of those that are gone."""
