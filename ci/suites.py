@@ -26,6 +26,8 @@ class Suite:
     wrapped: bool = False
     """Whether pytest itself runs on software NPUs."""
     reruns: bool = True
+    processes: int = 0
+    """Beside each other, a file of tests in one of them (pytest-xdist); 0: in pytest's own."""
     minutes: int = 60
     """After which it is ended."""
 
@@ -35,7 +37,8 @@ class Suite:
 
     def command(self, python: Sequence[str], softnpu: Sequence[str], options: Sequence[str]) -> list[str]:
         """Its command line; ``python`` and ``softnpu`` start Python and the command of the software NPU."""
-        run = [*python, "-m", "pytest", *self.paths, "-m", self.select, *options]
+        spread = ["-n", str(self.processes), "--dist", "loadfile"] if self.processes else []
+        run = [*python, "-m", "pytest", *self.paths, "-m", self.select, *spread, *options]
         return [*softnpu, "softnpu", "exec", "--", *run] if self.wrapped else run
 
 
@@ -61,6 +64,7 @@ SUITES: Mapping[str, Suite] = _suites(
         "softnpu and not integration and not slow",
         frozenset({"compiler"}),
         wrapped=True,
+        processes=3,
         minutes=40,
     ),
     Suite(

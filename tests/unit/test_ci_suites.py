@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -46,8 +47,10 @@ def made(tmp_path: Path, tests: str) -> Suite:
     return Suite("made", "tests made here", (str(tmp_path / "tests"),), "not slow")
 
 
-def test_a_flake_is_reported_with_its_first_failure(tmp_path: Path) -> None:
-    found = command.run(made(tmp_path, TESTS), tmp_path, rerun=True, further=["-q"])
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_flake_is_reported_with_its_first_failure(tmp_path: Path, processes: int) -> None:
+    suite = dataclasses.replace(made(tmp_path, TESTS), processes=processes)
+    found = command.run(suite, tmp_path, rerun=True, further=["-q"])
     assert (found.passed, found.failed, found.skipped) == (2, {}, {"needs a sunny day": 1})
     ((name, text),) = found.flaky.items()
     assert name.endswith("test_made::test_flaky[c]") and text == "ValueError: the first time only"

@@ -29,6 +29,7 @@ def stop():
     os._exit(7)
 def end(lost):
     os._exit(8 if lost else 9)
+pipe = os.pipe()
 line = Lifeline(sys.argv[1], int(sys.argv[2]), "10.0.0.9", 30.0, on_stop=stop, on_end=end, activity=lambda: "testing",
     on_read=lambda: print("read", flush=True))
 print("connected", flush=True)
@@ -150,7 +151,32 @@ def test_a_death_is_told_with_rank_and_process(hub: Hub, deaths: Deaths, start: 
     wait_for_ranks(hub, [0, 1])
     workers[1].send_signal(number)
     assert deaths.wait(1) == [Loss(1, workers[1].pid, "node 10.0.0.9", "")]
-    assert hub.ranks() == [0]
+    wait_for_ranks(hub, [0])
+    assert len(deaths.seen) == 1
+
+
+def test_a_death_is_told_though_the_process_s_files_stay_open(hub: Hub, deaths: Deaths, start: Any) -> None:
+    """As while the kernel takes it apart: here a child that it forked has copies."""
+    worker = start(3)
+    wait_for_ranks(hub, [3])
+    wait_for(lambda: len(hub._witnesses) == 2)
+    say(worker, "child = os.fork() or time.sleep(600); print(child, flush=True)")
+    child = int(worker.stdout.readline())
+    try:
+        worker.kill()
+        assert deaths.wait(1) == [Loss(3, worker.pid, "node 10.0.0.9", "")]
+        assert hub.wait_until_gone(0.2) == [3]
+    finally:
+        os.kill(child, signal.SIGKILL)
+    assert hub.wait_until_gone(LIMIT_S) == []
+    assert len(deaths.seen) == 1
+
+
+def test_witnesses_hold_no_file_of_their_process(hub: Hub, start: Any) -> None:
+    worker = start(0)
+    wait_for(lambda: len(hub._witnesses) == 2)
+    tables = [len(list((task / "fd").iterdir())) for task in Path(f"/proc/{worker.pid}/task").iterdir()]
+    assert sorted(tables)[:3] == [4, 4, 6]
 
 
 @pytest.mark.parametrize(("order", "code"), [(STOP, 7), (DIE, 9)])

@@ -24,6 +24,7 @@ from vllm_ray_ascend.lifecycle.messages import (
     Message,
     Report,
     Segment,
+    Witness,
     parse,
 )
 from vllm_ray_ascend.lifecycle.sockets import keep_alive, listen
@@ -47,6 +48,7 @@ class Peer:
     segments: list[str] = field(default_factory=list)
     report: str | None = None
     failed: bool = False
+    dying: bool = False
 
     def where(self) -> str:
         """Node and NPU, as messages have it."""
@@ -76,6 +78,8 @@ class Hub:
         self._token = secrets.token_hex(8)
         self.address = Address(host, self._listener.getsockname()[1], self._token)
         self._peers: dict[socket.socket, Peer] = {}
+        self._witnesses: dict[socket.socket, tuple[int, int]] = {}
+        """For each connection of a witness the rank and the process that it ends with."""
         self._unread: dict[socket.socket, bytes] = {}
         self._changed = threading.Condition()
         self._wake, self._woken = socket.socketpair()
@@ -143,7 +147,8 @@ class Hub:
 
     def _run(self) -> None:
         while True:
-            for key, _ in self._selector.select():
+            ready = self._selector.select()
+            for key, _ in sorted(ready, key=lambda each: each[0].fileobj in self._witnesses):  # last words come first
                 if key.fileobj is self._woken:
                     self._close_all()
                     return
@@ -175,9 +180,12 @@ class Hub:
         with self._changed:
             peer = self._peers.get(connection)
             if peer is None:
-                if not isinstance(message, Hello) or message.token != self._token:
+                if not isinstance(message, Hello | Witness) or message.token != self._token:
                     return False
-                self._peers[connection] = Peer(message.rank, message.pid, message.node)
+                if isinstance(message, Witness):
+                    self._witnesses[connection] = (message.rank, message.pid)
+                else:
+                    self._peers[connection] = Peer(message.rank, message.pid, message.node)
             elif isinstance(message, Holds):
                 peer.physical, peer.device = message.physical, message.device
             elif isinstance(message, Doing):
@@ -202,9 +210,12 @@ class Hub:
         self._unread.pop(connection, None)
         with self._changed:
             gone = self._peers.pop(connection, None)
+            ends = self._witnesses.pop(connection, None)
+            told_by = gone or next((peer for peer in self._peers.values() if (peer.rank, peer.pid) == ends), None)
             self._changed.notify_all()
-        if gone is not None:
-            self._on_loss(Loss(gone.rank, gone.pid, gone.where(), "", tuple(gone.segments)))
+        if told_by is not None and not told_by.dying:
+            told_by.dying = True
+            self._on_loss(Loss(told_by.rank, told_by.pid, told_by.where(), "", tuple(told_by.segments)))
 
     def _close_all(self) -> None:
         for key in list(self._selector.get_map().values()):
@@ -212,6 +223,7 @@ class Hub:
         self._selector.close()
         with self._changed:
             self._peers.clear()
+            self._witnesses.clear()
             self._changed.notify_all()
 
 

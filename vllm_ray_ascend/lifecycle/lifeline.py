@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from vllm_ray_ascend.lifecycle import witness
 from vllm_ray_ascend.lifecycle.messages import ASK, DIE, READ, STOP, Address, Failed, Hello, Message, Report, line
 from vllm_ray_ascend.lifecycle.sockets import keep_alive
 
@@ -53,6 +54,7 @@ class Lifeline:
         keep_alive(self._socket, silence_s)
         self.tell(Hello(address.token, rank, os.getpid(), node))
         threading.Thread(target=self._run, daemon=True, name="RayAscendLifeline").start()
+        witness.start(address, rank, silence_s)
 
     def tell(self, message: Message) -> None:
         """Send a message, from any thread. An owner that is gone is found by the thread that reads."""

@@ -33,6 +33,14 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     node: str
 
 
+class Witness(msgspec.Struct, frozen=True, tag="witness"):
+    """The only message of a connection that ends with the process which said hello as ``rank``."""
+
+    token: str
+    rank: int
+    pid: int
+
+
 class Holds(msgspec.Struct, frozen=True, tag="holds"):
     """The physical NPU, or what else ``device`` says, that the sender opens."""
 
@@ -68,6 +76,6 @@ class Report(msgspec.Struct, frozen=True, tag="report"):
     text: str
 
 
-Message = Hello | Holds | Doing | Segment | Failed | HasRead | Report
+Message = Hello | Witness | Holds | Doing | Segment | Failed | HasRead | Report
 _LINES: Lines[Message] = Lines(Message)
 line, parse = _LINES.line, _LINES.parse
