@@ -59,7 +59,8 @@ class Session:
         marks.mark("begin")
         executor = engine.timed_executor(config, marks)(config)
         pids, workers = engine.started(executor)
-        self._ended.append((executor, executor.rpc_broadcast_mq, executor.response_mqs))
+        queues = (getattr(executor, name, None) for name in ("rpc_broadcast_mq", "response_mqs"))  # a graph has none
+        self._ended.append((executor, *queues))
         end = ending.stop(executor, pids) if victim is None else ending.kill(executor, pids, victim)
         _give_back(config)
         return {"phases": phases(marks, workers), "end": end}
