@@ -26,9 +26,10 @@ LIFELINE = r"token\W+[0-9a-f]{16}"
 
 def _cluster(name: str, nodes: int, npus_per_node: int) -> Iterator[Cluster]:
     kind, _ = manager.best_kind()
-    cluster, _ = manager.up(name, Shape(nodes=nodes, npus_per_node=npus_per_node, kind=kind))
+    beside = os.environ.get("PYTEST_XDIST_WORKER", "")
+    cluster, _ = manager.up(name + beside, Shape(nodes=nodes, npus_per_node=npus_per_node, kind=kind))
     yield cluster
-    manager.down(name)
+    manager.down(cluster.name)
 
 
 @pytest.fixture(scope="module")

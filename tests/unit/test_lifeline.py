@@ -71,8 +71,8 @@ def hub(deaths: Deaths) -> Iterator[Hub]:
 def start(hub: Hub) -> Iterator[Callable[[int], subprocess.Popen[str]]]:
     started: list[subprocess.Popen[str]] = []
 
-    def start(rank: int) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", WORKER, hub.text(), str(rank)]
+    def start(rank: int, first: str = "") -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", first + WORKER, hub.text(), str(rank)]
         worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         started.append(worker)
         assert worker.stdout is not None
@@ -170,6 +170,15 @@ def test_a_death_is_told_though_the_process_s_files_stay_open(hub: Hub, deaths: 
         os.kill(child, signal.SIGKILL)
     assert hub.wait_until_gone(LIMIT_S) == []
     assert len(deaths.seen) == 1
+
+
+def test_where_a_thread_may_have_no_files_of_its_own_the_lifeline_tells(hub: Hub, deaths: Deaths, start: Any) -> None:
+    refused = 0x10000000  # CLONE_NEWUSER, which the kernel gives to no thread of several
+    worker = start(0, f"from vllm_ray_ascend.lifecycle import witness; witness._CLONE_FILES = {refused}")
+    wait_for_ranks(hub, [0])
+    worker.kill()
+    assert deaths.wait(1) == [Loss(0, worker.pid, "node 10.0.0.9", "")]
+    assert not hub._witnesses
 
 
 def test_witnesses_hold_no_file_of_their_process(hub: Hub, start: Any) -> None:
