@@ -25,7 +25,7 @@ serve:
 test:
 	@$(PYTHON) demo/install.py test
 	@echo '== unit tests'
-	$(RUN)/python -m pytest tests/unit $(PYTEST_ARGS)
+	$(RUN)/python -m pytest tests/unit -n 2 --dist loadfile $(PYTEST_ARGS)
 	@echo '== every supported release of upstream: what we rely on, and patches/'
 	$(RUN)/python -m pytest tests/contract $(PYTEST_ARGS)
 	$(RUN)/python -m ci.check_patches

@@ -190,8 +190,10 @@ assert of_a_child() == ray.get_runtime_context().gcs_address
 os.environ[ADDRESS] = "10.0.0.1:6379"
 assert of_a_child() == "10.0.0.1:6379"
 ray.shutdown()
+del os.environ["VLLM_WORKER_MULTIPROC_METHOD"]
 spawn_beside_ray()
 assert PARENTS not in os.environ
+assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"  # its threads are still there
 """
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from pathlib import Path
 
 from vllm_ray_ascend.log import get_logger
 
@@ -17,26 +19,42 @@ logger = get_logger(__name__)
 
 
 def spawn_beside_ray() -> None:
-    """Have the engine process spawned, and join the same cluster, where this process has joined Ray.
+    """Have the engine process spawned where this process has joined Ray, also if it has left since; and join the same
+    cluster where it has not.
 
     A forked one hangs for good at its first question to Ray: it has Ray's state, but none of the threads. vLLM 0.23 to
     0.33 think of this in Ray actors only, not in a script that called ray.init. Removable when they do.
     """
     ray = sys.modules.get("ray")
-    if ray is None or not ray.is_initialized():
-        os.environ.pop(PARENTS, None)
+    if ray is not None and ray.is_initialized():
+        address = ray.get_runtime_context().gcs_address
+        os.environ[PARENTS] = f"{os.getpid()} {address}"
+        _spawn(f"has joined Ray at {address}")
         return
-    address = ray.get_runtime_context().gcs_address
-    os.environ[PARENTS] = f"{os.getpid()} {address}"
+    os.environ.pop(PARENTS, None)
+    if ray is not None and _has_threads_of_grpc():
+        _spawn("had joined Ray")
+
+
+def _spawn(reason: str) -> None:
     if os.environ.get(METHOD) == "spawn":
         return
     os.environ[METHOD] = "spawn"
     logger.info(
-        "%s=spawn is set: this process has joined Ray at %s, whose state a forked engine process cannot use. "
+        "%s=spawn is set: this process %s, whose state a forked engine process cannot use. "
         "A script needs `if __name__ == '__main__':` round what it runs.",
         METHOD,
-        address,
+        reason,
     )
+
+
+def _has_threads_of_grpc() -> bool:
+    """They stay for as long as the process lives, and are by what a forked one would hang."""
+    for file in Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # a thread that has just ended
+            if file.read_text().startswith("grpc"):
+                return True
+    return False
 
 
 def cluster_of_parent() -> str:
