@@ -181,6 +181,13 @@ def test_where_a_thread_may_have_no_files_of_its_own_the_lifeline_tells(hub: Hub
     assert not hub._witnesses
 
 
+def test_witnesses_wait_whatever_the_process_s_default_of_sockets_is(hub: Hub, deaths: Deaths, start: Any) -> None:
+    start(0, "import socket; socket.setdefaulttimeout(0.05)")
+    wait_for(lambda: len(hub._witnesses) == 2)
+    assert hub.ask(LIMIT_S)[0] is not None
+    assert len(hub._witnesses) == 2 and deaths.seen == []
+
+
 def test_witnesses_hold_no_file_of_their_process(hub: Hub, start: Any) -> None:
     worker = start(0)
     wait_for(lambda: len(hub._witnesses) == 2)

@@ -211,11 +211,11 @@ class Hub:
         with self._changed:
             gone = self._peers.pop(connection, None)
             ends = self._witnesses.pop(connection, None)
-            told_by = gone or next((peer for peer in self._peers.values() if (peer.rank, peer.pid) == ends), None)
+            lost = gone or next((peer for peer in self._peers.values() if (peer.rank, peer.pid) == ends), None)
             self._changed.notify_all()
-        if told_by is not None and not told_by.dying:
-            told_by.dying = True
-            self._on_loss(Loss(told_by.rank, told_by.pid, told_by.where(), "", tuple(told_by.segments)))
+        if lost is not None and not lost.dying:
+            lost.dying = True
+            self._on_loss(Loss(lost.rank, lost.pid, lost.where(), "", tuple(lost.segments)))
 
     def _close_all(self) -> None:
         for key in list(self._selector.get_map().values()):

@@ -19,9 +19,8 @@ import msgspec
 
 from vllm_ray_ascend.lifecycle import witness
 from vllm_ray_ascend.lifecycle.messages import ASK, DIE, READ, STOP, Address, Failed, Hello, Message, Report, line
-from vllm_ray_ascend.lifecycle.sockets import keep_alive
+from vllm_ray_ascend.lifecycle.sockets import connect, keep_alive
 
-_CONNECT_LIMIT_S = 10.0
 _FRAMES = 6
 
 
@@ -49,8 +48,7 @@ class Lifeline:
         self._on_stop, self._on_end, self._activity, self._on_read = on_stop, on_end, activity, on_read
         self._closed = False
         self._sending = threading.Lock()
-        self._socket = socket.create_connection((address.host, address.port), timeout=_CONNECT_LIMIT_S)
-        self._socket.settimeout(None)
+        self._socket = connect(address)
         keep_alive(self._socket, silence_s)
         self.tell(Hello(address.token, rank, os.getpid(), node))
         threading.Thread(target=self._run, daemon=True, name="RayAscendLifeline").start()

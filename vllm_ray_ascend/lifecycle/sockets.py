@@ -1,14 +1,23 @@
-"""Sockets as all of this room has them: where one listens, and how long a connection may be silent."""
+"""Sockets as all of this room has them: where one listens, how one connects, and how long it may be silent."""
 
 from __future__ import annotations
 
 import socket
+
+from vllm_ray_ascend.lifecycle.messages import Address
 
 
 def listen(host: str) -> socket.socket:
     """A socket that listens on an address of this node, on a port of the system's choice."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, 0), family=family, backlog=128)
+
+
+def connect(address: Address, limit_s: float = 10.0) -> socket.socket:
+    """A connection that blocks, whatever the process's default is. OSError after ``limit_s`` seconds, or before."""
+    connection = socket.create_connection((address.host, address.port), timeout=limit_s)
+    connection.settimeout(None)
+    return connection
 
 
 def keep_alive(connection: socket.socket, silence_s: float) -> None:

@@ -18,7 +18,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 
 from vllm_ray_ascend.lifecycle.messages import Address
-from vllm_ray_ascend.lifecycle.sockets import listen
+from vllm_ray_ascend.lifecycle.sockets import connect, listen
 
 _COUNT = struct.Struct("!I")
 _LENGTH = struct.Struct("!Q")
@@ -90,8 +90,7 @@ class Reader:
 
     def __init__(self, address: Address) -> None:
         """Connects. Raises OSError where the writer cannot be reached."""
-        self._socket = socket.create_connection((address.host, address.port), timeout=_CONNECT_LIMIT_S)
-        self._socket.settimeout(None)
+        self._socket = connect(address, _CONNECT_LIMIT_S)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket.sendall(address.token.encode())
         self._poll = select.poll()

@@ -11,11 +11,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import socket
 import threading
 
 from vllm_ray_ascend.lifecycle.messages import Address, Witness, line
-from vllm_ray_ascend.lifecycle.sockets import keep_alive
+from vllm_ray_ascend.lifecycle.sockets import connect, keep_alive
 from vllm_ray_ascend.log import get_logger
 
 logger = get_logger(__name__)
@@ -39,7 +38,7 @@ def start(address: Address, rank: int, silence_s: float) -> None:
 def _run(address: Address, rank: int, silence_s: float) -> None:
     try:
         _have_own_files()
-        connection = socket.create_connection((address.host, address.port))
+        connection = connect(address)
         keep_alive(connection, silence_s)
         connection.sendall(line(Witness(address.token, rank, os.getpid())))
     except (OSError, AttributeError) as error:

@@ -186,12 +186,13 @@ def _write(before: Callable[..., Any], self: Any, value: Any, timeout: float | N
     takes no other (ray-project/ray#49044). A writer that hurries ahead would stop the very message, on another channel,
     for which the reader waits. Within a node channels are shared memory, which nobody stands before.
     """
+    own_node = ray.get_runtime_context().get_node_id()
+    if all(node == own_node for _, node in self._reader_and_node_list):
+        _send(before, self, value, timeout)
+        return
     if (catch_up := getattr(self, _CATCH_UP, None)) is not None:
         catch_up()
     _send(before, self, value, timeout)
-    own_node = ray.get_runtime_context().get_node_id()
-    if all(node == own_node for _, node in self._reader_and_node_list):
-        return
     if (when_sent := getattr(self._gpu_data_channel._accelerator_group, "when_sent", None)) is not None:
         setattr(self, _CATCH_UP, when_sent())
 
