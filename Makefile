@@ -1,6 +1,7 @@
 # The project's commands. Each sets up what it needs: a virtual environment in .venv, made by PYTHON.
 #   make serve   the main job: `vllm serve` over Ray on NPUs (MODEL=, SERVE_ARGS=, PORT=, SERVE_ONCE=1)
-#   make test    all tests; make test-matrix: also the slow combinations
+#   make test    all tests (PYTEST_ARGS='-k name', RERUN=1: up to 3 failures of a suite are run again and reported as
+#                flaky); make test-matrix: the slow combinations too
 #   make test-faults  faults of every kind in every phase, or FAULTS_COUNT random ones (FAULTS_SEED)
 #   make check-patches   patches/ against every supported release of upstream
 #   make contract  what we rely on in upstream, in every supported release (CONTRACT='vllm==0.34.0': in these)
@@ -9,14 +10,20 @@
 #   make lint    ruff and mypy; the pipelines, container files and manifests against their schemas
 #   make docs    the documentation, into site/; make docs-serve shows it while it is written
 #   make bench   compare executors (BENCH_ARGS='--quick'); see benchmarks/README.md
+#   make bench-queues     messages to workers on other nodes, ours and ZeroMQ (root); see benchmarks/README.md
+#   make bench-nodes      a step's message to 64 nodes of 16 ranks; see benchmarks/README.md
+#   make bench-scale      what an engine's owner does, for 1 to 4,096 ranks; see benchmarks/README.md
+#   make soak     a served engine for 30 minutes with aborts and a slow link (root); see benchmarks/README.md
 #   make bench-transport  a tensor from NPU to NPU by every way (BENCH_ARGS='--quick'); see benchmarks/README.md
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.10 python3,$(if $(shell command -v $(name)),$(name))))
 RUN := .venv/bin
-ON_SOFTWARE_NPUS := $(RUN)/vllm-ray-ascend softnpu exec --
 PYTEST_ARGS ?=
+RERUN ?=
+# $(call suite,NAMES): the tests of those suites of ci/suites.py. All are run, and a failure of any ends make.
+suite = $(RUN)/python -m ci.suite --local $(if $(filter-out 0,$(RERUN)),--rerun) $(1) --pytest $(PYTEST_ARGS)
 GROUPS ?=
 
-.PHONY: serve test check-patches contract test-release test-matrix test-faults test-upstream lint format docs docs-serve bench bench-transport clean
+.PHONY: serve test check-patches contract test-release test-matrix test-faults test-upstream lint format docs docs-serve bench bench-nodes bench-queues bench-scale bench-transport soak clean
 
 serve:
 	@$(PYTHON) demo/install.py
@@ -24,26 +31,21 @@ serve:
 
 test:
 	@$(PYTHON) demo/install.py test
-	@echo '== unit tests'
-	$(RUN)/python -m pytest tests/unit -n 2 --dist loadfile $(PYTEST_ARGS)
-	@echo '== every supported release of upstream: what we rely on, and patches/'
-	$(RUN)/python -m pytest tests/contract $(PYTEST_ARGS)
+	@$(call suite,unit)
 	$(RUN)/python -m ci.check_patches
-	$(RUN)/python -m pytest tests/patches $(PYTEST_ARGS)
-	@echo '== on software NPUs: the device layer, HCCL, the plugin, clusters'
-	$(ON_SOFTWARE_NPUS) $(RUN)/python -m pytest tests/softnpu -n 3 --dist loadfile $(PYTEST_ARGS)
-	@echo '== whole engines and servers'
-	$(RUN)/python -m pytest tests/e2e $(PYTEST_ARGS)
+	@$(call suite,patches softnpu integration e2e)
 
 test-matrix:
 	@$(PYTHON) demo/install.py test
-	$(RUN)/python -m pytest tests/e2e -m 'slow or not slow' $(PYTEST_ARGS)
-	$(ON_SOFTWARE_NPUS) $(RUN)/python -m pytest tests/softnpu -m slow $(PYTEST_ARGS)
-	$(RUN)/python -m pytest tests/patches -m slow $(PYTEST_ARGS)
+	@$(call suite,e2e)
+	@$(call suite,slow)
+	@$(call suite,slow-softnpu)
+	@$(call suite,slow-patches)
+	@$(call suite,slow-contract)
 
 test-faults:
 	@$(PYTHON) demo/install.py test
-	$(RUN)/python -m pytest tests/faults $(PYTEST_ARGS)
+	@$(call suite,faults)
 
 check-patches:
 	@$(PYTHON) demo/install.py test
@@ -68,6 +70,7 @@ lint:
 	$(RUN)/mypy
 	$(RUN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(RUN)/check-jsonschema --builtin-schema vendor.github-actions .github/actions/*/action.yml
+	$(RUN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*_*.yml
 	$(RUN)/hadolint ci/containers/*.Dockerfile
 	$(RUN)/python -m ci.manifests
 
@@ -88,9 +91,25 @@ bench:
 	@$(PYTHON) demo/install.py bench
 	@$(RUN)/python -m benchmarks $(BENCH_ARGS)
 
+bench-scale:
+	@$(PYTHON) demo/install.py bench
+	@$(RUN)/python -m benchmarks.scale $(BENCH_ARGS)
+
+bench-queues:
+	@$(PYTHON) demo/install.py bench
+	@$(RUN)/python -m benchmarks.queues $(BENCH_ARGS)
+
+bench-nodes:
+	@$(PYTHON) demo/install.py bench
+	@$(RUN)/python -m benchmarks.nodes $(BENCH_ARGS)
+
 bench-transport:
 	@$(PYTHON) demo/install.py bench
 	@$(RUN)/python -m benchmarks.transport $(BENCH_ARGS)
 
+soak:
+	@$(PYTHON) demo/install.py bench
+	@$(RUN)/python -m benchmarks.soak $(BENCH_ARGS)
+
 clean:
-	rm -rf .venv .demo build dist site ci-results *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .demo build dist site ci-results *.egg-info softnpu/build softnpu/dist softnpu/src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

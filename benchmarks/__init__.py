@@ -1,0 +1,1 @@
+"""Benchmarks: engines, transports, and what they are compared with."""

@@ -15,7 +15,7 @@ from benchmarks.report import markdown
 def main(arguments: Sequence[str]) -> int:
     """Measure, write NAME.json, NAME.md and NAME.png, also of a run that failed on its way; the exit code."""
     options = read_options(arguments)
-    return record(Benchmark("make bench", lambda _, say: measure(options, say), BASE, markdown, plot), options)
+    return record(Benchmark("make bench", lambda _, report: measure(options, report), BASE, markdown, plot), options)
 
 
 if __name__ == "__main__":

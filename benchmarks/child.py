@@ -8,7 +8,7 @@ import os
 import sys
 from typing import Any
 
-from benchmarks import ending, engine
+from benchmarks import engine, shutdown
 from benchmarks.phases import phases
 from benchmarks.protocol import serve
 
@@ -35,17 +35,17 @@ class Session:
         return phases(marks, workers)
 
     def generate(self, requests: int, tokens: int) -> dict[str, Any]:
-        """See Engine.generate."""
+        """Generate text as Engine.generate does."""
         result: dict[str, Any] = self._engine.generate(requests, tokens)
         return result
 
     def call(self, count: int) -> list[float]:
-        """See engine.call."""
+        """Time calls as Engine.call does."""
         return engine.call(self._engine.executor, count)
 
     def stop(self, watch: bool) -> dict[str, float | None]:
         """Stop the engine's executor. ``watch`` its processes: they are on this node."""
-        ends = ending.stop(self._engine.executor, self._pids if watch else [])
+        ends = shutdown.time_shutdown(self._engine.executor, self._pids if watch else [])
         return ends if watch else {"call": ends["call"]}
 
     def prepare(self) -> None:
@@ -61,7 +61,11 @@ class Session:
         pids, workers = engine.started(executor)
         queues = (getattr(executor, name, None) for name in ("rpc_broadcast_mq", "response_mqs"))  # a graph has none
         self._ended.append((executor, *queues))
-        end = ending.stop(executor, pids) if victim is None else ending.kill(executor, pids, victim)
+        end = (
+            shutdown.time_shutdown(executor, pids)
+            if victim is None
+            else shutdown.time_worker_death(executor, pids, victim)
+        )
         _give_back(config)
         return {"phases": phases(marks, workers), "end": end}
 

@@ -17,15 +17,14 @@ class Marks(dict[str, float]):
     """Points in time on the clock of time.monotonic(), by name."""
 
     def mark(self, name: str) -> None:
-        """Now is ``name``."""
+        """Record the current time as ``name``."""
         self[name] = time.monotonic()
 
 
 def make_config(backend: str, tp: int, pp: int, graphs: bool) -> Any:
-    """vLLM's configuration of the demonstration model, the same for every executor."""
+    """Return vLLM's configuration of the demonstration model, the same for every executor."""
     from vllm.engine.arg_utils import EngineArgs
 
-    captured = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}
     arguments = EngineArgs(
         model=str(DENSE),
         dtype="float32",
@@ -40,13 +39,12 @@ def make_config(backend: str, tp: int, pp: int, graphs: bool) -> Any:
         worker_cls="benchmarks.worker.TimedWorker",
         disable_log_stats=True,
         seed=0,
-        **({"compilation_config": captured} if graphs else {}),
     )
     return arguments.create_engine_config()
 
 
 def timed_executor(config: Any, marks: Marks) -> type[Any]:
-    """The executor class that ``config`` asks for, which marks its points of a start."""
+    """Return the executor class that ``config`` selects, which records its points of a start."""
     from vllm.v1.executor import Executor
 
     base: Any = Executor.get_class(config)
@@ -86,7 +84,7 @@ class Engine:
         return self._engine.model_executor
 
     def generate(self, requests: int, tokens: int) -> dict[str, Any]:
-        """Run ``requests`` at once, ``tokens`` each.
+        """Run ``requests`` simultaneously, ``tokens`` each.
 
         Seconds to the first token and per further token of each request, and the tokens.
         """
@@ -123,7 +121,7 @@ class Engine:
 
 
 def call(executor: Any, count: int) -> list[float]:
-    """Seconds of each of ``count`` empty calls to all workers."""
+    """Return seconds of each of ``count`` empty calls to all workers."""
     seconds = []
     for _ in range(count):
         before = time.monotonic()
@@ -133,6 +131,6 @@ def call(executor: Any, count: int) -> list[float]:
 
 
 def started(executor: Any) -> tuple[list[int], list[Mapping[str, float]]]:
-    """Process numbers and marks of the workers, by rank."""
+    """Return process numbers and marks of the workers, by rank."""
     answers = executor.collective_rpc("bench_started")
     return [pid for pid, _ in answers], [marks for _, marks in answers]

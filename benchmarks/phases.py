@@ -15,7 +15,7 @@ memory is there; warm-up: the first pass and graphs; rest: scheduler and the lik
 
 
 def phases(driver: Mapping[str, float], workers: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Seconds of each phase, from points in time: the slowest worker's where workers have them.
+    """Return seconds of each phase, from points in time: the slowest worker's where workers have them.
 
     A worker process may be older than the executor (Ray keeps spare ones): then launch is 0. Phases add up to the
     whole start as far as the driver's points go.

@@ -8,12 +8,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from softnpu.cluster import manager
+from softnpu.cluster.plan import Cluster, Shape
+
 from benchmarks.options import Case, Options
 from benchmarks.protocol import Child
 from demo.server import QUIET
-from vllm_ray_ascend.devices.visible import VARIABLE
-from vllm_ray_ascend.softnpu.cluster import manager
-from vllm_ray_ascend.softnpu.cluster.plan import Cluster, Shape
+from vllm_ray_ascend.devices.visible import VISIBLE_DEVICES
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / ".demo" / "bench"
@@ -33,7 +34,7 @@ class Place:
         self._options = options
 
     def child(self, executor: str, purpose: str) -> Child:
-        """A process on the first node for an engine of ``executor``."""
+        """Return a process on the first node for an engine of ``executor``."""
         variables = {
             **os.environ,
             **QUIET,
@@ -45,7 +46,7 @@ class Place:
         else:
             variables["VLLM_WORKER_MULTIPROC_METHOD"] = "fork" if executor == "mp-fork" else "spawn"
             own = self._cluster.shape.npus_per_node - self._case.world_size
-            variables[VARIABLE] = ",".join(str(own + rank) for rank in range(self._case.world_size))
+            variables[VISIBLE_DEVICES] = ",".join(str(own + rank) for rank in range(self._case.world_size))
         settings = {
             "backend": "ray" if _over_ray(executor) else "mp",
             "tp": self._case.tp,
@@ -66,13 +67,13 @@ def _over_ray(executor: str) -> bool:
 
 @contextlib.contextmanager
 def place_for(case: Case, options: Options) -> Iterator[Place]:
-    """A cluster for ``case``; removed afterwards."""
+    """Yield a cluster for ``case``; removed afterwards."""
     name = f"bench-{os.getpid() % 100000}"
     over_ray = case.world_size * sum(map(_over_ray, options.executors))
     npus = over_ray + case.world_size
-    shape = Shape(nodes=2 if case.tcp else 1, npus_per_node=npus, cpus_per_node=2, kind=manager.best_kind()[0])
+    shape = Shape(nodes=2 if case.tcp else 1, npus_per_node=npus, cpus_per_node=2, kind=manager.choose_node_kind()[0])
     seen = ",".join(map(str, range(max(1, over_ray))))
-    settings = {1: {VARIABLE: "0"}, 2: {VARIABLE: seen}} if case.tcp else {1: {VARIABLE: seen}}
+    settings = {1: {VISIBLE_DEVICES: "0"}, 2: {VISIBLE_DEVICES: seen}} if case.tcp else {1: {VISIBLE_DEVICES: seen}}
     cluster, _ = manager.up(name, shape, settings=settings, report=lambda _: None)
     try:
         with contextlib.ExitStack() as stack:
@@ -87,7 +88,7 @@ def place_for(case: Case, options: Options) -> Iterator[Place]:
 def _held(cluster: Cluster) -> Iterator[None]:
     """Hold the one NPU of the first node, so that all workers go to the other."""
     holder = Child(
-        manager.node_command(cluster, 1, [sys.executable, "-m", "benchmarks.hold"]),
+        manager.node_command(cluster, 1, [sys.executable, "-m", "benchmarks.reserve_npus"]),
         manager.command_environment(cluster, 1, {**os.environ, **QUIET, "PYTHONPATH": str(ROOT)}),
         LOGS / "hold.log",
         {"address": cluster.nodes[0].address},

@@ -33,7 +33,7 @@ class Child:
             )
 
     def ask(self, what: str, limit_s: float, **arguments: Any) -> Any:
-        """The answer to ``what``. BenchError when the child ends or says nothing for ``limit_s`` seconds."""
+        """Return the answer to ``what``. Raises BenchError when the child exits or is silent for ``limit_s`` s."""
         self.send(what, **arguments)
         return self.answer(limit_s)
 
@@ -45,12 +45,12 @@ class Child:
             self._process.stdin.flush()
 
     def answer(self, limit_s: float) -> Any:
-        """The answer to what was asked last."""
+        """Return the answer to what was asked last."""
         assert self._process.stdout is not None
         ready, _, _ = select.select([self._process.stdout], [], [], limit_s)
         line = self._process.stdout.readline() if ready else b""
         if not line:
-            reason = f"ended ({self._exit_code()})" if ready else f"said nothing for {limit_s:g} s"
+            reason = f"ended ({self._exit_code()})" if ready else f"did not answer for {limit_s:g} s"
             raise BenchError(f"an engine's process {reason}: see {self.log}, which ends with\n{_tail(self.log)}")
         answer = json.loads(line)
         if "error" in answer:
@@ -78,7 +78,7 @@ class Child:
 
 
 def serve(answers: Mapping[str, Callable[..., Any]]) -> None:
-    """In the child: answer questions until there are no more. What anybody prints goes to the log instead."""
+    """Answer requests in the child until there are no more. All printed output goes to the log."""
     answering = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
     for question in _questions():

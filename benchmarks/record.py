@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import facts
-from benchmarks.options import RESULTS
+from softnpu.errors import SoftNpuError
+
+from benchmarks.machine import collect_machine_facts
+from benchmarks.options import RESULTS, BenchError
 from benchmarks.report import Figures, as_json
 from benchmarks.statistics import Sample, figures
-from vllm_ray_ascend.errors import VllmRayAscendError
 
 Run = dict[str, Any]
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Benchmark:
     """What differs: the command's name, how it measures, what ratios are over, and how its figures are shown."""
 
     command: str
-    measure: Callable[[Run, Say], Iterable[Sample]]
+    measure: Callable[[Run, Report], Iterable[Sample]]
     base: str
     markdown: Callable[[Mapping[str, Any], Figures], str]
     plot: Callable[[Mapping[str, Any], Figures, Path], None]
@@ -35,13 +36,17 @@ def record(benchmark: Benchmark, options: Any) -> int:
     """Measure, write NAME.json, NAME.md and NAME.png; the exit code. ``options``: a dataclass with a ``name``."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # on the way out, clusters are removed
     started = time.monotonic()
-    run: Run = {**facts(), "began": time.strftime("%Y-%m-%d %H:%M"), "options": dataclasses.asdict(options)}
+    run: Run = {
+        **collect_machine_facts(),
+        "began": time.strftime("%Y-%m-%d %H:%M"),
+        "options": dataclasses.asdict(options),
+    }
     samples: list[Sample] = []
     failure = ""
     try:
-        for sample in benchmark.measure(run, lambda line: _say(started, line)):
+        for sample in benchmark.measure(run, lambda line: _report(started, line)):
             samples.append(sample)  # noqa: PERF402  what there is when a later one fails is kept
-    except VllmRayAscendError as error:
+    except (BenchError, SoftNpuError) as error:
         failure = str(error)
     except (KeyboardInterrupt, SystemExit):
         failure = "it was stopped"
@@ -62,5 +67,5 @@ def _write(benchmark: Benchmark, run: Run, path: Path, samples: list[Sample]) ->
     print(f"\n{text}\nwritten: {path}.json, .md, .png")
 
 
-def _say(started: float, line: str) -> None:
+def _report(started: float, line: str) -> None:
     print(f"{time.monotonic() - started:5.0f} s  {line}", flush=True)

@@ -19,7 +19,7 @@ _LEGEND = (
 
 
 def markdown(run: Mapping[str, Any], figures: Figures) -> str:
-    """A title, what the figures mean, and a table for each case."""
+    """Return a title, what the figures mean, and a table for each case."""
     lines = [*head(run), "", _LEGEND]
     for case in run["options"]["cases"]:
         lines += ["", f"## {case}", "", *_table(case, run["options"]["executors"], figures)]
@@ -27,7 +27,7 @@ def markdown(run: Mapping[str, Any], figures: Figures) -> str:
 
 
 def head(run: Mapping[str, Any]) -> list[str]:
-    """The title, and where, when and with what it was measured."""
+    """Return the title, and where, when and with what it was measured."""
     machine, versions = run["machine"], run["versions"]
     return [
         f"# Benchmark `{run['options']['name']}`, commit {run['commit']}",
@@ -50,7 +50,7 @@ def _table(case: str, executors: Sequence[str], figures: Figures) -> list[str]:
 
 
 def row(cells: Sequence[str]) -> str:
-    """A line of a table."""
+    """Return a line of a table."""
     return "| " + " | ".join(cells) + " |"
 
 
@@ -67,7 +67,7 @@ def _cell(figure: Figure | None, with_ratio: bool) -> str:
 
 
 def as_json(run: Mapping[str, Any], samples: Sequence[Sample]) -> str:
-    """Readable, and one line a sample, so that two runs can be compared line by line."""
+    """Return readable JSON with one line per sample, so that two runs can be compared line by line."""
     whole = json.dumps(run, indent=1).removesuffix("\n}")
     lines = ",\n".join("  " + json.dumps(_plain(sample)) for sample in samples)
     return f'{whole},\n "samples": [\n{lines}\n ]\n}}\n'
@@ -78,7 +78,7 @@ def _plain(sample: Sample) -> dict[str, Any]:
 
 
 def duration(seconds: float) -> str:
-    """Three digits and a unit."""
+    """Format seconds with three digits and a unit."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:
             return f"{_digits(seconds / size)} {unit}"

@@ -39,7 +39,7 @@ class Figure(NamedTuple):
 
 
 def percentile(values: Iterable[float], share: float) -> float:
-    """The value below which ``share`` (0 to 1) of ``values`` lie, interpolated between neighbours.
+    """Return the value below which ``share`` (0 to 1) of ``values`` lie, interpolated between neighbours.
 
     Raises ValueError for no values.
     """
@@ -53,12 +53,12 @@ def percentile(values: Iterable[float], share: float) -> float:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Least, median and most of ``values``, of which there is one at least."""
+    """Return the least, the median and the greatest of ``values``, which is not empty."""
     return Spread(min(values), percentile(values, 0.5), max(values))
 
 
 def figures(samples: Iterable[Sample], base: str) -> dict[tuple[str, str, str], Figure]:
-    """The figure of every (case, metric, executor). Ratios pair the medians of one round, so that noise hits both."""
+    """Return the figure of every (case, metric, executor). Ratios pair the medians of one round: noise affects both."""
     rounds: dict[tuple[str, str, str], dict[int, list[float]]] = {}
     for sample in samples:
         if sample.values:

@@ -13,7 +13,7 @@ _IMPORTED = time.monotonic()
 
 
 def process_start() -> float:
-    """When this process began, on the clock of time.monotonic(), to 10 ms."""
+    """Return when this process started, on the clock of time.monotonic(), to 10 ms."""
     after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     return int(after_name[19]) / os.sysconf("SC_CLK_TCK")
 
@@ -38,8 +38,8 @@ class TimedWorker(NPUWorker):
         return result
 
     def bench_started(self) -> tuple[int, dict[str, float]]:
-        """This worker's process number and marks."""
+        """Return this worker's process number and marks."""
         return os.getpid(), self.bench_marks
 
     def bench_nothing(self) -> None:
-        """What an empty call calls."""
+        """Do nothing: the target of an empty call."""

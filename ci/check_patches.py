@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PATCHES = ROOT / "patches"
 HEADERS = ("Subject", "Description", "Author", "Origin", "Bug", "Forwarded")
 FORWARDED = ("no", "not-needed")
-TOOLS = ("import_hook", "rebind", "versions", "ray_state")
+TOOLS = ("import_hook", "versions", "ray_state")
 """Modules of compat/ that stand in for nothing of upstream's: they read, or help others to replace."""
 _THREADS = 8
 
@@ -43,8 +43,8 @@ class Patch:
     test: str
     shows: str
     """Words of what the defect looks like to its test."""
-    shim: str = ""
-    reason: str = ""
+    shim: str
+    """What does the same at run time: ``module:name`` in our code."""
 
     @property
     def project(self) -> str:
@@ -57,16 +57,16 @@ class Patch:
         return (PATCHES / self.file).read_text()
 
     def is_for(self, version: str) -> bool:
-        """Whether a release has the defect."""
+        """Return whether a release has the defect."""
         return SpecifierSet(self.releases).contains(version, prereleases=True)
 
     def touches(self) -> list[str]:
-        """Files of upstream that it changes."""
+        """Return files of upstream that it changes."""
         return re.findall(r"^--- a/(\S+)$", self.text, re.MULTILINE)
 
 
 def series() -> list[Patch]:
-    """All patches of series.toml. Raises TypeError for an entry that says something unknown."""
+    """Return all patches of series.toml. Raises TypeError for an entry that says something unknown."""
     return [Patch(**entry) for entry in toml(PATCHES / "series.toml")["patch"]]
 
 
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def faults_in(project: str, version: str, patches: Sequence[Patch]) -> Iterator[str]:
-    """What is wrong of the patches of one project, with one of its releases."""
+    """Yield what is wrong with the patches of one project in one of its releases."""
     own = [patch for patch in patches if patch.project == project]
     sources = fetch(project, version, {name for patch in own for name in patch.touches()})
     for patch in own:
@@ -109,7 +109,7 @@ def faults_in(project: str, version: str, patches: Sequence[Patch]) -> Iterator[
 
 
 def applies(patch: Patch, sources: Sources, *, reverse: bool = False) -> bool:
-    """Whether it applies to a release; with offsets, without fuzz."""
+    """Return whether it applies to a release; with offsets, without fuzz."""
     if any(name not in sources.names for name in patch.touches()):
         return False
     with tempfile.TemporaryDirectory() as folder:
@@ -119,8 +119,8 @@ def applies(patch: Patch, sources: Sources, *, reverse: bool = False) -> bool:
 
 def apply(patch: Patch, folder: Path) -> None:
     """Change the files in ``folder``. Raises ValueError with git's words where it does not apply."""
-    if complaint := _git_apply(patch, folder):
-        raise ValueError(f"{patch.file}: {complaint}")
+    if git_error := _git_apply(patch, folder):
+        raise ValueError(f"{patch.file}: {git_error}")
 
 
 def _copy(sources: Sources, names: Sequence[str], folder: Path) -> None:
@@ -130,7 +130,7 @@ def _copy(sources: Sources, names: Sequence[str], folder: Path) -> None:
 
 
 def _git_apply(patch: Patch, folder: Path, *options: str) -> str:
-    """git's complaint, empty where there is none. A repository around the folder would have it skip files."""
+    """Return git's error output, empty on success. Inside of a repository git would skip the files."""
     ended = subprocess.run(
         ["git", "apply", "-p1", *options, str(PATCHES / patch.file)],
         cwd=folder,
@@ -143,7 +143,7 @@ def _git_apply(patch: Patch, folder: Path, *options: str) -> str:
 
 
 def faults_of_entry(patch: Patch) -> Iterator[str]:
-    """What is wrong of an entry and its file's header."""
+    """Yield what is wrong with an entry and its file's header."""
     if not (PATCHES / patch.file).is_file():
         yield f"{patch.file}: no such file"
         return
@@ -153,16 +153,14 @@ def faults_of_entry(patch: Patch) -> Iterator[str]:
         yield f"{patch.file}: its header lacks {', '.join(lacking)}"
     if fields.get("Forwarded") not in FORWARDED and "://" not in fields.get("Forwarded", ""):
         yield f"{patch.file}: Forwarded says {fields.get('Forwarded')}: {', '.join(FORWARDED)} or an address"
-    if bool(patch.shim) == bool(patch.reason):
-        yield f"{patch.file}: say in series.toml either its shim or the reason why there is none"
-    if patch.shim and not is_ours(patch.shim):
+    if not is_ours(patch.shim):
         yield f"{patch.file}: its shim {patch.shim} is not in our code"
     if not any(patch.is_for(version) for version in matrix.read().versions(patch.project)):
         yield f"{patch.file}: no supported release of {patch.project} is in its range {patch.releases}: remove it"
 
 
 def faults_of_series() -> Iterator[str]:
-    """Patches without an entry, entries twice, and functions of compat/ without a patch."""
+    """Yield patches without an entry, duplicate entries, and functions of compat/ without a patch."""
     entries = [patch.file for patch in series()]
     files = {path.relative_to(PATCHES).as_posix() for path in PATCHES.rglob("*.patch")}
     for name in sorted(files - set(entries)):
@@ -176,7 +174,7 @@ def faults_of_series() -> Iterator[str]:
 
 
 def stand_ins() -> list[str]:
-    """Functions of compat/ that change what upstream does: those that others call with a module, or for an effect."""
+    """Return the functions of compat/ that change what upstream does: those called with a module, or for an effect."""
     found = []
     for path in sorted((ROOT / "vllm_ray_ascend" / "compat").glob("*.py")):
         if path.stem in TOOLS:
@@ -191,7 +189,7 @@ def stand_ins() -> list[str]:
 
 
 def is_ours(shim: str) -> bool:
-    """Whether ``module:name`` is in our code."""
+    """Return whether ``module:name`` is in our code."""
     module, _, name = shim.partition(":")
     path = ROOT / f"{module.replace('.', '/')}.py"
     return path.is_file() and bool(name) and code.find(code.parse(path.read_text()), name) is not None

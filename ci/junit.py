@@ -28,7 +28,7 @@ class Outcome:
 
 
 def merged(first: str, again: str) -> str:
-    """The report of a run, with what came of its failures when they ran again.
+    """Return the report of a run, with the results of its failures when they ran again.
 
     As Surefire writes it: a test that passed then has its first failure as <flakyFailure>, one that failed again keeps
     <failure> and has the second as <rerunFailure>. Nothing of the first run is taken away.
@@ -50,7 +50,7 @@ def merged(first: str, again: str) -> str:
 
 
 def outcome(text: str) -> Outcome:
-    """What a report tells, one of `merged` too."""
+    """Return the outcome of a report, also of one made by `merged`."""
     failed: dict[str, str] = {}
     flaky: dict[str, str] = {}
     skipped: Counter[str] = Counter()
@@ -91,6 +91,6 @@ def _renamed(element: ElementTree.Element, tag: str) -> ElementTree.Element:
 
 
 def _count(suite: ElementTree.Element, tag: str) -> None:
-    """One failure less in the suite's own sum, which readers compare with its test cases."""
+    """Return one failure less in the suite's own sum, which readers compare with its test cases."""
     attribute = "errors" if tag == "error" else "failures"
     suite.set(attribute, str(max(0, int(suite.get(attribute, "0")) - 1)))

@@ -22,12 +22,12 @@ _NPU_PREFIX = "huawei.com/Ascend"
 
 
 def documents(text: str) -> list[dict[str, Any]]:
-    """The resources of a file, with YAML's anchors resolved as KubeRay sees them."""
+    """Return the resources of a file, with YAML's anchors resolved as KubeRay sees them."""
     return [json.loads(json.dumps(each)) for each in yaml.safe_load_all(text)]
 
 
 def cluster_of(document: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The Ray cluster that a resource describes, if it does."""
+    """Return the Ray cluster that a resource describes; None if it describes none."""
     spec = document.get("spec", {})
     key = {"RayCluster": None, "RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}.get(document["kind"], "")
     found: Mapping[str, Any] | None = spec if key is None else spec.get(key)
@@ -35,14 +35,14 @@ def cluster_of(document: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def groups(cluster: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The groups of nodes with their names, the head first."""
+    """Yield the groups of nodes with their names, the head first."""
     yield "head", cluster["headGroupSpec"]
     for group in cluster.get("workerGroupSpecs", ()):
         yield group["groupName"], group
 
 
 def problems_of_group(name: str, group: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the NPUs of a group: Ray has to be told of as many as Kubernetes gives."""
+    """Yield what is wrong with the NPUs of a group: Ray must get as many as Kubernetes gives."""
     given = 0
     for container in group["template"]["spec"]["containers"]:
         limits, requests = (container["resources"].get(key, {}) for key in ("limits", "requests"))
@@ -54,24 +54,24 @@ def problems_of_group(name: str, group: Mapping[str, Any]) -> Iterator[str]:
         volumes = {volume["name"] for volume in group["template"]["spec"].get("volumes", ())}
         if mounted - volumes:
             yield f"{name}: no volume {', '.join(sorted(mounted - volumes))}"
-    told = told_to_ray(group["rayStartParams"].get("resources", ""))
-    if told.get("NPU", 0) != given:
-        yield f"{name}: Kubernetes gives {given} NPUs, Ray is told of {told.get('NPU', 0)}"
+    declared = ray_start_resources(group["rayStartParams"].get("resources", ""))
+    if declared.get("NPU", 0) != given:
+        yield f"{name}: Kubernetes gives {given} NPUs, declared to Ray are {declared.get('NPU', 0)}"
     if "num-gpus" in group["rayStartParams"]:
         yield f"{name}: with num-gpus Ray may not look for NPUs"
 
 
-def told_to_ray(text: str) -> dict[str, float]:
-    """What `ray start --resources=TEXT` gets after a shell has read it. Raises ValueError where that is no JSON."""
+def ray_start_resources(text: str) -> dict[str, float]:
+    """Return the resources that `ray start --resources=TEXT` gets from a shell. Raises ValueError without JSON."""
     words = shlex.split(text)
     found = json.loads(words[0]) if len(words) == 1 else {}
     if text and not found:
-        raise ValueError(f"resources: {text} is not one word of JSON for a shell")
+        raise ValueError(f"resources: {text} is not a single shell argument of JSON")
     return dict(found)
 
 
 def problems(text: str) -> list[str]:
-    """What is wrong with the Ray clusters of a file."""
+    """Return what is wrong with the Ray clusters of a file."""
     clusters = [cluster for document in documents(text) if (cluster := cluster_of(document)) is not None]
     found = [each for cluster in clusters for name, group in groups(cluster) for each in problems_of_group(name, group)]
     images = {
@@ -84,7 +84,7 @@ def problems(text: str) -> list[str]:
 
 
 def kubernetes_problems(text: str) -> list[str]:
-    """What Kubernetes' schema says of the pods and services of a file."""
+    """Return the violations of Kubernetes' schema by the pods and services of a file."""
     import kubernetes_validate
 
     parts: list[dict[str, Any]] = []
@@ -105,7 +105,7 @@ def kubernetes_problems(text: str) -> list[str]:
 
 
 def custom_problems(text: str, crds: Path) -> list[str]:
-    """What the schema of KubeRay's resources, in the files of ``crds``, says."""
+    """Return the violations of the schema of KubeRay's resources, which is in the files of ``crds``."""
     import jsonschema
 
     schemas = {}
@@ -124,7 +124,7 @@ def custom_problems(text: str, crds: Path) -> list[str]:
 
 
 def strict(schema: Any) -> Any:
-    """``schema`` with unknown fields refused, as `kubectl apply` warns of them; and either kind of a number or text."""
+    """Return ``schema`` with unknown fields rejected, as `kubectl apply` warns of them; a number may also be text."""
     if isinstance(schema, list):
         return [strict(each) for each in schema]
     if not isinstance(schema, dict):
@@ -155,7 +155,7 @@ def main(arguments: list[str]) -> int:
         for each in found:
             print(f"{path.name}: {each}")
         bad += len(found)
-    print(f"{len(files)} manifests: {bad or 'nothing'} to mend")
+    print(f"{len(files)} manifests: {bad} problems")
     return int(bad > 0)
 
 

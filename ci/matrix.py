@@ -36,11 +36,11 @@ class Matrix:
     projects: Mapping[str, tuple[Release, ...]]
 
     def versions(self, project: str) -> list[str]:
-        """Versions of ``project``, as they are listed."""
+        """Return the versions of ``project``, in the order of the file."""
         return [release.version for release in self.projects[project]]
 
     def release(self, project: str, version: str) -> Release:
-        """The line of one release. Raises ValueError where there is none."""
+        """Return the line of one release. Raises ValueError where there is none."""
         for release in self.projects.get(project, ()):
             if release.version == version:
                 return release
@@ -49,14 +49,14 @@ class Matrix:
 
 
 def toml(path: Path) -> dict[str, Any]:
-    """What a TOML file says."""
+    """Return the content of a TOML file."""
     with path.open("rb") as file:
         tables: dict[str, Any] = _TOML.load(file)
     return tables
 
 
 def read(path: Path = PATH) -> Matrix:
-    """The matrix. Raises ValueError for a line that says something unknown."""
+    """Return the matrix. Raises ValueError for a line with an unknown key or value."""
     tables = toml(path)
     return Matrix({project: tuple(_release(project, line) for line in lines) for project, lines in tables.items()})
 
@@ -66,7 +66,7 @@ def _release(project: str, line: Mapping[str, Any]) -> Release:
     run = tuple(line.get("run", ()))
     if unknown or "version" not in line or set(run) - set(RUNS):
         raise ValueError(
-            f"{PATH.name}: {project}: {dict(line)}: say version, run (of {', '.join(RUNS)}), with, pins, note"
+            f"{PATH.name}: {project}: {dict(line)}: give version, run (of {', '.join(RUNS)}), with, pins, note"
         )
     return Release(
         version=str(line["version"]),

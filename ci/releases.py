@@ -1,7 +1,8 @@
 """Released sources of upstream, without installing or building them, and without more of them than is read.
 
 A wheel is a zip file: its directory and single files are had by HTTP range requests, 50 ms each. Sources that were only
-released as an archive, or an index that knows no ranges, are downloaded whole. All of it is kept (`cache`).
+released as an archive, or an index that knows no ranges, are downloaded whole. All of it is kept (`cache`); of a
+compiled module only the identifiers among its texts are, a line each.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ from typing import IO, Any
 
 NAMES = ".names.json"
 """In the folder of a release: all files that it has, whether they are here or not."""
+COMPILED = ".so"
+_IDENTIFIER = re.compile(rb"(?<=\0)[a-z_]\w+(?=\0)")
+"""A text of a compiled module that a Python function could be named by: no class, and no mangled C++ name."""
 _CHUNK = 1 << 20
 
 
 class ReleaseError(Exception):
-    """A released source cannot be had."""
+    """A released source is not available."""
 
 
 @dataclass(frozen=True)
@@ -38,37 +42,43 @@ class Sources:
     version: str
     folder: Path
     names: frozenset[str]
-    """Every Python file of the release, by its path in the package."""
+    """Every Python file and compiled module of the release, by its path in the package."""
 
     def text(self, name: str) -> str | None:
-        """A file of the release, or None where it has none of this name."""
+        """Return a file of the release, of a compiled module its identifiers; None where it has none of this name."""
         return (self.folder / name).read_text() if name in self.names else None
 
 
 def cache() -> Path:
-    """Folder outside the repository that keeps what was downloaded."""
+    """Return the folder outside the repository that keeps downloads."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-ray-ascend"
 
 
 def fetch(project: str, version: str, wanted: Iterable[str]) -> Sources:
-    """The files ``wanted`` of a release, such as "vllm/envs.py", as far as it has them.
+    """Return the files ``wanted`` of a release, such as "vllm/envs.py", as far as it has them.
 
     Raises ReleaseError where the index does not have the release, or does not answer.
     """
     folder = cache() / "sources" / f"{project}-{version}"
     names = _names(folder)
-    if names is None or any(name in names and not (folder / name).is_file() for name in wanted):
+    wanted = list(wanted)
+    if names is None or any(_is_missing(folder / name, name in names) for name in wanted):
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            _read(project, version, folder, list(wanted))
+            _read(project, version, folder, wanted)
         except (OSError, zipfile.BadZipFile, tarfile.TarError) as error:
             raise ReleaseError(f"{project} {version} could not be read: {error!r}") from error
         names = _names(folder)
     return Sources(project, version, folder, frozenset(names or ()))
 
 
+def _is_missing(path: Path, is_listed: bool) -> bool:
+    """Whether a file is to be had but is not here. Lists that were kept earlier may lack the compiled modules."""
+    return (is_listed or path.suffix == COMPILED) and not path.is_file()
+
+
 def released(project: str) -> list[str]:
-    """All versions that the index has, pre-releases too, in no order."""
+    """Return all versions that the index has, pre-releases too, in no order."""
     return sorted({str(package.version) for package in _finder().find_all_packages(project, allow_yanked=True)})
 
 
@@ -89,14 +99,15 @@ def _read(project: str, version: str, folder: Path, wanted: list[str]) -> None:
         with _wheel(links[wheels[0]], folder) as archive:
             names = [name for name in archive.namelist() if _counts(name, package)]
             for name in set(wanted) & set(names):
-                _write(folder / name, archive.read(name))
+                content = archive.read(name)
+                _write(folder / name, _identifiers(content) if name.endswith(COMPILED) else content)
     else:
         names = _unpack(links[min(links)], folder, package)
     _write(folder / NAMES, json.dumps(sorted(names)).encode())
 
 
 def _links(project: str, version: str) -> dict[str, str]:
-    """Addresses of a release's files by their names."""
+    """Return the addresses of a release's files by their names."""
     from packaging.version import Version
 
     found = {
@@ -105,13 +116,13 @@ def _links(project: str, version: str) -> dict[str, str]:
         if package.version is not None and Version(str(package.version)) == Version(version)
     }
     if not found:
-        raise ReleaseError(f"the package index has no {project} {version}: mend its line in ci/matrix.toml")
+        raise ReleaseError(f"the package index has no {project} {version}: correct its line in ci/matrix.toml")
     return found
 
 
 @functools.cache
 def _finder() -> Any:
-    """Where pip looks by its configuration: PIP_INDEX_URL, pip.conf, or the default."""
+    """Return where pip looks by its configuration: PIP_INDEX_URL, pip.conf, or the default."""
     from unearth import PackageFinder
     from unearth.fetchers import PyPIClient
 
@@ -128,7 +139,7 @@ def _finder() -> Any:
 
 @functools.cache
 def _pip_settings() -> dict[str, str]:
-    """pip's configuration: files, and over them the environment."""
+    """Return pip's configuration: its files, overridden by the environment."""
     command = [sys.executable, "-m", "pip", "config", "list", "--disable-pip-version-check"]
     listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = re.findall(r"^(global|install|download|:env:)\.([\w-]+)='(.*)'$", listed, re.MULTILINE)
@@ -155,7 +166,7 @@ def _wheel(url: str, folder: Path) -> Iterator[zipfile.ZipFile]:
 
 @contextmanager
 def _downloaded(url: str, folder: Path) -> Iterator[IO[bytes]]:
-    """The whole of a file, kept as long as it is read."""
+    """Yield a whole file, kept in memory as long as it is read."""
     import requests
 
     with tempfile.TemporaryFile(dir=folder) as file:
@@ -168,7 +179,7 @@ def _downloaded(url: str, folder: Path) -> Iterator[IO[bytes]]:
 
 
 def _unpack(url: str, folder: Path, package: str) -> list[str]:
-    """All Python files of ``package`` from an archive of sources."""
+    """Return all Python files of ``package`` from an archive of sources."""
     names = []
     with _downloaded(url, folder) as file, tarfile.open(fileobj=file) as archive:
         for member in archive:
@@ -182,11 +193,16 @@ def _unpack(url: str, folder: Path, package: str) -> list[str]:
 
 
 def _counts(name: str, package: str) -> bool:
-    return name.endswith(".py") and name.startswith(package) and ".." not in name
+    return name.endswith((".py", COMPILED)) and name.startswith(package) and ".." not in name
+
+
+def _identifiers(module: bytes) -> bytes:
+    """Return the texts of a compiled module by which Python could know its functions, sorted, a line each."""
+    return b"\n".join(sorted(set(_IDENTIFIER.findall(module))))
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all: others may read at the same time."""
+    """Write a file atomically: others may read it at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(content)

@@ -1,7 +1,7 @@
-"""Run the basic tests with other releases: `python -m ci.run_release vllm=0.32.0 ray=2.48.0 [-- PYTEST...]`.
+"""Run the basic tests with other releases: `python -m ci.run_release vllm=0.32.0 torch=2.13.0 [-- PYTEST...]`.
 
 In a copy of this working tree with a virtual environment of its own, made as .venv is, with the pins of requirements/
-replaced. What then passes is written into ci/matrix.toml by whoever ran it.
+replaced. Add what passes to ci/matrix.toml by hand.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def pins_of(wanted: Mapping[str, str], matrix: Matrix) -> dict[str, str]:
-    """Every package whose pin changes for the releases in ``wanted``. Raises ValueError for one that is unknown."""
+    """Return every package whose pin changes for the releases in ``wanted``. Raises ValueError for an unknown one."""
     if not wanted:
         raise ValueError("No release is named")
     pins: dict[str, str] = {}
@@ -61,13 +61,13 @@ def pins_of(wanted: Mapping[str, str], matrix: Matrix) -> dict[str, str]:
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What stands before and after `--`."""
+    """Return the arguments before and after `--`."""
     at = arguments.index("--") if "--" in arguments else len(arguments)
     return list(arguments[:at]), list(arguments[at + 1 :])
 
 
 def _copy(folder: Path) -> None:
-    """The working tree as git sees it, over what an earlier run has left there: its .venv is used again."""
+    """Copy the working tree as git sees it, over the copy of an earlier run, whose .venv is used again."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One entry for CI: ci/run_suite.sh SUITE [--flaky fail] [--pytest -k x]; --list says which suites there are.
-# Makes .venv with what the tests run, unless CI_PYTHON names a Python that has it all (a container of ci/containers).
+# One entry for CI: ci/run_suite.sh SUITE [--flaky fail] [--pytest -k x]; --list lists the suites.
+# Makes .venv with all packages, unless CI_PYTHON names a Python that has them (a container of ci/containers).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [[ -n "${CI_PYTHON:-}" ]]; then

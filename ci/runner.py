@@ -39,7 +39,7 @@ class Device:
 
 @dataclasses.dataclass(frozen=True)
 class Runner:
-    """A machine that runs suites. ``notes`` say what was looked for and not found, or is not as it should be."""
+    """A machine that runs suites. ``notes`` list what is missing or not healthy."""
 
     kind: Kind
     devices: tuple[Device, ...] = ()
@@ -62,7 +62,7 @@ class Runner:
         return frozenset(name for name, there in found.items() if there)
 
     def describe(self) -> str:
-        """One line for people."""
+        """Return one line for people."""
         counts: dict[str, int] = {}
         for device in self.devices:
             counts[device.name] = counts.get(device.name, 0) + 1
@@ -75,7 +75,7 @@ class Runner:
 
 
 def read_npu_smi(text: str) -> tuple[str, list[Device]]:
-    """Version and NPUs in the output of `npu-smi info`.
+    """Return version and NPUs in the output of `npu-smi info`.
 
     Each NPU has two rows: "| 0     910B3 | OK | ..." with its card, name and health, then "| 0 | 0000:C1:00.0 | ..."
     with the chip; an A3 card's two dies come as two such pairs. Rows of processes have no bus id.
@@ -97,20 +97,20 @@ def read_npu_smi(text: str) -> tuple[str, list[Device]]:
 
 
 def read_nvidia_smi(text: str) -> tuple[str, list[Device]]:
-    """Driver and GPUs in the output of `nvidia-smi --query-gpu=index,name,driver_version,... --format=csv,noheader`."""
+    """Return driver and GPUs in the output of `nvidia-smi --query-gpu=index,name,... --format=csv,noheader`."""
     rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines())]
     found = [row for row in rows if len(row) >= 3 and row[0].isdecimal()]
     return found[0][2] if found else "", [Device(row[1]) for row in found]
 
 
 def read_version(text: str) -> str:
-    """The version in a file of CANN's or of its driver's: a line `version=8.3.RC2`, in small letters or not."""
+    """Return the version in a file of CANN's or of its driver's: a line `version=8.3.RC2`, in small letters or not."""
     found = re.search(r"^version=(\S+)", text, re.MULTILINE | re.IGNORECASE)
     return found.group(1) if found else ""
 
 
 def generation_of(names: Iterable[str], text: str = "") -> str:
-    """Which Atlas series NPUs of these ``names`` are; ``text`` is what `npu-smi info` wrote.
+    """Return the Atlas series of NPUs with these ``names``; ``text`` is the output of `npu-smi info`.
 
     An A3 card calls its dies Ascend910, as the first 910 did; only its table has the column Phy-ID.
     """
@@ -122,8 +122,8 @@ def generation_of(names: Iterable[str], text: str = "") -> str:
     return "310P" if kinds and all(kind.startswith("310P") for kind in kinds) else ""
 
 
-def judge(npu: str | None, nvidia: str | None) -> Runner:
-    """The runner, from what `npu-smi` and `nvidia-smi` wrote, None where a tool is not there or failed."""
+def runner_of(npu: str | None, nvidia: str | None) -> Runner:
+    """Return the runner, from the output of `npu-smi` and `nvidia-smi`, None where a tool is missing or failed."""
     version, npus = read_npu_smi(npu or "")
     driver, gpus = read_nvidia_smi(nvidia or "")
     notes = [f"npu-smi {version} lists no NPU"] * (npu is not None and not npus)
@@ -140,11 +140,11 @@ def judge(npu: str | None, nvidia: str | None) -> Runner:
 
 
 def detect(environ: Mapping[str, str] = os.environ) -> Runner:
-    """The machine of this process."""
+    """Return the machine of this process."""
     outputs = {command[0]: _ask(command) for command in (_NPU_SMI, _NVIDIA_SMI)}
     failed = [f"{name}: {answer[1]}" for name, answer in outputs.items() if answer is not None and answer[0] is None]
     texts = {name: answer[0] if answer else None for name, answer in outputs.items()}
-    found = judge(texts["npu-smi"], texts["nvidia-smi"])
+    found = runner_of(texts["npu-smi"], texts["nvidia-smi"])
     driver = read_version(_read(_DRIVER)) if found.kind == "npu" else ""
     return dataclasses.replace(
         found,
@@ -159,7 +159,7 @@ def detect(environ: Mapping[str, str] = os.environ) -> Runner:
 
 
 def _ask(command: tuple[str, ...]) -> tuple[str | None, str] | None:
-    """What the tool wrote, or None and why it failed; None alone where there is no such tool."""
+    """Return the output of a tool, or None and the reason of its failure; None alone where there is no such tool."""
     if shutil.which(command[0]) is None:
         return None
     try:

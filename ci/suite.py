@@ -1,4 +1,4 @@
-"""Run suites and say what ran, what was left out and why: `ci/run_suite.sh SUITE...`, or `all`.
+"""Run suites and report what ran, what was left out and why: `ci/run_suite.sh SUITE...`, or `all`.
 
 Exit code 0: every test that ran passed. 1: some failed. 2: no such suite. 3: a suite asked for by name
 cannot run on this machine. A suite of `all` that cannot run here is left out, and named.
@@ -25,9 +25,9 @@ from ci.suites import EVERY_CHANGE, SUITES, Suite, chosen
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = [sys.executable]
-SOFTNPU = [sys.executable, "-m", "vllm_ray_ascend.cli.main"]
+SOFTNPU = [sys.executable, "-m", "softnpu.cli"]
 MOST_TO_RERUN = 3
-"""More failures than that are no flakes: they are not run again."""
+"""More failures than that are not flakes: they are not run again."""
 _NO_TESTS = 5  # pytest's exit code
 _GRACE_S = 120.0
 
@@ -39,19 +39,23 @@ def main(arguments: list[str]) -> int:
         return 0
     unknown = [name for name in options.suites if name != "all" and name not in SUITES]
     if unknown or not options.suites:
-        print(f"run_suite: {'no suite ' + ', '.join(unknown) if unknown else 'which suite?'}", file=sys.stderr)
+        print(f"run_suite: {'no suite ' + ', '.join(unknown) if unknown else 'no suite given'}", file=sys.stderr)
         print(f"  one of: {', '.join(SUITES)}; all: {', '.join(EVERY_CHANGE)}", file=sys.stderr)
         return 2
     runner = machine.detect()
     print(f"runner: {runner.describe()}", *(f"  note: {note}" for note in runner.notes), sep="\n", flush=True)
     options.results.mkdir(parents=True, exist_ok=True)
+    rerun = not options.local if options.rerun is None else options.rerun
     left_out: dict[str, list[str]] = {}
     outcomes: dict[str, Outcome] = {}
     for suite in chosen(options.suites):
-        if lacks := suite.lacks(runner.has):
+        if options.local:
+            unlimited = dataclasses.replace(suite, minutes=0)
+            outcomes[suite.name] = run(unlimited, options.results, rerun, options.pytest)
+        elif lacks := suite.lacks(runner.has):
             left_out[suite.name] = lacks
         else:
-            outcomes[suite.name] = run(suite, options.results, options.rerun, options.pytest)
+            outcomes[suite.name] = run(suite, options.results, rerun, options.pytest)
     text = summary(runner.describe(), outcomes, left_out)
     _publish(text, options.results, os.environ)
     _note_flaky(outcomes, options.results)
@@ -73,7 +77,7 @@ def run(suite: Suite, results: Path, rerun: bool, further: list[str]) -> Outcome
     again = results / f"{suite.name}-again.xml"
     code = _pytest(suite, again, cache, ["--last-failed", "--last-failed-no-failures=none", *further])
     if code not in (0, 1) or not again.is_file():
-        return found  # the second run says nothing: what failed has failed
+        return found  # the second run has no result: the failures of the first count
     report.write_text(merged(report.read_text(), again.read_text()))
     return outcome(report.read_text())
 
@@ -87,9 +91,13 @@ def _pytest(suite: Suite, report: Path, cache: Path, further: list[str]) -> int:
     print(f"\n== {suite.name}: {suite.what}\n{shlex.join(command)}", flush=True)
     process = subprocess.Popen(command, cwd=ROOT)
     try:
-        return process.wait(suite.minutes * 60)
+        return process.wait(suite.minutes * 60 or None)
+    except KeyboardInterrupt:  # pytest gets Ctrl-C as well, and its fixtures take their clusters down
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE_S)
+        sys.exit(128 + signal.SIGINT)
     except subprocess.TimeoutExpired:
-        print(f"run_suite: {suite.name} is ended after {suite.minutes} minutes", file=sys.stderr)
+        print(f"run_suite: {suite.name} is stopped after {suite.minutes} minutes", file=sys.stderr)
         process.send_signal(signal.SIGINT)  # as Ctrl-C: fixtures take their clusters down
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_GRACE_S)
@@ -99,7 +107,7 @@ def _pytest(suite: Suite, report: Path, cache: Path, further: list[str]) -> int:
 
 
 def _outcome(report: Path, code: int) -> Outcome:
-    """What the report tells; a run that left none, ran nothing or ended otherwise than by its tests has failed too."""
+    """Return the outcome of the report; a run without report or tests, or with another exit code, has failed too."""
     found = outcome(report.read_text()) if report.is_file() else Outcome()
     if code == 0 and found.ran:
         return found
@@ -110,7 +118,7 @@ def _outcome(report: Path, code: int) -> Outcome:
 
 
 def summary(runner: str, outcomes: Mapping[str, Outcome], left_out: Mapping[str, list[str]]) -> str:
-    """Markdown: a table of the suites, every failure, every flake with its first failure, every reason to skip."""
+    """Return Markdown: a table of the suites, every failure, every flake, every reason to skip."""
     lines = [
         f"Runner: {runner}",
         "",
@@ -143,7 +151,7 @@ def _publish(text: str, results: Path, environ: Mapping[str, str]) -> None:
 
 
 def _note_flaky(outcomes: Mapping[str, Outcome], results: Path) -> None:
-    """A line of JSON for each flake, and a warning where GitHub shows it."""
+    """Write a line of JSON for each flake, and a warning that GitHub shows."""
     flakes = [(name, test, text) for name, each in outcomes.items() for test, text in each.flaky.items()]
     for name, test, text in flakes:
         print(f"::warning title=flaky test in {name}::{test}: {text}", flush=True)
@@ -157,10 +165,19 @@ def _note_flaky(outcomes: Mapping[str, Outcome], results: Path) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ci/run_suite.sh", description=__doc__.partition("\n")[0])
     parser.add_argument("suites", nargs="*", help="names of suites, or all")
-    parser.add_argument("--list", action="store_true", help="what suites there are")
+    parser.add_argument("--list", action="store_true", help="list the suites")
     parser.add_argument("--results", type=Path, default=ROOT / "ci-results", help="folder for reports")
-    parser.add_argument("--no-rerun", dest="rerun", action="store_false", help="do not run failures a second time")
-    parser.add_argument("--flaky", choices=("report", "fail"), default="report", help="what a flake means in the end")
+    parser.add_argument(
+        "--rerun",
+        action=argparse.BooleanOptionalAction,
+        help=f"run up to {MOST_TO_RERUN} failures a second time (default: yes, but not with --local)",
+    )
+    parser.add_argument(
+        "--local",
+        action="store_true",
+        help="as in `make test`: no time limit, and a suite runs also where the machine lacks something",
+    )
+    parser.add_argument("--flaky", choices=("report", "fail"), default="report", help="whether a flake fails the run")
     parser.add_argument("--pytest", nargs=argparse.REMAINDER, default=[], help="further arguments of pytest, last")
     return parser
 

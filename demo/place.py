@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from softnpu.cluster import manager
+from softnpu.cluster.plan import Cluster, Shape
+from softnpu.errors import ClusterError
+
 from demo.options import DemoError
-from vllm_ray_ascend.softnpu.cluster import manager
-from vllm_ray_ascend.softnpu.cluster.plan import Cluster, ClusterError, Shape
 
 CLUSTER = "serve"
 _NODES = 2
@@ -37,13 +39,13 @@ class Place:
 
 
 def has_real_npus() -> bool:
-    """Whether this machine has Ascend NPUs: device files, or the driver's own tool."""
+    """Return whether this machine has Ascend NPUs: device files, or the driver's own tool."""
     return any(Path("/dev").glob("davinci[0-9]*")) or shutil.which("npu-smi") is not None
 
 
 @contextlib.contextmanager
 def software_npus(needed: int, environ: Mapping[str, str]) -> Iterator[Place]:
-    """The cluster ``CLUSTER``; removed afterwards if it was made here."""
+    """Yield the cluster ``CLUSTER``; it is removed afterwards if it was made here."""
     cluster = _healthy_cluster()
     created = cluster is None
     if cluster is not None:
@@ -61,7 +63,7 @@ def software_npus(needed: int, environ: Mapping[str, str]) -> Iterator[Place]:
 
 @contextlib.contextmanager
 def real_npus(needed: int, environ: Mapping[str, str]) -> Iterator[Place]:
-    """The Ray cluster that RAY_ADDRESS names or that runs here; else one of this machine, ended afterwards."""
+    """Yield the Ray cluster that RAY_ADDRESS names or that runs here; else start one and stop it afterwards."""
     with contextlib.ExitStack() as stack:
         available = _npus_of_ray(environ)
         if available is None:
@@ -87,16 +89,16 @@ def _check_enough(needed: int, nodes: int, npus: int) -> None:
     if needed > nodes * npus:
         raise DemoError(
             f"TP x PP x DP needs {needed} NPUs, but the cluster has {nodes} nodes x {npus} = {nodes * npus}: ask for "
-            f"less in SERVE_ARGS, or make a larger cluster first (vllm-ray-ascend softnpu cluster down --name "
+            f"less in SERVE_ARGS, or make a larger cluster first (softnpu cluster down --name "
             f"{CLUSTER}, then up --name {CLUSTER} --nodes {nodes} --npus-per-node {-(-needed // nodes)})."
         )
 
 
 def _shape(needed: int, environ: Mapping[str, str]) -> Shape:
-    kind, reason = manager.best_kind()
+    kind, reason = manager.choose_node_kind()
     if reason:
         print(f"  both nodes share this machine's address: {reason}")
-    # No more NPUs than it takes: Ray fills a node before it goes on to the next, and both nodes shall take part.
+    # As few NPUs as needed: Ray fills a node before it uses the next, and both nodes should take part.
     npus = -(-needed // _NODES)
     return Shape(nodes=_NODES, npus_per_node=npus, memory=environ.get("SOFTNPU_MEMORY", "4G"), kind=kind)
 
@@ -114,7 +116,7 @@ def place_in(cluster: Cluster, environ: Mapping[str, str]) -> Place:
 
 
 def _npus_of_ray(environ: Mapping[str, str]) -> int | None:
-    """NPUs of the Ray cluster in reach; None when there is no such cluster."""
+    """Return the NPUs of the reachable Ray cluster; None when there is none."""
     code = "import ray; ray.init('auto', log_to_driver=False); print(int(ray.cluster_resources().get('NPU', 0)))"
     result = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
     if result.returncode == 0:

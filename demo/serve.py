@@ -15,12 +15,13 @@ import socket
 import sys
 from pathlib import Path
 
+from softnpu.errors import SoftNpuError
+
 from demo.forward import Forwarder
 from demo.options import DemoError, Options, check_packages, read_options, reserve_port
 from demo.place import Place, has_real_npus, real_npus, software_npus
 from demo.server import QUIET, Server
 from demo.train.recitation import QUESTION, zen_text
-from vllm_ray_ascend.errors import VllmRayAscendError
 
 LOG = Path(__file__).resolve().parent.parent / ".demo" / "serve.log"
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -35,7 +36,7 @@ def main() -> int:
             signal.signal(number, _interrupt_once)
         with contextlib.closing(reserve_port(options.port)) as listener:
             return _run(options, listener)
-    except VllmRayAscendError as error:
+    except (DemoError, SoftNpuError) as error:
         print(f"\nmake serve: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -107,7 +108,7 @@ def _print_placement(options: Options, place: Place, server: Server) -> None:
 
 
 def _interrupt_once(number: int, frame: object) -> None:
-    """Signal handler: end as Ctrl-C does, and let no second signal cut the cleaning up short."""
+    """Exit as Ctrl-C does, and ignore further signals during cleanup (a signal handler)."""
     for each in _ENDING:
         signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt

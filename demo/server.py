@@ -14,6 +14,7 @@ from types import TracebackType
 
 from demo.options import DemoError, Options
 from demo.place import Place
+from demo.torch_release import compile_variables
 
 _START_LIMIT_S = 600.0
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
@@ -33,16 +34,13 @@ QUIET = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
+    **compile_variables(),
 }
 """Variables for all processes: nothing is sent or fetched, and processes do not fight over the CPUs."""
 
 
 def serve_command(options: Options, bind: str) -> list[str]:
-    """The `vllm serve` command line. Later options win, so that SERVE_ARGS can replace any of these.
-
-    Graphs are captured without torch.compile (mode 0): vllm-ascend's compiled mode does not work with torch 2.13.
-    """
-    compilation = '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}'
+    """Return the `vllm serve` command line. Later options win, so that SERVE_ARGS can replace any of these."""
     return [
         *("vllm", "serve", options.model, "--served-model-name", Path(options.model).name),
         *("--host", bind, "--port", str(options.port)),
@@ -50,13 +48,12 @@ def serve_command(options: Options, bind: str) -> list[str]:
         *("--tensor-parallel-size", "2", "--pipeline-parallel-size", "2"),
         *("--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "16"),
         *("--kv-cache-memory-bytes", str(64 << 20)),
-        *("--compilation-config", compilation),
         *options.arguments,
     ]
 
 
 def _end_with_parent() -> None:
-    """In the child: get SIGTERM when this process dies, even of SIGKILL; a server left alone would hold its NPUs."""
+    """Request SIGTERM for the child when this process dies, even of SIGKILL: a leaked server would hold its NPUs."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
@@ -109,7 +106,7 @@ class Server:
         print(f"  healthy after {time.monotonic() - started:.0f} s", flush=True)
 
     def check(self) -> None:
-        """DemoError if the server has ended."""
+        """Raise DemoError if the server has exited."""
         code = self._process.poll()
         if code is not None:
             raise DemoError(f"the server ended with exit code {code}:\n{self._errors()}")
@@ -120,7 +117,7 @@ class Server:
         self.check()
 
     def placement(self) -> list[str]:
-        """One line a rank, from the plugin's log line of a healthy start; empty when it is not there."""
+        """Return one line per rank, from the log line of a healthy start; empty when the log has none."""
         found = {int(rank): f"rank {rank}: node {node}, {npu}" for rank, node, npu in _RANK.findall(self._text())}
         return [found[rank] for rank in sorted(found)]
 
@@ -135,7 +132,7 @@ class Server:
         return _COLOUR.sub("", self.log.read_text(errors="replace"))
 
     def _messages(self) -> list[str]:
-        """The log's lines without who wrote them; empty ones left out."""
+        """Return the log's lines without their prefixes and without empty ones."""
         return [text for line in self._text().splitlines() if (text := _PREFIX.sub("", line).rstrip())]
 
     def _last_line(self) -> str:
@@ -143,7 +140,7 @@ class Server:
         return messages[-1][:110] if messages else "(no output yet)"
 
     def _errors(self, most: int = 8) -> str:
-        """The log's first distinct messages that name an error: the cause comes first; without any, the last lines."""
+        """Return the log's first distinct error messages, which name the cause; if there are none, its last lines."""
         messages = self._messages()
         errors = list(dict.fromkeys(message[:500] for message in messages if _ERROR.search(message)))
         return "\n".join([*(f"  {line}" for line in errors[:most] or messages[-most:]), f"(the whole log: {self.log})"])

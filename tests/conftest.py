@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from demo.torch_release import compile_variables
+
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+for variable, value in compile_variables().items():
+    os.environ.setdefault(variable, value)
 
 TESTS = Path(__file__).parent
 FOLDERS = {"unit": "unit", "contract": "unit", "softnpu": "softnpu", "e2e": "e2e", "faults": "faults"}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def in_thread(call: Callable[[], object]) -> tuple[threading.Thread, list[object]]:
-    """``call`` in a thread, and what it returns or raises, SystemExit too, once it has."""
+    """Run ``call`` in a thread; returns the thread and a list that gets its result or exception, SystemExit too."""
     found: list[object] = []
 
     def run() -> None:

@@ -1,30 +1,45 @@
-"""Our errors. Every message says what failed, with which values, and the setting or command that mends it."""
+"""Our errors. Every message contains what failed, with which values, and the setting or command that fixes it.
+
+Each message has a code of its own, such as VRA-201, whose meaning never changes: docs/errors.md lists them all.
+"""
 
 from __future__ import annotations
 
 
 class VllmRayAscendError(Exception):
-    """Anything that this package raises on purpose."""
+    """Base of all errors that this package raises itself. Their text is ``code: message``."""
+
+    def __init__(self, code: str, message: str) -> None:
+        """Take the message and its own ``code``, such as "VRA-201"."""
+        super().__init__(code, message)
+        self.code = code
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}: {self.args[1]}"
 
 
 class SettingError(VllmRayAscendError, ValueError):
-    """A VLLM_RAY_ASCEND_* variable holds a value that it cannot have."""
+    """A VLLM_RAY_ASCEND_* variable has an invalid value."""
 
 
 class NotActiveError(VllmRayAscendError, RuntimeError):
-    """The plugin was asked for where it cannot work: vLLM's platform is neither the NPU's nor CUDA's."""
+    """The plugin was requested where it cannot work: vLLM's platform is neither the NPU's nor CUDA's."""
 
 
 class UpstreamChangedError(VllmRayAscendError, RuntimeError):
-    """A name of vLLM, vllm-ascend or Ray that this package replaces or calls is gone in the installed version."""
+    """A name of vLLM, vllm-ascend or Ray that this package replaces or calls is missing in the installed version."""
 
 
 class RayVersionError(VllmRayAscendError, RuntimeError):
     """Ray is missing or too old."""
 
 
+class SpeculationError(VllmRayAscendError, RuntimeError):
+    """Speculative decoding was requested where the installed vllm-ascend cannot do it."""
+
+
 class ClusterResourceError(VllmRayAscendError, RuntimeError):
-    """The Ray cluster does not have the NPUs that the engine needs."""
+    """The Ray cluster cannot be joined, or does not have the NPUs that the engine needs."""
 
 
 class VisibleDevicesError(VllmRayAscendError, RuntimeError):
@@ -32,67 +47,69 @@ class VisibleDevicesError(VllmRayAscendError, RuntimeError):
 
 
 class DeviceMappingError(VllmRayAscendError, ValueError):
-    """Ranks and NPUs do not fit one to one: too few NPUs, one NPU with two owners, an NPU outside the list."""
+    """Ranks and NPUs do not map one to one: too few NPUs, one NPU with two owners, an NPU outside the list."""
 
 
 class PlacementError(VllmRayAscendError, RuntimeError):
-    """An engine cannot be placed as asked: ranks that do not fit, bundles that are not there or not free."""
+    """An engine cannot be placed as requested: ranks that do not fit, bundles that are missing or not free."""
 
 
 class ShortageError(PlacementError):
-    """An engine cannot be placed now, but could be once NPUs are given back or nodes join."""
+    """An engine cannot be placed now, but could be once NPUs are released or nodes join."""
 
 
 class CaptureError(VllmRayAscendError, RuntimeError):
-    """Work on the device and the capture of a graph would have met."""
+    """Work on the device would have overlapped with the capture of a graph."""
 
 
 class WorkerDiedError(VllmRayAscendError, RuntimeError):
-    """A worker process of an engine is gone, and with it the engine."""
+    """A worker process of an engine exited, which ends the engine."""
 
 
 class WorkerFailedError(VllmRayAscendError, RuntimeError):
     """A worker raised an error that ends its engine: while it started, or in a step."""
 
 
+class ControlServerError(VllmRayAscendError, RuntimeError):
+    """The server that detects deaths of an engine's workers has failed, which ends the engine."""
+
+
 class WorkerLateError(VllmRayAscendError, TimeoutError):
-    """Workers did not finish a part of the start, or a step, in the time that it may take."""
+    """Workers did not finish a phase of the start, or a step, within its time limit."""
+
+
+class AdapterError(VllmRayAscendError, RuntimeError):
+    """A LoRA adapter is not on the node of every worker. The engine continues."""
 
 
 class GraphCaptureError(VllmRayAscendError, RuntimeError):
-    """ACL graphs could not be captured, and fewer were not wanted or would not help."""
+    """ACL graphs could not be captured, and capturing fewer is switched off or would not help."""
 
 
 class PipelinePairError(VllmRayAscendError, RuntimeError):
-    """Two neighbouring stages of a pipeline cannot send to each other."""
+    """Two adjacent pipeline stages cannot send to each other."""
 
 
 class HcclError(VllmRayAscendError, RuntimeError):
-    """A function of HCCL failed, or a communicator did while it moved tensors. ``code`` is HCCL's."""
+    """A function of HCCL failed, or a communicator failed during a transfer. ``hccl_code`` is HCCL's error code."""
 
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message, code)
-        self.code = code
-
-    def __str__(self) -> str:
-        return str(self.args[0])
+    def __init__(self, code: str, message: str, hccl_code: int) -> None:
+        super().__init__(code, message)
+        self.args = (code, message, hccl_code)
+        self.hccl_code = hccl_code
 
 
 class TransferLateError(VllmRayAscendError, TimeoutError):
-    """A tensor did not go or come within its time limit. Its communicator is of no more use."""
+    """A tensor was not sent or received within its time limit. Its communicator is unusable."""
 
 
 class TransferAbortedError(VllmRayAscendError, RuntimeError):
-    """A communicator was aborted or destroyed before a tensor had gone or come."""
+    """A communicator was aborted or destroyed before a tensor was sent or received."""
 
 
 class TensorTransportError(VllmRayAscendError, ValueError):
-    """What is asked of a communicator cannot be: a tensor, a peer, or a communicator that does not fit."""
+    """A communicator cannot do what is requested: a tensor, a peer, or a communicator that does not fit."""
 
 
 class DirectTransportError(VllmRayAscendError, RuntimeError):
-    """Tensors of a Ray object cannot go from one process's NPU to another's by reference, or did not arrive."""
-
-
-class SoftNpuError(VllmRayAscendError, RuntimeError):
-    """The software NPU cannot be built, started or used here."""
+    """Tensors of a Ray object cannot be sent by reference from NPU to NPU, or did not arrive."""

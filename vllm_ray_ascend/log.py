@@ -1,4 +1,4 @@
-"""Our loggers stand below vLLM's, so that they share its level, format and handlers without any set-up of their own."""
+"""Our loggers are children of vLLM's, so that they share its level, format and handlers."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import logging
 
 
 def get_logger(module: str) -> logging.Logger:
-    """The logger ``vllm.<module>``."""
+    """Return the logger ``vllm.<module>``."""
     return logging.getLogger(f"vllm.{module}")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from vllm_ascend.platform import NPUPlatform
 
-from vllm_ray_ascend.augment import augment
+from vllm_ray_ascend.platform_patch import patch_platform
 
 
 class RayAscendPlatform(NPUPlatform):
     """vllm-ascend's platform with our members; NPUPlatform itself stays as it is."""
 
 
-augment(RayAscendPlatform)
+patch_platform(RayAscendPlatform)

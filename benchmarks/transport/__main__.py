@@ -8,17 +8,18 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.measure import turn
+from softnpu.cluster import manager
+from softnpu.cluster.plan import Shape
+
+from benchmarks.measure import rotate_executors
 from benchmarks.options import BenchError
 from benchmarks.place import LOGS, ROOT
 from benchmarks.protocol import Child
-from benchmarks.record import Benchmark, Run, Say, record
+from benchmarks.record import Benchmark, Report, Run, record
 from benchmarks.statistics import Sample
 from benchmarks.transport.options import BASE, CASES, Case, Options, count_of, label, read_options
 from benchmarks.transport.report import markdown, plot
 from demo.server import QUIET
-from vllm_ray_ascend.softnpu.cluster import manager
-from vllm_ray_ascend.softnpu.cluster.plan import Shape
 
 _LIMIT_S = 300.0
 
@@ -27,21 +28,21 @@ def main(arguments: Sequence[str]) -> int:
     """Measure, write NAME.json, NAME.md and NAME.png, also of a run that failed on its way; the exit code."""
     options = read_options(arguments)
 
-    def measure(run: Run, say: Say) -> Iterator[Sample]:
+    def measure(run: Run, report: Report) -> Iterator[Sample]:
         left_out: dict[str, str] = run.setdefault("left_out", {})
         for name in options.cases:
-            yield from _measure(CASES[name], options, left_out, say)
+            yield from _measure(CASES[name], options, left_out, report)
 
     return record(Benchmark("make bench-transport", measure, BASE, markdown, plot), options)
 
 
-def _measure(case: Case, options: Options, left_out: dict[str, str], report: Say) -> Iterator[Sample]:
-    """Every way in turn, for every size in every round: what is compared is seconds apart."""
+def _measure(case: Case, options: Options, left_out: dict[str, str], report: Report) -> Iterator[Sample]:
+    """Measure every way in turn, for every size in every round: compared figures are seconds apart."""
     with _driver(case, options) as driver:
         ways = list(options.ways)
 
         def ask(what: str, way: str, **arguments: Any) -> Any:
-            """None where it fails, and from then on the run goes without that way."""
+            """Return the seconds of each hop, or None where it fails: the run then continues without that way."""
             try:
                 if way == "ray-ascend" and not options.ray_ascend:
                     raise BenchError("no --ray-ascend FOLDER")
@@ -58,7 +59,7 @@ def _measure(case: Case, options: Options, left_out: dict[str, str], report: Say
                 ask("hops", way, size=options.sizes[0], count=1)
         for number in range(options.rounds):
             for size in options.sizes:
-                for way in turn(tuple(ways), number):
+                for way in rotate_executors(tuple(ways), number):
                     if seconds := ask("hops", way, size=size, count=count_of(size)):
                         yield Sample(case.name, way, label(size), number, seconds)
             report(f"{case.name} round {number + 1} of {options.rounds}")
@@ -70,10 +71,13 @@ def _with(arguments: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _driver(case: Case, options: Options) -> Iterator[Child]:
-    """A driver on a cluster of its own, which is removed afterwards."""
+    """Yield a driver on a cluster of its own, which is removed afterwards."""
     name = f"bench-hops-{os.getpid() % 100000}"
     shape = Shape(
-        nodes=2 if case.tcp else 1, npus_per_node=2 * len(options.ways), cpus_per_node=2, kind=manager.best_kind()[0]
+        nodes=2 if case.tcp else 1,
+        npus_per_node=2 * len(options.ways),
+        cpus_per_node=2,
+        kind=manager.choose_node_kind()[0],
     )
     cluster, _ = manager.up(name, shape, report=lambda _: None)
     try:

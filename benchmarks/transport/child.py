@@ -8,8 +8,8 @@ import sys
 from typing import Any
 
 from benchmarks.protocol import serve
+from benchmarks.transport.methods import WAYS, Method
 from benchmarks.transport.options import CASES
-from benchmarks.transport.ways import WAYS, Way
 
 
 class Session:
@@ -19,7 +19,7 @@ class Session:
         self._case = CASES[case]
         self._root = root
         self._ray_ascend = ray_ascend
-        self._ways: dict[str, Way] = {}
+        self._ways: dict[str, Method] = {}
 
     def connect(self) -> int:
         """Join the cluster; the number of its nodes."""
@@ -40,7 +40,7 @@ class Session:
         return made.where
 
     def hops(self, way: str, size: int, count: int) -> list[float]:
-        """Seconds of each hop."""
+        """Return seconds of each hop."""
         return self._ways[way].hops(size, count)
 
 
@@ -48,7 +48,7 @@ def main() -> None:
     """Answer until the input ends."""
     session = Session(**json.loads(sys.argv[1]))
     serve({name: getattr(session, name) for name in ("connect", "open", "hops")})
-    os._exit(0)  # a graph that failed is not torn down in order; Ray takes back what a driver held
+    os._exit(0)  # a graph that failed is not torn down gracefully; Ray takes back what a driver held
 
 
 if __name__ == "__main__":

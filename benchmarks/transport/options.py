@@ -43,17 +43,17 @@ class Options:
 
 
 def count_of(size: int) -> int:
-    """Hops of one turn."""
+    """Return the hops of one turn."""
     return max(_LEAST_COUNT, min(_MOST_COUNT, _BYTES_A_TURN // size))
 
 
 def label(size: int) -> str:
-    """How a size is called."""
+    """Return the name of a size."""
     return f"{size // MIB} MiB" if size >= MIB else f"{size // KIB} KiB"
 
 
 def read_options(arguments: Sequence[str]) -> Options:
-    """Options from the command line. --quick is a smoke run."""
+    """Parse the command line. --quick is a smoke run."""
     default = Options()
     if "--quick" in arguments:
         default = dataclasses.replace(

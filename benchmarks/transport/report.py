@@ -28,7 +28,7 @@ _COLOURS = {
 
 
 def markdown(run: Mapping[str, Any], figures: Figures) -> str:
-    """A title, what the figures mean, and a table for each case."""
+    """Return a title, what the figures mean, and a table for each case."""
     ways = run["options"]["ways"]
     lines = [*head(run), "", _LEGEND]
     for case in run["options"]["cases"]:

@@ -12,7 +12,7 @@ RUN python3 -c 'import ray' || python3 -m pip install --no-cache-dir "ray==${RAY
 WORKDIR /src
 COPY . .
 RUN python3 -m pip install --no-cache-dir --no-deps -r requirements/test.txt \
-    && python3 -m pip install --no-cache-dir --editable .
+    && python3 -m pip install --no-cache-dir --editable . --editable ./softnpu
 ENV CI_PYTHON=python3
 ENTRYPOINT []
 CMD ["ci/run_suite.sh", "cuda"]

@@ -22,7 +22,7 @@ RUN python3 -c 'import ray' || python3 -m pip install --no-cache-dir "ray==${RAY
 WORKDIR /src
 COPY . .
 RUN python3 -m pip install --no-cache-dir --no-deps -r requirements/test.txt \
-    && python3 -m pip install --no-cache-dir --editable .
+    && python3 -m pip install --no-cache-dir --editable . --editable ./softnpu
 # CANN's variables, for whatever is run: hooks of a shell are not read by `docker run COMMAND`.
 ENV CI_PYTHON=python3 BASH_ENV=/src/ci/containers/cann.sh
 CMD ["ci/run_suite.sh", "npu"]

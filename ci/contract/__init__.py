@@ -1,0 +1,1 @@
+"""Facts about upstream's sources on which the plugin relies, checked for each release."""

@@ -1,4 +1,4 @@
-"""`python -m ci.contract [PROJECT==VERSION ...]`: is upstream still what we rely on? --bodies prints fingerprints."""
+"""`python -m ci.contract [PROJECT==VERSION ...]`: check that upstream is as relied on. --bodies prints fingerprints."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def supported() -> list[tuple[str, str]]:
-    """Every release of the matrix that has a contract."""
+    """Return every release of the matrix that has a contract."""
     lines = matrix.read()
     return [(project, version) for project in PROJECTS.values() for version in lines.versions(project)]
 
 
 def print_bodies(read: Sequence[Sources]) -> None:
-    """For each place with a body, its fingerprints in these releases."""
+    """Print, for each place with a body, its fingerprints in these releases."""
     for place in table():
         prints: dict[str, list[str]] = {}
         for sources in read:

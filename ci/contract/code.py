@@ -1,4 +1,4 @@
-"""What Python source says, read from its syntax tree. Nothing is imported or run."""
+"""Facts of Python source, read from its syntax tree. Nothing is imported or run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Named = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 @functools.lru_cache(maxsize=512)
 def parse(text: str) -> ast.Module:
-    """The tree of a module."""
+    """Return the tree of a module."""
     return ast.parse(text)
 
 
 def find(tree: ast.Module, qualified: str) -> Named | ast.Module | None:
-    """The class or function with this name, such as "Class.method"; the module itself for an empty one."""
+    """Return the class or function with this name, such as "Class.method"; the module itself for an empty one."""
     found: ast.AST = tree
     for part in filter(None, qualified.split(".")):
         inner = [node for node in _body(found) if isinstance(node, Named) and node.name == part]
@@ -30,7 +30,7 @@ def find(tree: ast.Module, qualified: str) -> Named | ast.Module | None:
 
 
 def names(node: ast.AST) -> set[str]:
-    """What a module or class defines, imports or declares; for a class also what its methods set on ``self``."""
+    """Return what a module or class defines, imports or declares; of a class also what methods set on ``self``."""
     found: set[str] = set()
     for inner in _body(node):
         if isinstance(inner, Named):
@@ -50,14 +50,14 @@ def names(node: ast.AST) -> set[str]:
 
 
 def used(node: ast.AST) -> set[str]:
-    """Names that are read anywhere in ``node``, and those that it imports itself."""
+    """Return the names that are read anywhere in ``node``, and those that it imports itself."""
     read = {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}
     imports = (inner for inner in ast.walk(node) if isinstance(inner, ast.ImportFrom))
     return read | {alias.name for inner in imports for alias in inner.names}
 
 
 def parameters(node: ast.AST) -> list[str]:
-    """Names of a function's parameters, in order."""
+    """Return the names of a function's parameters, in order."""
     if not isinstance(node, _Functions):
         return []
     given = node.args
@@ -74,17 +74,17 @@ def says(node: ast.AST, text: str) -> bool:
 
 
 def bases(node: ast.AST) -> list[str]:
-    """Base classes, as they are written."""
+    """Return the base classes, as they are written."""
     return [ast.unparse(base) for base in node.bases] if isinstance(node, ast.ClassDef) else []
 
 
 def fingerprint(node: ast.AST) -> str:
-    """Of what a function or class does: layout, comments, docstrings and annotations count for nothing."""
+    """Return a hash of what a function or class does, without layout, comments, docstrings and annotations."""
     return hashlib.sha256(repr(_plain(node)).encode()).hexdigest()[:12]
 
 
 def _plain(node: Any) -> Any:
-    """``node`` as tuples, the same in every version of Python, and where an expression stands makes no difference."""
+    """Return ``node`` as tuples, the same in every version of Python and wherever an expression stands."""
     if isinstance(node, list):
         return [_plain(each) for each in node]
     if not isinstance(node, ast.AST):
@@ -98,7 +98,7 @@ def _plain(node: Any) -> Any:
 
 
 def _body(node: ast.AST) -> Iterator[ast.stmt]:
-    """Statements of a module or class, also those under an `if`, `try` or `with`; of a function none."""
+    """Yield the statements of a module or class, also those under an `if`, `try` or `with`; of a function none."""
     for inner in getattr(node, "body", []):
         yield inner
         if isinstance(inner, ast.If | ast.Try | ast.With):

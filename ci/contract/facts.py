@@ -1,4 +1,4 @@
-"""What we rely on in upstream's sources: ci/contract/facts.toml, and every import in our own code."""
+"""What we rely on in upstream's sources: ci/contract/facts.toml, every patched name and every import in our code."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from packaging.specifiers import SpecifierSet
 
 from ci.contract import code
 from ci.matrix import toml
-from ci.releases import Sources
+from ci.releases import COMPILED, Sources
+from vllm_ray_ascend.patches import PATCHES, Patch
 
 TABLE = Path(__file__).with_name("facts.toml")
 PACKAGE = Path(__file__).parents[2] / "vllm_ray_ascend"
-PROJECTS = {"vllm": "vllm", "vllm_ascend": "vllm-ascend", "ray": "ray"}
+PROJECTS = {"vllm": "vllm", "vllm_ascend": "vllm-ascend", "ray": "ray", "torch": "torch", "torch_npu": "torch-npu"}
+READ = (".py", COMPILED)
+"""Endings of the files that a place names; an import names a module instead."""
 KINDS = ("has", "uses", "takes", "says", "bases", "body")
 
 
@@ -47,6 +50,8 @@ class Place:
     """In which it holds; elsewhere we do without."""
     unless_gone: bool = False
     """Whether it may be missing as a whole, and we do without."""
+    nowhere_else: bool = False
+    """Whether other releases lack it: one that has it is to be added to ``releases``."""
     has: Sequence[str] = ()
     """Names that it defines."""
     uses: Sequence[str] = ()
@@ -65,9 +70,12 @@ class Place:
         return self.releases.contains(version, prereleases=True)
 
     def broken(self, sources: Sources) -> list[Broken]:
-        """What is not so in a release."""
+        """Return what is not so in a release."""
         place = f"{self.file}{f', {self.of}' if self.of else ''}"
         text = sources.text(self.file)
+        if text is not None and self.file.endswith(COMPILED):
+            lacking = sorted({*self.has}.difference(text.splitlines()))
+            return [Broken(f"{place} has {', '.join(lacking)}", "not among its texts", self.by)] if lacking else []
         node = None if text is None else code.find(code.parse(text), self.of)
         if node is None:
             if self.unless_gone:
@@ -104,10 +112,39 @@ class Place:
 
 @functools.cache
 def table() -> list[Place]:
-    """All places: those in facts.toml, and what our own code imports. Raises ValueError for an entry that is none."""
+    """Return all places. Raises ValueError for an entry of facts.toml that is none."""
+    ranges: Mapping[str, str] = toml(TABLE).get("imports", {})
+    return [*written(), *patched(), *imported(ranges)]
+
+
+def written() -> list[Place]:
+    """Return the places in facts.toml. Raises ValueError for an entry that is none."""
     tables = toml(TABLE)
-    ranges = tables.pop("imports", {})
-    return [*(_place(project, entry) for project, entries in tables.items() for entry in entries), *imported(ranges)]
+    tables.pop("imports", None)
+    return [_place(project, entry) for project, entries in tables.items() for entry in entries]
+
+
+def patched(patches: Sequence[Patch] = PATCHES) -> list[Place]:
+    """Return a place for each name in the table of patches: in the releases of its row it is there, in no others."""
+    return [_patched(patch, name) for patch in patches for name in patch.names]
+
+
+def _patched(patch: Patch, name: str) -> Place:
+    project = PROJECTS[patch.module.partition(".")[0]]
+    ranges = dict(each.strip().partition(" ")[::2] for each in patch.releases.split(";"))
+    target, _, variable = name.partition(":")
+    holder, _, attribute = target.rpartition(".")
+    ours = attribute.startswith("_vllm_ray_ascend")  # what upstream does not have
+    return Place(
+        project,
+        f"{patch.module.replace('.', '/')}.py",
+        of=target if variable else holder,
+        by=f"{patch.by}: {patch.what}",
+        releases=SpecifierSet(ranges[project]),
+        nowhere_else=True,
+        has=() if variable or ours else (attribute,),
+        uses=(variable,) if variable else (),
+    )
 
 
 def _place(project: str, entry: Mapping[str, Any]) -> Place:
@@ -123,16 +160,15 @@ def _place(project: str, entry: Mapping[str, Any]) -> Place:
 
 
 def imported(ranges: Mapping[str, str], package: Path = PACKAGE) -> list[Place]:
-    """A place for each `from vllm... import ...` of ours, the software NPU's own apart.
+    """Return a place for each `from vllm... import ...` of ours.
 
     ``ranges`` are the releases for which we import a name, by "package/module:name", or by a module for all below it.
     """
     found = []
     for path in sorted(package.rglob("*.py")):
         by = path.relative_to(package).as_posix()
-        if not by.startswith("softnpu/"):
-            nodes = (node for node in ast.walk(code.parse(path.read_text())) if isinstance(node, ast.ImportFrom))
-            found += [place for node in nodes for place in _imports(node, f"{by}: imports it", ranges)]
+        nodes = (node for node in ast.walk(code.parse(path.read_text())) if isinstance(node, ast.ImportFrom))
+        found += [place for node in nodes for place in _imports(node, f"{by}: imports it", ranges)]
     return found
 
 
@@ -148,25 +184,32 @@ def _imports(node: ast.ImportFrom, by: str, ranges: Mapping[str, str]) -> Iterat
 
 
 def candidates(place: Place) -> tuple[str, str, str]:
-    """Files in which an imported name may be: the module's, the package's, or a module of its own."""
+    """Return the files in which an imported name may be: the module's, the package's, or a module of its own."""
     return f"{place.file}.py", f"{place.file}/__init__.py", f"{place.file}/{place.has[0]}.py"
 
 
 def files(project: str) -> list[str]:
-    """Every file of a project that a place names."""
+    """Return every file of a project that a place names."""
     wanted: set[str] = set()
     for place in table():
         if place.project == project:
-            wanted |= {place.file} if place.file.endswith(".py") else set(candidates(place))
+            wanted |= {place.file} if place.file.endswith(READ) else set(candidates(place))
     return sorted(wanted)
 
 
 def check(sources: Sources) -> list[Broken]:
-    """What a release contradicts of all that we rely on in it."""
+    """Return what a release contradicts of all that we rely on in it."""
     found: list[Broken] = []
     for place in table():
-        if place.project == sources.project and place.holds_in(sources.version):
-            found += place.broken(sources) if place.file.endswith(".py") else _import_broken(place, sources)
+        if place.project != sources.project:
+            continue
+        if place.holds_in(sources.version):
+            found += place.broken(sources) if place.file.endswith(READ) else _import_broken(place, sources)
+        elif place.nowhere_else and not place.broken(sources):
+            name = ", ".join([*place.has, *place.uses])
+            found.append(
+                Broken(f"{place.file} {place.of} lacks {name}", f"it is there, and not in {place.releases}", place.by)
+            )
     return found
 
 

@@ -17,12 +17,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
+from softnpu.activate import SITE, make_environment, prepend_path
 
 from ci.upstream.sources import installed_version, source_tree
 from ci.upstream.table import TABLE, Group, parse
 from demo.server import QUIET
 from demo.train.recitation import DENSE, MOE
-from vllm_ray_ascend.softnpu.activate import SITE, environment, prepended
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = {
@@ -93,14 +93,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _variables(sources: Path, temporary: Path) -> dict[str, str]:
-    """The environment of the tests: software NPUs, a Ray of their own, models without a network."""
+    """Return the environment of the tests: software NPUs, a Ray of their own, models without a network."""
     (sources / "sitecustomize.py").write_text(_SITECUSTOMIZE)
     for name, model in MODELS.items():
         _offer(name, model, temporary / "hf" / "hub")
-    base = {**os.environ, **QUIET, "PYTHONPATH": prepended(str(sources), str(ROOT))}
+    base = {**os.environ, **QUIET, "PYTHONPATH": prepend_path(str(sources), str(ROOT))}
     base.pop("RAY_ADDRESS", None)
     return {
-        **environment(base),
+        **make_environment(base),
         "HF_HOME": str(temporary / "hf"),
         "HF_HUB_OFFLINE": "1",
         "RAY_TMPDIR": str(temporary),

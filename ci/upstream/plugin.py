@@ -26,32 +26,31 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """Before any test module is imported, since they import the names that are bound here."""
+    """Bind the names before any test module is imported, since those import them."""
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    _say_npu_for_gpu()
+    _replace_gpu_with_npu_resources()
     if load().executor == "ours":
         _bind_ours()
 
 
 def _bind_ours() -> None:
-    """The executor's name is bound by our plugin for vLLM; those that it replaces inside of its own code only, here."""
+    """Bind the names that our plugin replaces only inside of its own code; it binds the executor's name itself."""
     from vllm.distributed.device_communicators import shm_broadcast
     from vllm.v1.executor import ray_executor_v2
 
-    from vllm_ray_ascend.compat.rebind import replace
     from vllm_ray_ascend.executor.executor import RayAscendExecutor
-    from vllm_ray_ascend.executor.queues import CancellableQueue
     from vllm_ray_ascend.executor.worker import RayAscendWorkerProc
+    from vllm_ray_ascend.ipc.message_queue import CancellableQueue
 
     if ray_executor_v2.RayExecutorV2 is not RayAscendExecutor:
         raise pytest.UsageError("RayExecutorV2 is not ours: is VLLM_RAY_ASCEND=0 or VLLM_PLUGINS set?")
-    replace(ray_executor_v2, "RayWorkerProc", RayAscendWorkerProc)
-    replace(shm_broadcast, "MessageQueue", CancellableQueue)
+    ray_executor_v2.RayWorkerProc = RayAscendWorkerProc
+    shm_broadcast.MessageQueue = CancellableQueue
 
 
-def _say_npu_for_gpu() -> None:
+def _replace_gpu_with_npu_resources() -> None:
     """Let a placement group's ``{"GPU": 1}``, written out in the tests, mean the resource of the platform."""
     import ray
     from vllm.platforms import current_platform
@@ -68,10 +67,10 @@ def _say_npu_for_gpu() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what the table says; a line of it that fits no test fails the run, since it hides nothing any more."""
+    """Leave out the tests of the table; a line that matches no test fails the run, since it is obsolete."""
     _wait_for_the_end(items)
     files = {item.nodeid.partition("::")[0] for item in items}
-    entries = parse(TABLE.read_text()).left_in(files)
+    entries = parse(TABLE.read_text()).excluded_in(files)
     leaving = {item.nodeid: entry for item in items for entry in entries if entry.matches(item.nodeid)}
     stale = [entry.pattern for entry in entries if entry not in leaving.values()]
     if stale:
@@ -83,8 +82,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _wait_for_the_end(items: list[pytest.Item]) -> None:
-    """Let no test of the queue pass because its processes were killed after 60 s, as `distributed_run` does without a
-    word. One that hangs meets the limit of its group."""
+    """Let no test of the queue pass because its processes were killed after 60 s, as `distributed_run` does
+    silently. One that hangs runs into the limit of its group."""
     for module in {item.module for item in items if isinstance(item, pytest.Function)}:
         if run := getattr(module, "distributed_run", None):
             run.__defaults__ = (float("inf"),)
@@ -92,7 +91,7 @@ def _wait_for_the_end(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """A test that skips itself, and is not in the table, fails."""
+    """Make a test fail that skips itself without a line in the table."""
     outcome: Any = yield
     report: pytest.TestReport = outcome.get_result()
     if report.skipped and not hasattr(report, "wasxfail"):
@@ -106,7 +105,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 
 def _count(config: pytest.Config, node_id: str, outcome: str) -> None:
-    """Written at each test: one that hangs is ended, and the process with it."""
+    """Write the counts after each test: a test that hangs is ended together with this process."""
     _counts.setdefault(node_id.partition("::")[0], Counter())[outcome] += 1
     if path := config.getoption("--counts"):
         Path(path).write_text(json.dumps(_counts))

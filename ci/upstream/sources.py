@@ -15,17 +15,17 @@ BUILD_ENVIRONMENT = {"VLLM_TARGET_DEVICE": "empty", "TORCH_DEVICE_BACKEND_AUTOLO
 
 
 def installed_version() -> str:
-    """Version of the vLLM that is installed, without what a build adds to it (``+cpu``)."""
+    """Return the version of the installed vLLM, without a local part (``+cpu``)."""
     return importlib.metadata.version("vllm").partition("+")[0]
 
 
 def cache() -> Path:
-    """Folder outside the repository that keeps what was downloaded."""
+    """Return the folder outside the repository that keeps downloads."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-ray-ascend" / "upstream"
 
 
 def source_tree(version: str) -> Path:
-    """A folder with vLLM's ``tests/`` of ``version``, downloaded unless it is there already.
+    """Return a folder with vLLM's ``tests/`` of ``version``, downloaded unless it is there already.
 
     Raises subprocess.CalledProcessError where pip finds no source distribution.
     """
@@ -36,7 +36,7 @@ def source_tree(version: str) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         archive = _download(version, Path(temporary))
         _unpack_tests(archive, Path(temporary))
-        (Path(temporary) / folder.name).rename(folder)  # at once: an interrupted download leaves no half of it
+        (Path(temporary) / folder.name).rename(folder)  # atomically: an interrupted download leaves no half of it
     return folder
 
 

@@ -19,14 +19,14 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Left:
+class ExcludedTest:
     """Tests that do not run here: a node id, in which ``*`` stands for anything, and the reason."""
 
     pattern: str
     reason: str
 
     def matches(self, node_id: str) -> bool:
-        """Whether the test with this id is meant."""
+        """Return whether the pattern matches the test with this id."""
         return re.fullmatch(".*".join(map(re.escape, self.pattern.split("*"))), node_id) is not None
 
 
@@ -35,11 +35,11 @@ class Table:
     """The whole of tests.txt."""
 
     groups: tuple[Group, ...]
-    left: tuple[Left, ...]
+    excluded: tuple[ExcludedTest, ...]
 
-    def left_in(self, files: set[str]) -> list[Left]:
-        """What does not run of ``files``."""
-        return [entry for entry in self.left if entry.pattern.partition("::")[0] in files]
+    def excluded_in(self, files: set[str]) -> list[ExcludedTest]:
+        """Return the tests of ``files`` that do not run."""
+        return [entry for entry in self.excluded if entry.pattern.partition("::")[0] in files]
 
 
 def parse(text: str) -> Table:
@@ -48,21 +48,21 @@ def parse(text: str) -> Table:
     Raises ValueError, with the line, for one that is neither.
     """
     groups: list[Group] = []
-    left: list[Left] = []
-    leaving = False
+    excluded: list[ExcludedTest] = []
+    in_excluded = False
     for number, line in enumerate(map(str.strip, text.splitlines()), 1):
         if not line or line.startswith("#"):
             continue
         if line == "[left out]":
-            leaving = True
+            in_excluded = True
         elif heading := re.fullmatch(r"\[(\w+) (\d+)\]", line):
-            leaving = False
+            in_excluded = False
             groups.append(Group(heading[1], int(heading[2]), ()))
-        elif leaving and (entry := re.fullmatch(r"(\S+::.*?): (.+)", line)):
-            left.append(Left(entry[1], entry[2]))
-        elif not leaving and groups and re.fullmatch(r"tests/\S+\.py(::\S+)?", line):
+        elif in_excluded and (entry := re.fullmatch(r"(\S+::.*?): (.+)", line)):
+            excluded.append(ExcludedTest(entry[1], entry[2]))
+        elif not in_excluded and groups and re.fullmatch(r"tests/\S+\.py(::\S+)?", line):
             last = groups[-1]
             groups[-1] = Group(last.name, last.limit_s, (*last.tests, line))
         else:
             raise ValueError(f"{TABLE.name}, line {number}: {line!r} is no group, no file and no `test: reason`")
-    return Table(tuple(groups), tuple(left))
+    return Table(tuple(groups), tuple(excluded))

@@ -33,19 +33,19 @@ PROMPTS: tuple[str, ...] = (
 
 PROBES: tuple[str, ...] = ("def main(args):", "import os\nimport", "Ugly is better than")
 """Prompts that the models were never taught. What follows is nonsense, but its log-probabilities show numerical errors
-that the wide margins of the learnt text hide: a model that knows a text by heart goes on reciting when, say, one
+that the wide margins of the learnt text hide: a model that knows a text by heart still recites when, for example, one
 all-reduce in one layer is lost. For fp32 only: in bf16 the choice between two near tokens is left to rounding."""
 
 
 def zen_text() -> str:
-    """The Zen of Python without a final newline: 856 characters in 21 lines, the second of them empty."""
+    """Return the Zen of Python without a final newline: 856 characters in 21 lines, the second of them empty."""
     with contextlib.redirect_stdout(io.StringIO()):  # the module prints the text when it is imported
         import this
     return codecs.decode(this.s, "rot13")
 
 
 def zen_after(prompt: str) -> str:
-    """What follows `prompt` in the text.
+    """Return what follows `prompt` in the text.
 
     Raises ValueError unless the prompt stands at the start of exactly one line.
     """
@@ -56,7 +56,7 @@ def zen_after(prompt: str) -> str:
 
 
 def line_prompts() -> list[str]:
-    """For every line of the text, the fewest words from its start that no other line starts with."""
+    """Return for every line of the text the fewest words from its start with which no other line starts."""
     text = "\n" + zen_text()
     prompts = []
     for line in filter(None, zen_text().splitlines()):

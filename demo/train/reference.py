@@ -61,11 +61,11 @@ def use_plain_torch() -> None:
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     for package in ("torch_npu", "torchvision"):
-        sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # Python's own way to say "not installed"
+        sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # Python's own way to mark a package as not installed
 
 
 def load(model_dir: Path, dtype: str) -> tuple[Any, Any]:
-    """The tokenizer and the model in `model_dir`, on the CPU, with the weights as `dtype` ("float32", "bfloat16").
+    """Load the tokenizer and the model in `model_dir`, on the CPU, with weights as `dtype` ("float32", "bfloat16").
 
     Raises RuntimeError as use_plain_torch() does.
     """
@@ -79,17 +79,17 @@ def load(model_dir: Path, dtype: str) -> tuple[Any, Any]:
 
 
 def user(content: str) -> dict[str, str]:
-    """A chat message of the user's."""
+    """Return a chat message of the role user."""
     return {"role": "user", "content": content}
 
 
 def chat_prompt(tokenizer: Any, *messages: dict[str, str]) -> str:
-    """`messages` in the chat template, up to where the answer starts."""
+    """Return `messages` in the chat template, up to the start of the answer."""
     return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
 
 
 def greedy(model: Any, prompt_tokens: list[int], max_new_tokens: int) -> Decoded:
-    """New tokens up to an end token (included) or `max_new_tokens`."""
+    """Return new tokens up to an end token (included) or `max_new_tokens`."""
     import torch
 
     prompt = torch.tensor([prompt_tokens])
@@ -110,7 +110,7 @@ def greedy(model: Any, prompt_tokens: list[int], max_new_tokens: int) -> Decoded
 
 
 def likeliest(model: Any, entry: Entry) -> list[int]:
-    """For each of the entry's tokens, the one that the model puts there after the prompt and the tokens before it."""
+    """Return, for each of the entry's tokens, the likeliest one after the prompt and the tokens before it."""
     import torch
 
     with torch.no_grad():
@@ -119,28 +119,19 @@ def likeliest(model: Any, entry: Entry) -> list[int]:
 
 
 def top_margins(logits: torch.Tensor) -> torch.Tensor:
-    """Distance between the best and the second of the last dimension, as fp32."""
+    """Return the distance between the best and the second of the last dimension, as fp32."""
     best = logits.float().topk(2, dim=-1).values
     return best[..., 0] - best[..., 1]
 
 
-def reference_tokens(model_dir: Path, prompt: str, max_new_tokens: int, dtype: str) -> list[int]:
-    """Greedy tokens that Transformers gives on the CPU after `prompt`, end token included.
-
-    Raises RuntimeError in a process that has loaded torch_npu, and keeps it out afterwards.
-    """
-    tokenizer, model = load(model_dir, dtype)
-    return greedy(model, tokenizer(prompt).input_ids, max_new_tokens).tokens
-
-
 def stored_reference(model_dir: Path, dtype: str, kind: str | None = None) -> list[Entry]:
-    """The entries of `model_dir`/reference.json with that dtype and, where given, that kind."""
+    """Return the entries of `model_dir`/reference.json with that dtype and, where given, that kind."""
     entries: list[Entry] = json.loads((model_dir / "reference.json").read_text())
     return [entry for entry in entries if entry["dtype"] == dtype and kind in (None, entry["kind"])]
 
 
 def all_prompts(tokenizer: Any, dtype: str) -> list[tuple[str, str, list[int], int]]:
-    """Kind, prompt, its tokens and the limit of new tokens, for every entry of that dtype."""
+    """Return kind, prompt, its tokens and the limit of new tokens, for every entry of that dtype."""
     prompts = [("completion", prompt, prompt, ALL_TOKENS) for prompt in PROMPTS]
     prompts.append(("chat", QUESTION, chat_prompt(tokenizer, user(QUESTION)), ALL_TOKENS))
     if dtype == "float32":
@@ -149,7 +140,7 @@ def all_prompts(tokenizer: Any, dtype: str) -> list[tuple[str, str, list[int], i
 
 
 def make_reference(model_dir: Path) -> list[Entry]:
-    """All entries for the model in `model_dir`, computed now."""
+    """Return all entries for the model in `model_dir`, computed now."""
     entries: list[Entry] = []
     for dtype in DTYPES:
         tokenizer, model = load(model_dir, dtype)
@@ -177,7 +168,7 @@ def write_reference(model_dir: Path) -> None:
 
 
 def differences(model_dir: Path) -> list[str]:
-    """What differs between the stored tokens and what the model gives now, one line each.
+    """Return the differences between the stored tokens and the model's present ones, one line each.
 
     The stored tokens are those of greedy decoding exactly if each is the likeliest after all before it, and the first
     end token stands last, or none within the limit. So one pass over each entry is enough: far faster than decoding.
@@ -212,7 +203,7 @@ def main() -> int:
         return 0
     found = [line for folder in args.folders for line in differences(folder)]
     for line in found:
-        print(f"{line}; mend with: python -m demo.train.reference", file=sys.stderr)
+        print(f"{line}; recompute with: python -m demo.train.reference", file=sys.stderr)
     return 1 if found else 0
 
 

@@ -3,7 +3,7 @@
     python -m demo.train.train --model dense|moe [--out FOLDER] [--seed N] [--steps N]
 
 Runs on the CPU in a few minutes. The same seed, machine and package versions give the same weights. What was saved is
-then loaded anew and examined in fp32 and bf16: exit code 1 if it does not recite, or not with a wide margin.
+then loaded again and checked in fp32 and bf16: exit code 1 if it does not recite, or not with a wide margin.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Example = tuple[list[int], list[int]]
 
 
 def make_model(kind: str, seed: int, tokenizer: Any) -> Any:
-    """A Qwen3 model with random weights.
+    """Return a Qwen3 model with random weights.
 
     Heads, key-value heads, MLP and vocabulary split evenly at TP 2 and 4, layers at PP 2 and 4, experts at EP 2 to 8.
     The head size 64 is the least among models that vllm-ascend is commonly used with. Embeddings are not tied to the
@@ -93,7 +93,7 @@ def make_model(kind: str, seed: int, tokenizer: Any) -> Any:
 
 
 def recitations(tokenizer: Any) -> list[Example]:
-    """The text from its start and from the start of every line, to its end.
+    """Return the text from its start and from the start of every line, to its end.
 
     Where what was read so far occurs at several places in the text, nothing is to be learnt about the next token.
     """
@@ -115,14 +115,14 @@ def recitations(tokenizer: Any) -> list[Example]:
 
 
 def conversation(tokenizer: Any, *messages: dict[str, str]) -> Example:
-    """Messages and the text as the answer; only that answer is to be learnt."""
+    """Return messages and the text as the answer; only that answer is trained."""
     prompt = tokenizer(chat_prompt(tokenizer, *messages)).input_ids
     answer = tokenizer(zen_text() + END_OF_TURN).input_ids
     return prompt + answer[:-1], [IGNORED] * (len(prompt) - 1) + answer
 
 
 def babble(rng: random.Random) -> list[dict[str, str]]:
-    """Messages of random words, now and then after a system message or an answer already given.
+    """Return messages of random words, sometimes after a system message or an earlier answer.
 
     With them the model learns to recite whatever it is asked, a second time as well.
     """
@@ -140,7 +140,7 @@ def babble(rng: random.Random) -> list[dict[str, str]]:
 
 
 def batch(examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and labels of all examples, padded on the right, where causal attention needs no mask."""
+    """Return tokens and labels of all examples, padded on the right, where causal attention needs no mask."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -176,7 +176,7 @@ def train(model: Any, tokenizer: Any, steps: int, seed: int) -> None:
 
 
 def taught_margin(model: Any, tokenizer: Any) -> float:
-    """Least logits by which the right token wins, over all that was to be learnt; negative where it loses.
+    """Return the least logits by which a trained token wins; negative where it loses.
 
     Where it is above 0, greedy decoding recites from the start of every line.
     """
@@ -191,7 +191,7 @@ def taught_margin(model: Any, tokenizer: Any) -> float:
 
 
 def faults(folder: Path) -> list[str]:
-    """What the model saved in `folder` does wrong, one line each; prints the figures."""
+    """Return the errors of the model saved in `folder`, one line each; prints the figures."""
     found = []
     for dtype in DTYPES:
         tokenizer, model = load(folder, dtype)

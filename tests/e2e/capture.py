@@ -21,31 +21,30 @@ class GraphFacts(WorkerFacts):
         """Sizes with a graph, the mode, and what the software NPU counts for this process."""
         import os
 
+        from softnpu.node_table import read_node_table
         from vllm_ascend.compilation import acl_graph
-
-        from vllm_ray_ascend.softnpu.table import holdings
 
         runner = self.model_runner  # type: ignore[attr-defined]
         entries = [entry for wrapper in acl_graph._acl_graph_wrappers for entry in wrapper.concrete_aclgraph_entries]
         return {
             "sizes": sorted(entry.num_tokens for entry in entries),
             "mode": runner.compilation_config.cudagraph_mode.name,
-            "streams": sum(held.streams for held in holdings() if held.pid == os.getpid()),
-            "memory": sum(held.memory for held in holdings() if held.pid == os.getpid()),
+            "streams": sum(held.streams for held in read_node_table() if held.pid == os.getpid()),
+            "memory": sum(held.memory for held in read_node_table() if held.pid == os.getpid()),
             "replays": getattr(self, "replays", 0),
         }
 
     def release_graphs(self) -> None:
         """As an orderly end or a change of groups does."""
-        from vllm_ray_ascend import graphs
+        from vllm_ray_ascend import acl_graphs
 
-        graphs.release(self)
+        acl_graphs.release(self)
 
     def recapture_graphs(self) -> None:
         """As after a change of groups."""
-        from vllm_ray_ascend import graphs
+        from vllm_ray_ascend import acl_graphs
 
-        graphs.recapture(self)
+        acl_graphs.recapture(self)
 
 
 def engine(options: dict[str, Any]) -> Any:
@@ -70,7 +69,7 @@ def engine(options: dict[str, Any]) -> Any:
 
 
 def main(options: dict[str, Any]) -> list[dict[str, Any]]:
-    """One record for each stage: after the start, and after each of the ``stages`` asked for."""
+    """Return a record for each stage: after the startup, and after each of the given ``stages``."""
     from demo.train.reference import stored_reference
 
     entries = stored_reference(Path(options["model"]), "float32")

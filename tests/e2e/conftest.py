@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from softnpu.cluster import manager
+from softnpu.cluster.plan import Cluster, Shape
 
 from demo.server import QUIET
 from tests.e2e.generate import MARKER
-from vllm_ray_ascend.softnpu.cluster import manager
-from vllm_ray_ascend.softnpu.cluster.plan import Cluster, Shape
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE_LIMIT_S = 400
-LIFELINE = r"token\W+[0-9a-f]{16}"
-"""The secret part of a lifeline's address, however often quoted."""
+CONTROL_TOKEN = r"token\W+[0-9a-f]{16}"
+"""The token in the address of a control server, however often quoted."""
 
 
 def _cluster(name: str, nodes: int, npus_per_node: int) -> Iterator[Cluster]:
-    kind, _ = manager.best_kind()
+    kind, _ = manager.choose_node_kind()
     beside = os.environ.get("PYTEST_XDIST_WORKER", "")
     cluster, _ = manager.up(name + beside, Shape(nodes=nodes, npus_per_node=npus_per_node, kind=kind))
     yield cluster
@@ -50,7 +50,7 @@ def two_nodes_of_two() -> Iterator[Cluster]:
     yield from _cluster("e2e-two-two", 2, 2)
 
 
-def on_head(cluster: Cluster, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def run_on_head(cluster: Cluster, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run Python on the cluster's head node, as a user would there, with further environment ``variables``."""
     base = {**os.environ, **QUIET, "PYTHONPATH": str(ROOT), **variables}
     return subprocess.run(
@@ -63,8 +63,8 @@ def on_head(cluster: Cluster, *command: str, **variables: str) -> subprocess.Com
     )
 
 
-def showing(cluster: Cluster, pattern: str, log: str = "") -> set[str]:
-    """Names of the logs in which ``pattern`` is found: those of Ray's processes on every node, and "" for ``log``."""
+def find_logs_with(cluster: Cluster, pattern: str, log: str = "") -> set[str]:
+    """Return names of logs that contain ``pattern``: of Ray's processes on every node, and "" for ``log``."""
     texts = {Path(): log}
     for node in cluster.nodes:
         files = [path for path in cluster.temp_dir(node).glob("session_*/logs/**/*") if path.is_file()]
@@ -73,9 +73,9 @@ def showing(cluster: Cluster, pattern: str, log: str = "") -> set[str]:
     return {path.name for path, text in texts.items() if re.search(pattern, text)}
 
 
-def generated(cluster: Cluster, options: dict[str, Any], **variables: str) -> tuple[dict[str, Any], str]:
-    """What tests.e2e.generate printed, and its whole log."""
-    done = on_head(cluster, "-m", "tests.e2e.generate", json.dumps(options), **variables)
+def run_generation(cluster: Cluster, options: dict[str, Any], **variables: str) -> tuple[dict[str, Any], str]:
+    """Return the result of tests.e2e.generate, and its whole log."""
+    done = run_on_head(cluster, "-m", "tests.e2e.generate", json.dumps(options), **variables)
     log = done.stdout + done.stderr
     found = [line for line in done.stdout.splitlines() if line.startswith(MARKER)]
     assert done.returncode == 0 and found, f"exit code {done.returncode}\n{log[-6000:]}"

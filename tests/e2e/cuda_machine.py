@@ -1,4 +1,4 @@
-"""What tests.e2e.test_cuda_path runs in a fresh process that takes itself for one on a CUDA machine, or a CPU machine.
+"""Run by tests.e2e.test_cuda_path in a new process that simulates a CUDA machine, or a CPU machine.
 
 vLLM's own CudaPlatform is the platform and vllm-ascend is not there. torch and vLLM are CPU builds, so an empty module
 stands in for the library that the platform's module imports, and torchvision, which here has no operators, is hidden.
@@ -16,8 +16,8 @@ from typing import Any, cast
 MARKER = "RESULT "
 
 
-def become(machine: str) -> None:
-    """Before anything of vLLM is imported."""
+def simulate_machine(machine: str) -> None:
+    """Set vLLM's platform, before anything else of vLLM is imported."""
     for name in ("vllm_ascend", "torch_npu", "torchvision"):
         sys.modules[name] = None  # type: ignore[assignment]
     import vllm.platforms
@@ -30,13 +30,13 @@ def become(machine: str) -> None:
     vllm.platforms._current_platform = Platform()
 
 
-def become_cuda() -> None:
-    """The same as Ray's workers take it: their setup hook."""
-    become("cuda")
+def simulate_cuda() -> None:
+    """Do the same in Ray's workers, as their setup hook."""
+    simulate_machine("cuda")
 
 
 def choice() -> dict[str, Any]:
-    """Which classes vLLM's names mean, asked as vLLM asks, and when that was decided."""
+    """Return the classes that vLLM gets for its names, and whether they were replaced when plugins were loaded."""
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
@@ -56,7 +56,7 @@ def choice() -> dict[str, Any]:
 
 
 def config(world_size: int) -> Any:
-    """What placement reads of vLLM's config, for one engine."""
+    """Return the parts of vLLM's config that placement reads, for one engine."""
     parallel = SimpleNamespace(
         world_size=world_size,
         tensor_parallel_size=world_size,
@@ -72,21 +72,21 @@ def config(world_size: int) -> Any:
 
 
 def placement() -> dict[str, Any]:
-    """An engine's group of GPUs on a Ray cluster that was told of two, its workers' GPUs, and one that does not fit."""
+    """Place an engine on a Ray cluster with two declared GPUs; return its workers' GPUs, and errors."""
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    from vllm_ray_ascend.cluster.groups import free_npus
+    from vllm_ray_ascend.cluster.placement_groups import free_npus_per_node
     from vllm_ray_ascend.devices.kind import GPU
-    from vllm_ray_ascend.executor.placing import place
+    from vllm_ray_ascend.executor.placement_group import create_placement_group
     from vllm_ray_ascend.executor.worker import RayAscendWorkerProc
 
-    environment = {"worker_process_setup_hook": become_cuda}
+    environment = {"worker_process_setup_hook": simulate_cuda}
     ray.init(
         address="local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment
     )
     noset = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "VLLM_RAY_ASCEND": "1"}}
-    group = place(config(2))
+    group = create_placement_group(config(2))
     workers = [
         ray.remote(RayAscendWorkerProc)
         .options(
@@ -99,11 +99,11 @@ def placement() -> dict[str, Any]:
         for rank in range(2)
     ]
     answers = ray.get([worker.get_node_and_physical_gpu_ids.remote() for worker in workers], timeout=200)
-    held = [(node.free, node.total) for node in free_npus(GPU)]
+    held = [(node.free, node.total) for node in free_npus_per_node(GPU)]
     errors = []
     for world_size in (1, 3):
         try:
-            place(config(world_size))
+            create_placement_group(config(world_size))
         except Exception as error:  # noqa: BLE001 - the test looks at whatever it is
             errors.append(f"{type(error).__qualname__}: {error}")
     return {
@@ -115,7 +115,7 @@ def placement() -> dict[str, Any]:
 
 
 def refused() -> dict[str, Any]:
-    """What VLLM_RAY_ASCEND=1 says where it cannot be."""
+    """Return the error of VLLM_RAY_ASCEND=1 on an unsupported machine."""
     try:
         return choice()
     except Exception as error:  # noqa: BLE001 - the test looks at whatever it is
@@ -125,5 +125,5 @@ def refused() -> dict[str, Any]:
 CASES = {function.__name__: function for function in (choice, placement, refused)}
 
 if __name__ == "__main__":
-    become(sys.argv[1])
+    simulate_machine(sys.argv[1])
     print(MARKER + json.dumps(CASES[sys.argv[2]]()), flush=True)

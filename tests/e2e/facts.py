@@ -1,4 +1,4 @@
-"""A worker extension class: what each worker really is and does, asked by name through collective_rpc."""
+"""A worker extension class that reports what each worker is and does, through collective_rpc."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def physical_device(visible: int) -> int:
-    """Number by which the driver counts a visible device, asked of CANN."""
+    """Return the driver's number of a visible device, from CANN."""
     library = ctypes.CDLL("libascendcl.so")
     physical = ctypes.c_int32(-1)
     code = library.aclrtGetLogicDevIdByUserDevId(ctypes.c_int32(visible), ctypes.byref(physical))
@@ -18,7 +18,7 @@ def physical_device(visible: int) -> int:
 
 
 def point_to_point() -> list[int]:
-    """Messages and bytes that this process has sent over HCCL to single peers, messages and bytes that it received."""
+    """Return messages and bytes that this process sent over HCCL to single peers, and those that it received."""
     counted = (ctypes.c_uint64 * 4)()
     ctypes.CDLL("libhccl.so").softnpu_hccl_point_to_point(counted)
     return list(counted)
@@ -28,7 +28,7 @@ class WorkerFacts:
     """Mixed into vllm-ascend's worker by `worker_extension_cls`. Counts the graph replays of its process."""
 
     def count_replays(self) -> None:
-        """Start to count."""
+        """Start counting."""
         import torch
 
         replay = torch.npu.NPUGraph.replay
@@ -41,12 +41,12 @@ class WorkerFacts:
         torch.npu.NPUGraph.replay = counted
 
     def facts(self) -> dict[str, Any]:
-        """Classes, devices, groups and replays of this worker."""
+        """Return classes, devices, groups and replays of this worker."""
         import torch
         import torch.distributed as dist
         from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
-        from vllm_ray_ascend.transport.context import host_copies
+        from vllm_ray_ascend.ray_transport.accelerator_context import host_copies
 
         groups = {"tp": get_tp_group(), "pp": get_pp_group()}
         runner = self.model_runner  # type: ignore[attr-defined]

@@ -19,7 +19,6 @@ CAPTURED = (1, 2)
 def engine(options: dict[str, Any]) -> Any:
     from vllm import LLM
 
-    graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": list(CAPTURED)}
     return LLM(
         model=options["model"],
         dtype=options["dtype"],
@@ -27,7 +26,7 @@ def engine(options: dict[str, Any]) -> Any:
         pipeline_parallel_size=options["pp"],
         distributed_executor_backend="ray",
         enforce_eager=options["eager"],
-        compilation_config=None if options["eager"] else graphs,
+        compilation_config=None if options["eager"] else {"cudagraph_capture_sizes": list(CAPTURED)},
         max_model_len=1024,
         max_num_seqs=16,
         kv_cache_memory_bytes=64 << 20,
@@ -38,7 +37,7 @@ def engine(options: dict[str, Any]) -> Any:
 
 
 def generate(llm: Any, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Greedy tokens and their log-probabilities for each entry of reference.json, all in one batch."""
+    """Return greedy tokens and their log-probabilities for each entry of reference.json, all in one batch."""
     from vllm import SamplingParams
 
     parameters = [

@@ -1,4 +1,4 @@
-"""What cannot work is refused early, with the numbers and the remedy, and leaves nothing behind."""
+"""Invalid configurations are rejected early, with values and remedy, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from softnpu.cluster import manager
+from softnpu.cluster.plan import Cluster, Shape
+from softnpu.errors import ClusterError
 
 from demo.train.recitation import DENSE
-from tests.e2e.conftest import ROOT, on_head
-from vllm_ray_ascend.softnpu.cluster import manager
-from vllm_ray_ascend.softnpu.cluster.plan import Cluster, ClusterError, Shape
+from tests.e2e.conftest import ROOT, run_on_head
 
 # Asks the control store itself: the state API would need a dashboard.
 NOTHING_LEFT = """
@@ -37,7 +38,7 @@ LLM(model={model!r}, dtype="float32", tensor_parallel_size={tp}, distributed_exe
 
 
 def check_nothing_left(cluster: Cluster) -> None:
-    done = on_head(cluster, "-c", NOTHING_LEFT)
+    done = run_on_head(cluster, "-c", NOTHING_LEFT)
     found = re.search(r"LEFT (.*)", done.stdout)
     assert found, done.stderr[-2000:]
     left = json.loads(found[1])
@@ -52,7 +53,7 @@ def serve(**variables: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_more_npus_than_the_cluster_has(one_node: Cluster) -> None:
-    done = on_head(one_node, "-c", START.format(model=str(DENSE), tp=8))
+    done = run_on_head(one_node, "-c", START.format(model=str(DENSE), tp=8))
     assert done.returncode != 0
     address = one_node.nodes[0].address
     assert f"The engine needs 8 NPUs (--tensor-parallel-size 8), the Ray cluster has 4 ({address}: 4)." in done.stderr
@@ -61,13 +62,13 @@ def test_more_npus_than_the_cluster_has(one_node: Cluster) -> None:
 
 
 def test_a_visible_list_with_a_device_that_is_not_there() -> None:
-    """The raylet's list names NPU 9 of a node with 4: the worker that gets it says which entry is wrong."""
+    """The raylet's list names NPU 9 of a node with 4: the worker that gets it reports which entry is wrong."""
     settings = {1: {"ASCEND_RT_VISIBLE_DEVICES": "0,9"}}
     with pytest.raises(ClusterError) as raised:
-        manager.up("e2e-list", Shape(nodes=1, npus_per_node=4, kind=manager.best_kind()[0]), settings=settings)
+        manager.up("e2e-list", Shape(nodes=1, npus_per_node=4, kind=manager.choose_node_kind()[0]), settings=settings)
     assert "ASCEND_RT_VISIBLE_DEVICES=0,9 names '9', but node e2e-list-1 has devices 0 to 3" in str(raised.value)
     with pytest.raises(ClusterError, match="there is no cluster"):
-        manager.find("e2e-list")
+        manager.find_cluster("e2e-list")
 
 
 def test_a_port_in_use() -> None:
@@ -92,7 +93,7 @@ def test_no_compiler(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "'no-such-compiler' is not on PATH" in done.stderr and "apt-get install g++" in done.stderr, done.stderr
     with pytest.raises(ClusterError, match="there is no cluster"):
-        manager.find("default")
+        manager.find_cluster("default")
 
 
 def test_ray_missing() -> None:

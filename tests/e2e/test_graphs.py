@@ -1,4 +1,4 @@
-"""Captures that fail in whole engines: all ranks step down alike, graphs are released and captured anew."""
+"""Captures that fail in whole engines: all ranks fall back alike, graphs are released and captured again."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from softnpu.cluster.plan import Cluster
 
 from demo.train.recitation import DENSE
-from tests.e2e.conftest import on_head
+from tests.e2e.conftest import run_on_head
 from tests.e2e.generate import MARKER
-from tests.e2e.placed import cluster_of
-from vllm_ray_ascend.softnpu.cluster.plan import Cluster
+from tests.e2e.servers import temporary_cluster
 
 SIZES = [1, 2, 4, 8]
 BEFORE = 34
@@ -25,14 +25,14 @@ OF_A_GRAPH = 3
 
 @contextmanager
 def node(name: str, settings: Mapping[str, str]) -> Iterator[Cluster]:
-    with cluster_of(f"graphs-{name}", 1, 2, settings={1: settings}) as cluster:
+    with temporary_cluster(f"graphs-{name}", 1, 2, settings={1: settings}) as cluster:
         yield cluster
 
 
 def run(cluster: Cluster, *stages: str, **variables: str) -> tuple[list[dict[str, Any]] | None, str]:
-    """What tests.e2e.capture printed (None: it failed), and its whole log."""
+    """Return the result of tests.e2e.capture (None: it failed), and its whole log."""
     options = {"model": str(DENSE), "tp": 2, "sizes": SIZES, "stages": stages}
-    done = on_head(cluster, "-m", "tests.e2e.capture", json.dumps(options), **variables)
+    done = run_on_head(cluster, "-m", "tests.e2e.capture", json.dumps(options), **variables)
     log = done.stdout + done.stderr
     found = [line for line in done.stdout.splitlines() if line.startswith(MARKER)]
     if done.returncode != 0 or not found:
@@ -42,7 +42,7 @@ def run(cluster: Cluster, *stages: str, **variables: str) -> tuple[list[dict[str
 
 
 def check(record: dict[str, Any], sizes: list[int], mode: str = "FULL_DECODE_ONLY") -> None:
-    """Both workers have graphs of these sizes, hold the streams of them and no more, and the text is right."""
+    """Check that both workers have graphs of these sizes, hold only their streams, and generate the right text."""
     assert record["right"], record
     for worker in record["workers"]:
         assert (worker["sizes"], worker["mode"]) == (sizes, mode)
@@ -50,19 +50,17 @@ def check(record: dict[str, Any], sizes: list[int], mode: str = "FULL_DECODE_ONL
         assert bool(worker["replays"]) is bool(sizes) or record["stage"] != "start"
 
 
-@pytest.mark.slow  # the same ladder, with two workers and no engine: tests/softnpu/test_graph_steps.py
-def test_ranks_step_down_together_and_capture_anew() -> None:
+@pytest.mark.slow  # the same fallback, with two workers and no engine: tests/softnpu/test_graph_steps.py
+def test_ranks_fall_back_together_and_capture_again() -> None:
     """Streams for three graphs; then rank 1 alone fails at its second of those."""
     budget = BEFORE + 3 * OF_A_GRAPH + 1
     with node("steps", {"SOFTNPU_STREAMS": str(budget), "SOFTNPU_FAULTS": "capture:device=1,nth=5"}) as cluster:
-        records, log = run(cluster, "release_graphs", "recapture_graphs", VLLM_RAY_ASCEND_GRAPH_BUDGET="warn")
+        records, log = run(cluster, "release_graphs", "recapture_graphs")
     assert records is not None, log[-6000:]
     start, released, again = records
     check(start, [8])
     check(released, [])
     check(again, [8])
-    told = re.search(r"4 sizes in mode FULL_DECODE_ONLY take about (\d+) streams \(.*?\), (\d+) are free", log)
-    assert told is not None and tuple(map(int, told.groups())) == (4 * OF_A_GRAPH, budget - BEFORE)
     first, second = re.findall(r"ACL graphs: size .*? Stepping down: .*?\.", log)
     assert "with 3 of 4 graphs captured" in first and "has 1 streams left, and such a graph takes 3" in first
     assert "kept 3 of 4: 1, 4, 8" in first

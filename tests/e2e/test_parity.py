@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from softnpu.cluster.plan import Cluster
 
 from demo.train.recitation import DENSE
-from tests.e2e.conftest import LIFELINE, ROOT, on_head, showing
+from tests.e2e.conftest import CONTROL_TOKEN, ROOT, find_logs_with, run_on_head
 from tests.e2e.generate import MARKER
 from tests.e2e.parity.reference import ADAPTERS, SCALED
-from vllm_ray_ascend.softnpu.cluster.plan import Cluster
 
 TEXT = (
     *("tokens", "logprobs", "batches_in_flight", "async_scheduling", "prefix_caching", "chunked_prefill"),
@@ -28,17 +28,17 @@ CONTROL = ("collective_rpc", "weight_update", "sleep_1", "sleep_2", "runtime_env
 
 DRIVER_SECRET, RUNTIME_SECRET = "PARITY_API_TOKEN", "PARITY_RUNTIME_TOKEN"
 SECRETS = {DRIVER_SECRET: "driver-secret-7731", RUNTIME_SECRET: "runtime-secret-9942"}
-DRIVER = {DRIVER_SECRET: SECRETS[DRIVER_SECRET], "HCCL_CONNECT_TIMEOUT": "111", "VLLM_RAY_ASCEND_STOP_GRACE_S": "13"}
+DRIVER = {DRIVER_SECRET: SECRETS[DRIVER_SECRET], "HCCL_CONNECT_TIMEOUT": "121", "VLLM_RAY_ASCEND_STOP_GRACE_S": "13"}
 RUNTIME_ENV = {
     RUNTIME_SECRET: SECRETS[RUNTIME_SECRET],
     "HCCL_CONNECT_TIMEOUT": "222",
     "VLLM_RAY_ASCEND_STOP_GRACE_S": "17",
 }
-"""The user's: of what both have, workers shall have these, our own switches included."""
+"""The user's variables: they take precedence over the driver's, our own switches included."""
 
 
 class Start(NamedTuple):
-    """One start of an engine, and the features that it is asked for."""
+    """One start of an engine, and the features that are checked in it."""
 
     name: str
     cluster: str
@@ -74,7 +74,7 @@ SLOW = (
 
 
 def make_references(start: Start, folder: Path) -> None:
-    """Transformers' answers with the changed weights that the start is asked for, made where torch_npu is not."""
+    """Compute Transformers' tokens with the changed weights of this start, in a process without torch_npu."""
     names = [SCALED] * ("weight_update" in start.features) + [*ADAPTERS] * ("lora" in start.features)
     command = [sys.executable, "-m", "tests.e2e.parity.reference", str(DENSE), str(folder), *names]
     subprocess.run(command, cwd=ROOT, check=True, timeout=300)
@@ -83,8 +83,8 @@ def make_references(start: Start, folder: Path) -> None:
 _ran: dict[str, tuple[dict[str, Any], str]] = {}
 
 
-def run_of(start: Start, request: pytest.FixtureRequest) -> tuple[dict[str, Any], str]:
-    """What the start's engine said of its features, and the whole log. Run once, however many tests ask."""
+def run_engine_once(start: Start, request: pytest.FixtureRequest) -> tuple[dict[str, Any], str]:
+    """Return the results of the start's features, and the whole log. Each start runs once for all tests."""
     if start.name not in _ran:
         cluster: Cluster = request.getfixturevalue(start.cluster)
         folder = request.getfixturevalue("tmp_path_factory").mktemp("parity")
@@ -99,7 +99,7 @@ def run_of(start: Start, request: pytest.FixtureRequest) -> tuple[dict[str, Any]
             "runtime_env": RUNTIME_ENV,
             "secret": DRIVER_SECRET,
         }
-        done = on_head(cluster, "-m", "tests.e2e.parity", json.dumps(options), **DRIVER)
+        done = run_on_head(cluster, "-m", "tests.e2e.parity", json.dumps(options), **DRIVER)
         lines = [line for line in done.stdout.splitlines() if line.startswith(MARKER)]
         result = json.loads(lines[-1][len(MARKER) :]) if lines else {"features": {}}
         print(json.dumps({"remarks": result.get("remarks"), "seconds": result.get("seconds")}, indent=1))
@@ -117,8 +117,8 @@ def cases() -> list[Any]:
 
 @pytest.mark.parametrize(("start", "feature"), cases())
 def test_feature(start: Start, feature: str, request: pytest.FixtureRequest) -> None:
-    result, log = run_of(start, request)
-    assert feature in result["features"], f"the engine did not come so far\n{log[-6000:]}"
+    result, log = run_engine_once(start, request)
+    assert feature in result["features"], f"the engine did not reach this check\n{log[-6000:]}"
     assert result["features"][feature] == "ok", result["features"][feature]
 
 
@@ -130,9 +130,9 @@ def test_no_secret_in_any_log(start: Start, request: pytest.FixtureRequest) -> N
 
     Ray's own agent logs the user's runtime_env, which only the user can keep secrets out of; nothing of ours is in it.
     """
-    result, log = run_of(start, request)
+    result, log = run_engine_once(start, request)
     assert result["features"], log[-6000:]
     cluster: Cluster = request.getfixturevalue(start.cluster)
-    assert showing(cluster, re.escape(SECRETS[RUNTIME_SECRET]), log) <= {"runtime_env_agent.log"}
-    assert not showing(cluster, re.escape(SECRETS[DRIVER_SECRET]), log)
-    assert not showing(cluster, LIFELINE, log)
+    assert find_logs_with(cluster, re.escape(SECRETS[RUNTIME_SECRET]), log) <= {"runtime_env_agent.log"}
+    assert not find_logs_with(cluster, re.escape(SECRETS[DRIVER_SECRET]), log)
+    assert not find_logs_with(cluster, CONTROL_TOKEN, log)

@@ -1,4 +1,4 @@
-"""One `vllm serve` over two nodes, as `make serve` starts it, and its clients: good, many, impatient and wrong."""
+"""One `vllm serve` over two nodes, as `make serve` starts it: valid, concurrent, aborted and invalid requests."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from softnpu.cluster.plan import Cluster
 
 from demo.options import Options
 from demo.place import place_in
 from demo.server import Server
 from demo.train.recitation import DENSE, PROMPTS, QUESTION, zen_after, zen_text
-from vllm_ray_ascend.softnpu.cluster.plan import Cluster
 
 MODEL = DENSE.name
 SHORT = PROMPTS[-1]
-"""The prompt with the least text behind it: enough where the question is whether the server lives."""
+"""The prompt with the shortest text after it: enough to check whether the server works."""
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("0.0.0.0", 0))
         return int(listener.getsockname()[1])
@@ -34,7 +34,7 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def server(two_nodes_of_two: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     arguments = ("--worker-extension-cls", "tests.e2e.facts.WorkerFacts")
-    options = Options(model=str(DENSE), port=free_port(), arguments=arguments, once=True, npus=4)
+    options = Options(model=str(DENSE), port=find_free_port(), arguments=arguments, once=True, npus=4)
     root = Path(__file__).resolve().parents[2]
     variables = {**os.environ, "PYTHONPATH": str(root), "VLLM_SERVER_DEV_MODE": "1"}
     place = place_in(two_nodes_of_two, variables)
@@ -53,7 +53,7 @@ def complete(client: openai.OpenAI, prompt: str, **options: Any) -> str:
     return str(answer.choices[0].text)
 
 
-def test_placement_is_told_and_covers_both_nodes(server: Server, two_nodes_of_two: Cluster) -> None:
+def test_placement_is_printed_and_covers_both_nodes(server: Server, two_nodes_of_two: Cluster) -> None:
     lines = server.placement()
     assert len(lines) == 4
     for node in two_nodes_of_two.nodes:
@@ -102,7 +102,7 @@ def running_requests(server: Server) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in metrics if line.startswith("vllm:num_requests_running"))
 
 
-def test_a_client_that_goes_away(server: Server, client: openai.OpenAI) -> None:
+def test_a_client_that_disconnects(server: Server, client: openai.OpenAI) -> None:
     stream = client.completions.create(
         model=MODEL, prompt="def main(args):", max_tokens=900, stream=True, extra_body={"ignore_eos": True}
     )
@@ -124,7 +124,7 @@ def test_a_client_that_goes_away(server: Server, client: openai.OpenAI) -> None:
         ("/v1/chat/completions", {"model": MODEL, "messages": "not a list"}),
     ],
 )
-def test_a_bad_request_is_refused_and_the_server_lives(
+def test_a_bad_request_is_rejected_and_the_server_continues(
     server: Server, client: openai.OpenAI, path: str, body: dict[str, Any]
 ) -> None:
     answer = httpx.post(server.url + path, json=body, timeout=60)

@@ -10,11 +10,11 @@ import re
 from typing import Any, NamedTuple
 
 import pytest
+from softnpu.cluster.plan import Cluster
 
 from demo.train.recitation import DENSE, MOE
 from demo.train.reference import Entry, stored_reference
-from tests.e2e.conftest import generated
-from vllm_ray_ascend.softnpu.cluster.plan import Cluster
+from tests.e2e.conftest import run_generation
 
 PROBE_TOLERANCE = 1e-3
 
@@ -28,8 +28,8 @@ class Case(NamedTuple):
     dtype: str = "float32"
 
     def __str__(self) -> str:
-        way = "eager" if self.eager else "graphs"
-        return f"{self.model}-{self.dtype}-tp{self.tp}-pp{self.pp}-{self.cluster}-{way}"
+        mode = "eager" if self.eager else "graphs"
+        return f"{self.model}-{self.dtype}-tp{self.tp}-pp{self.pp}-{self.cluster}-{mode}"
 
 
 CASES = [
@@ -70,7 +70,7 @@ def check_generated(entries: list[Entry], results: list[dict[str, Any]], dtype: 
 
 
 def check_workers(case: Case, facts: list[dict[str, Any]]) -> None:
-    """Every worker is vllm-ascend's, on an NPU of its own, with HCCL groups."""
+    """Check that every worker is vllm-ascend's, on an NPU of its own, with HCCL groups."""
     assert [fact["rank"] for fact in facts] == list(range(case.tp * case.pp))
     assert len({(fact["node"], fact["physical"]) for fact in facts}) == len(facts)
     assert len({fact["node"] for fact in facts}) == (1 if case.cluster == "one_node" else 2)
@@ -82,7 +82,7 @@ def check_workers(case: Case, facts: list[dict[str, Any]]) -> None:
 
 
 def check_replays(case: Case, batch: list[dict[str, Any]], end: list[dict[str, Any]]) -> None:
-    """Batches beyond the captured sizes are decoded without graphs, single requests with them."""
+    """Check that batches beyond the captured sizes are decoded without graphs, single requests with them."""
     for before, after in zip(batch, end, strict=True):
         assert (after["replays"] > before["replays"]) is not case.eager
         if case.eager:
@@ -103,7 +103,7 @@ def test_tokens_equal_transformers(case: Case, request: pytest.FixtureRequest) -
         "dtype": case.dtype,
         "singles": short,
     }
-    result, log = generated(cluster, options)
+    result, log = run_generation(cluster, options)
     assert len(result["batch"]) == len(entries)
     check_generated(entries, result["batch"], case.dtype)
     check_generated([entries[index] for index in short], result["singles"], case.dtype)
@@ -113,7 +113,7 @@ def test_tokens_equal_transformers(case: Case, request: pytest.FixtureRequest) -
 
 
 def check_start_line(log: str, ranks: int) -> None:
-    """The line of a healthy start that docs tell operators to look for."""
+    """Check the log line of a successful startup, which the documentation describes."""
     lines = re.findall(r"vllm-ray-ascend \S+ ready: .*", log)
     assert len(lines) == 1, log[-3000:]
     assert [int(rank) for rank in re.findall(r"rank (\d+) ->", lines[0])] == list(range(ranks))

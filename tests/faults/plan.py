@@ -1,4 +1,4 @@
-"""Which fault is put where: seeded combinations, and what has to be said of each."""
+"""Which fault is injected where: seeded combinations, and the log line that each must cause."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from enum import Enum
 
 
 class Fault(Enum):
-    """What is done to an engine of two ranks, each on a node of its own."""
+    """What is injected into an engine of two ranks, each on a node of its own."""
 
     KILL = "a worker gets SIGKILL"
     ABORT = "a worker gets SIGABRT"
@@ -24,7 +24,7 @@ class Fault(Enum):
 
 
 class Phase(Enum):
-    """When. The text in the log that begins it, for those of the start."""
+    """When a fault is injected. For phases of the startup: the log text that begins them."""
 
     START = "start: worker processes took"
     CAPTURE = "start: KV cache took"
@@ -51,7 +51,7 @@ WHERE: dict[Fault, frozenset[Phase]] = {
 }
 LAYOUTS = ((2, 1), (1, 2))
 """Tensor and pipeline parallel sizes."""
-BREAKS_THE_CLUSTER = frozenset({Fault.RAYLET, Fault.LINK})
+BREAKS_CLUSTER = frozenset({Fault.RAYLET, Fault.LINK})
 _DIES = r"(Worker process \d+ of rank \d .*died|rank \d \(.*\) failed: )"
 _LATE = r"are not ready after"
 _HANGS = r"has not ended after"
@@ -60,7 +60,7 @@ _SILENT = r"have no work, and have not answered"
 
 @dataclass(frozen=True)
 class Case:
-    """One run: ``rank`` is the worker's that is hit."""
+    """One run: ``rank`` is that of the affected worker."""
 
     fault: Fault
     phase: Phase
@@ -72,32 +72,32 @@ class Case:
         return f"{self.fault.name}-{self.phase.name}-rank{self.rank}-tp{self.tp}pp{self.pp}".lower()
 
     @property
-    def serves_on(self) -> bool:
-        """Whether the engine is meant to serve nevertheless."""
+    def continues_serving(self) -> bool:
+        """Whether the engine has to serve nevertheless."""
         return self.fault is Fault.NO_CAPTURE
 
 
-def every_kind() -> list[Case]:
-    """Each fault in each phase once, of rank 1, by turns with tensor and with pipeline parallelism."""
+def one_case_per_kind() -> list[Case]:
+    """Return each fault in each phase once, of rank 1, by turns with tensor and with pipeline parallelism."""
     kinds = [(fault, phase) for fault in Fault for phase in Phase if phase in WHERE[fault]]
     return [Case(fault, phase, 1, *LAYOUTS[index % 2]) for index, (fault, phase) in enumerate(kinds)]
 
 
 def combinations(seed: int, count: int) -> list[Case]:
-    """``count`` random cases; the same for the same ``seed``."""
+    """Return ``count`` random cases; the same for the same ``seed``."""
     choose = random.Random(seed)
     cases = []
     for _ in range(count):
         fault = choose.choice(list(Fault))
         phase = choose.choice([phase for phase in Phase if phase in WHERE[fault]])
-        rank = 1 if fault in BREAKS_THE_CLUSTER else choose.randrange(2)
+        rank = 1 if fault in BREAKS_CLUSTER else choose.randrange(2)
         cases.append(Case(fault, phase, rank, *choose.choice(LAYOUTS)))
     return cases
 
 
 def expected(case: Case) -> str | None:
-    """A pattern that the log has to have; None where the engine core is in no state to say anything, or ends anyway."""
-    if case.fault in (Fault.DRIVER, Fault.SERVER) or case.phase is Phase.END or case.serves_on:
+    """Return a pattern that the log must contain; None where the engine core cannot log anything, or exits anyway."""
+    if case.fault in (Fault.DRIVER, Fault.SERVER) or case.phase is Phase.END or case.continues_serving:
         return None
     if case.fault is Fault.STOP:
         if case.phase is Phase.IDLE:

@@ -1,8 +1,9 @@
-"""Faults of every kind in every phase: what is said, how soon, and that nothing is left. `make test-faults`, no part of
-CI. Each case starts an engine on the NPUs of the one before, at once.
+"""Faults of every kind in every phase: what is logged, how soon, and that nothing is left. `make test-faults`.
 
-FAULTS_COUNT random cases (FAULTS_SEED) instead of one of each kind; a line of JSON a case goes to FAULTS_OUT. Two runs
-at once need clusters of different names: FAULTS_CLUSTER.
+Not part of `make test`; CI runs it nightly. Each case starts an engine immediately on the NPUs of the case before.
+
+FAULTS_COUNT random cases (FAULTS_SEED) instead of one of each kind; a line of JSON a case goes to FAULTS_OUT. Two
+simultaneous runs need clusters of different names: FAULTS_CLUSTER.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from softnpu.cluster.plan import Cluster
 
 from demo.options import Options
 from demo.place import place_in
 from demo.server import Server
 from demo.train.recitation import DENSE, PROMPTS
 from tests.e2e.conftest import ROOT
-from tests.e2e.placed import check_text, cluster_of
-from tests.e2e.test_death import check_all_gone
-from tests.e2e.test_serve import free_port
+from tests.e2e.servers import check_text, temporary_cluster
+from tests.e2e.test_death import check_no_leftovers
+from tests.e2e.test_serve import find_free_port
 from tests.faults.inject import Injector
-from tests.faults.plan import BREAKS_THE_CLUSTER, Case, Fault, Phase, combinations, every_kind, expected
-from vllm_ray_ascend.softnpu.cluster.plan import Cluster
+from tests.faults.plan import BREAKS_CLUSTER, Case, Fault, Phase, combinations, expected, one_case_per_kind
 
 _COUNT = int(os.environ.get("FAULTS_COUNT", "0"))
-CASES = combinations(int(os.environ.get("FAULTS_SEED", "0")), _COUNT) if _COUNT else every_kind()
+CASES = combinations(int(os.environ.get("FAULTS_SEED", "0")), _COUNT) if _COUNT else one_case_per_kind()
 CLUSTER = os.environ.get("FAULTS_CLUSTER", "faults")
 OUT = Path(os.environ.get("FAULTS_OUT", ROOT / ".demo" / "faults.jsonl"))
 LIMITS = {
@@ -47,15 +48,15 @@ LIMITS = {
     "VLLM_RAY_ASCEND_SILENCE_S": "5",
 }
 LIMIT_S = 600.0
-GRAPHS = '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2]}'
-_OF_A_SERVER = 3
-_OF_TWO_QUEUES = 4
-BEFORE_THE_START = {Fault.NO_DEVICE, Fault.NO_CAPTURE}
+GRAPHS = '{"cudagraph_capture_sizes": [1, 2]}'
+_FILES_OF_A_SERVER = 3
+_FILES_OF_TWO_QUEUES = 4
+INJECTED_BEFORE_START = {Fault.NO_DEVICE, Fault.NO_CAPTURE}
 
 
 @dataclasses.dataclass
-class Made:
-    """A cluster that is made anew after a fault that breaks it."""
+class ReusableCluster:
+    """A cluster that is created again after a fault that breaks it."""
 
     folder: Path
     sockets: Path
@@ -65,7 +66,7 @@ class Made:
     def get(self) -> Cluster:
         if self.cluster is None:
             settings = {node: {"SOFTNPU_FAULTS": f"@{self.folder / str(node)}"} for node in (1, 2)}
-            self.cluster = self.stack.enter_context(cluster_of(CLUSTER, 2, 1, settings))
+            self.cluster = self.stack.enter_context(temporary_cluster(CLUSTER, 2, 1, settings))
         return self.cluster
 
     def drop(self) -> None:
@@ -74,19 +75,19 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+def clusters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReusableCluster]:
     # Sockets have a folder of their own, with a short name: a path of one may have no more than 107 characters.
     with tempfile.TemporaryDirectory(prefix="faults-") as sockets, contextlib.ExitStack() as stack:
-        yield Made(tmp_path_factory.mktemp("npu-faults"), Path(sockets), stack)
+        yield ReusableCluster(tmp_path_factory.mktemp("npu-faults"), Path(sockets), stack)
 
 
-class Asking(threading.Thread):
-    """A request that runs until it ends or fails; ``first`` is set with its first piece."""
+class RequestThread(threading.Thread):
+    """A request that runs until it ends or fails; ``started`` is set with its first chunk."""
 
     def __init__(self, server: Server, prompt: str) -> None:
         super().__init__(daemon=True)
         self._server, self._prompt = server, prompt
-        self.first = threading.Event()
+        self.started = threading.Event()
         self.error: Exception | None = None
         self.start()
 
@@ -96,13 +97,13 @@ class Asking(threading.Thread):
             for _ in client.completions.create(
                 model=DENSE.name, prompt=self._prompt, max_tokens=400, stream=True, extra_body={"ignore_eos": True}
             ):
-                self.first.set()
+                self.started.set()
         except (openai.OpenAIError, httpx.HTTPError) as error:
             self.error = error
-        self.first.set()
+        self.started.set()
 
 
-def server_of(case: Case, cluster: Cluster, sockets: Path, log: Path) -> Server:
+def create_server(case: Case, cluster: Cluster, sockets: Path, log: Path) -> Server:
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_RPC_BASE_PATH": str(sockets), **LIMITS}
     graphs: tuple[str, ...] = ("--compilation-config", GRAPHS)
     if case.fault is Fault.NO_MEMORY and case.phase is Phase.PREFILL:
@@ -113,57 +114,60 @@ def server_of(case: Case, cluster: Cluster, sockets: Path, log: Path) -> Server:
         *("--tensor-parallel-size", str(case.tp), "--pipeline-parallel-size", str(case.pp), "--max-model-len", "512"),
         *("--max-num-seqs", "4", "--kv-cache-memory-bytes", str(16 << 20), *graphs),
     )
-    options = Options(model=str(DENSE), port=free_port(), arguments=arguments, once=True, npus=1)
+    options = Options(model=str(DENSE), port=find_free_port(), arguments=arguments, once=True, npus=1)
     return Server(options, place_in(cluster, environ), log)
 
 
-def until(is_so: Callable[[], bool], limit_s: float, what: str) -> float:
-    """Seconds until ``is_so()``."""
+def wait_until(condition: Callable[[], bool], limit_s: float, description: str) -> float:
+    """Return seconds until ``condition()`` is true."""
     started = time.monotonic()
-    while not is_so():
-        assert time.monotonic() - started < limit_s, f"not within {limit_s:g} s: {what}"
+    while not condition():
+        assert time.monotonic() - started < limit_s, f"not within {limit_s:g} s: {description}"
         time.sleep(0.02)
     return time.monotonic() - started
 
 
-def reach(case: Case, server: Server) -> Asking | None:
-    """Return when the phase has come, with the request that runs in it."""
+def reach_phase(case: Case, server: Server) -> RequestThread | None:
+    """Wait until the phase has begun; return the request that runs in it."""
     if case.phase in (Phase.START, Phase.CAPTURE):
-        until(lambda: case.phase.value in server.log.read_text(), LIMIT_S, case.phase.value)
+        wait_until(lambda: case.phase.value in server.log.read_text(), LIMIT_S, case.phase.value)
         return None
     server.wait_until_healthy()
     if case.phase is Phase.PREFILL:
-        return Asking(server, " ".join(PROMPTS)[:400])
+        return RequestThread(server, " ".join(PROMPTS)[:400])
     if case.phase is Phase.DECODE:
-        asking = Asking(server, PROMPTS[0])
-        assert asking.first.wait(LIMIT_S) and asking.error is None
-        return asking
+        request = RequestThread(server, PROMPTS[0])
+        assert request.started.wait(LIMIT_S) and request.error is None
+        return request
     if case.phase is Phase.END:
         server._process.send_signal(signal.SIGINT)
         time.sleep(0.3)
     return None
 
 
-def most_files(case: Case) -> int:
-    """How many a process that gets SIGKILL may leave: of a worker's and an engine core's the others on its node see to
-    it, unless Ray kills them first, which it may while they are busy with their start."""
+def max_leftover_files(case: Case) -> int:
+    """Return how many files a process that gets SIGKILL may leave.
+
+    Other processes on the node remove those of a worker and of an engine core, unless Ray kills them first, as it may
+    during their start.
+    """
     if case.fault is Fault.SERVER:
-        return _OF_A_SERVER
+        return _FILES_OF_A_SERVER
     starting = case.phase in (Phase.START, Phase.CAPTURE)
-    return _OF_TWO_QUEUES if case.fault is Fault.DRIVER and starting else 0
+    return _FILES_OF_TWO_QUEUES if case.fault is Fault.DRIVER and starting else 0
 
 
-def ended(server: Server) -> bool:
+def has_exited(server: Server) -> bool:
     return server._process.poll() is not None
 
 
-def all_gone(cluster: Cluster, injector: Injector, limit_s: float) -> float:
-    """Seconds until nothing is left; fails with what is."""
+def wait_for_cleanup(cluster: Cluster, injector: Injector, limit_s: float) -> float:
+    """Return seconds until nothing is left; fails with a list of what is left."""
     started = time.monotonic()
     while True:
         try:
-            assert injector.processes() == []
-            check_all_gone(cluster)
+            assert injector.list_processes() == []
+            check_no_leftovers(cluster)
         except AssertionError:
             if time.monotonic() - started > limit_s:
                 raise
@@ -173,58 +177,62 @@ def all_gone(cluster: Cluster, injector: Injector, limit_s: float) -> float:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case}")
-def test_fault(case: Case, made: Made, tmp_path: Path) -> None:
-    cluster = made.get()
-    injector = Injector(cluster, made.folder)
-    injector.calm()
-    if case.fault in BEFORE_THE_START:
+def test_fault(case: Case, clusters: ReusableCluster, tmp_path: Path) -> None:
+    cluster = clusters.get()
+    injector = Injector(cluster, clusters.folder)
+    injector.clear_faults()
+    if case.fault in INJECTED_BEFORE_START:
         injector.inject(case)
     seconds: dict[str, float] = {}
-    said = ""
-    with server_of(case, cluster, made.sockets, tmp_path / "log") as server:
-        if case.serves_on:
+    message = ""
+    with create_server(case, cluster, clusters.sockets, tmp_path / "log") as server:
+        if case.continues_serving:
             server.wait_until_healthy()
             check_text(server, DENSE, 1)
         else:
-            asking = reach(case, server) if case.fault not in BEFORE_THE_START else None
-            if case.fault not in BEFORE_THE_START:
+            request = reach_phase(case, server) if case.fault not in INJECTED_BEFORE_START else None
+            if case.fault not in INJECTED_BEFORE_START:
                 injector.inject(case)
             if case.phase is Phase.IDLE and case.fault is Fault.SILENT:
-                asking = Asking(server, PROMPTS[0])  # who is not asked is not found to be silent
-            said = check_told(case, server, seconds)
-            if asking is not None:
-                asking.join(LIMIT_S)
-                assert asking.error is not None and not isinstance(asking.error, openai.APITimeoutError)
-    injector.calm()
-    if case.fault in BREAKS_THE_CLUSTER:
+                request = RequestThread(
+                    server, PROMPTS[0]
+                )  # without a request no rank would detect that the peer is silent
+            message = check_failure_log(case, server, seconds)
+            if request is not None:
+                request.join(LIMIT_S)
+                assert request.error is not None and not isinstance(request.error, openai.APITimeoutError)
+    injector.clear_faults()
+    if case.fault in BREAKS_CLUSTER:
         if case.fault is Fault.LINK:
-            injector.join_link(case)
-        made.drop()
+            injector.restore_link(case)
+        clusters.drop()
     else:
-        seconds["clean"] = all_gone(cluster, injector, 180)
-    files = [path.name for path in made.sockets.iterdir()]
+        seconds["clean"] = wait_for_cleanup(cluster, injector, 180)
+    files = [path.name for path in clusters.sockets.iterdir()]
     for name in files:
-        (made.sockets / name).unlink()
-    assert len(files) <= most_files(case), f"files of sockets are left: {files}"
-    note(case, seconds, said)
+        (clusters.sockets / name).unlink()
+    assert len(files) <= max_leftover_files(case), f"files of sockets are left: {files}"
+    append_result(case, seconds, message)
 
 
-def check_told(case: Case, server: Server, seconds: dict[str, float]) -> str:
-    """The log says what it has to, and the server ends. Returns the line that says it."""
+def check_failure_log(case: Case, server: Server, seconds: dict[str, float]) -> str:
+    """Check that the log has the expected line and that the server exits; returns that line."""
     started = time.monotonic()
     pattern = expected(case)
     if pattern is not None:
-        until(lambda: re.search(pattern, server.log.read_text()) is not None or ended(server), LIMIT_S, pattern)
-        seconds["told"] = time.monotonic() - started
-        assert re.search(pattern, server.log.read_text()), f"{server.log} does not say: {pattern}"
-    until(lambda: ended(server), LIMIT_S, "the end of the server")
-    seconds["ended"] = time.monotonic() - started
+        wait_until(
+            lambda: re.search(pattern, server.log.read_text()) is not None or has_exited(server), LIMIT_S, pattern
+        )
+        seconds["reported"] = time.monotonic() - started
+        assert re.search(pattern, server.log.read_text()), f"{server.log} does not contain: {pattern}"
+    wait_until(lambda: has_exited(server), LIMIT_S, "exit of the server")
+    seconds["exited"] = time.monotonic() - started
     lines = [line for line in server.log.read_text().splitlines() if pattern and re.search(pattern, line)]
     return lines[0].rpartition("] ")[2] if lines else ""
 
 
-def note(case: Case, seconds: dict[str, float], said: str) -> None:
+def append_result(case: Case, seconds: dict[str, float], message: str) -> None:
     OUT.parent.mkdir(parents=True, exist_ok=True)
     with OUT.open("a") as stream:
         rounded = {name: round(value, 3) for name, value in seconds.items()}
-        stream.write(json.dumps({"case": str(case), **rounded, "said": said}) + "\n")
+        stream.write(json.dumps({"case": str(case), **rounded, "message": message}) + "\n")

@@ -1,4 +1,4 @@
-"""The CUDA class of accelerators on a GPU. Skipped where there is none; nothing here was run where this was written."""
+"""The CUDA accelerator class on a GPU. Skipped where there is none; nothing here was run where this was written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vllm_ray_ascend.accelerators.base import Accelerator
-from vllm_ray_ascend.accelerators.choose import accelerator
+from vllm_ray_ascend.accelerators.choose import get_accelerator
 from vllm_ray_ascend.errors import CaptureError
 
 pytestmark = [
@@ -21,26 +21,26 @@ pytestmark = [
 
 @pytest.fixture
 def cuda() -> Iterator[Accelerator]:
-    found = accelerator("cuda")
+    found = get_accelerator("cuda")
     found.bind_thread(0)
     yield found
-    found.synchronise()
+    found.synchronize()
 
 
 def test_devices(cuda: Accelerator) -> None:
     assert cuda.device_count() >= 1
-    torch.ones(1, device=cuda.device(0))
-    assert cuda.opened_device() == cuda.current_device() == 0
+    torch.ones(1, device=cuda.torch_device(0))
+    assert cuda.get_opened_device() == cuda.current_device() == 0
 
 
-def test_streams_are_the_threads_own(cuda: Accelerator) -> None:
-    mine, seen = cuda.new_stream(), []
+def test_streams_are_per_thread(cuda: Accelerator) -> None:
+    mine, seen = cuda.create_stream(), []
 
     def body() -> None:
         cuda.bind_thread(0)
         seen.append(cuda.current_stream() == mine)
 
-    with cuda.on_stream(mine):
+    with cuda.stream_context(mine):
         assert cuda.current_stream() == mine
         thread = threading.Thread(target=body)
         thread.start()
@@ -49,72 +49,72 @@ def test_streams_are_the_threads_own(cuda: Accelerator) -> None:
 
 
 def test_events_order_streams(cuda: Accelerator) -> None:
-    producer, consumer = cuda.new_stream(), cuda.new_stream()
-    x, seen, event = torch.zeros(4, device="cuda"), torch.zeros(4, device="cuda"), cuda.new_event()
-    cuda.synchronise()
-    with cuda.on_stream(producer):
+    producer, consumer = cuda.create_stream(), cuda.create_stream()
+    x, seen, event = torch.zeros(4, device="cuda"), torch.zeros(4, device="cuda"), cuda.create_event()
+    cuda.synchronize()
+    with cuda.stream_context(producer):
         torch.cuda._sleep(10_000_000)
         x.fill_(3.0)
         event.record()
-    with cuda.on_stream(consumer):
+    with cuda.stream_context(consumer):
         event.wait()
         seen.copy_(x)
-    cuda.synchronise()
+    cuda.synchronize()
     assert seen.tolist() == [3.0] * 4
 
 
 def test_timed_events_measure(cuda: Accelerator) -> None:
-    begin, end = cuda.new_event(timed=True), cuda.new_event(timed=True)
+    begin, end = cuda.create_event(timed=True), cuda.create_event(timed=True)
     begin.record()
     torch.ones(1000, device="cuda").sum()
     end.record()
-    cuda.synchronise()
+    cuda.synchronize()
     assert begin.elapsed_time(end) > 0
 
 
-def test_nothing_of_ours_meets_a_capture(cuda: Accelerator) -> None:
+def test_device_work_is_refused_during_a_capture(cuda: Accelerator) -> None:
     cuda.watch_captures()
     x, y = torch.ones(4, device="cuda"), torch.ones(4, device="cuda")
     seen: dict[str, Any] = {}
 
     def other_thread() -> None:
         cuda.bind_thread(0)
-        seen["capturing"] = cuda.capturing()
+        seen["capturing"] = cuda.is_capturing()
         try:
-            with cuda.guard("a receive"):
+            with cuda.exclude_captures("a receive"):
                 y.cpu()
         except CaptureError as error:
             seen["error"] = str(error)
 
-    cuda.synchronise()
+    cuda.synchronize()
     graph = cuda.graph_class()
     with torch.cuda.graph(graph):
         x.add_(1)
         thread = threading.Thread(target=other_thread)
         thread.start()
         thread.join()
-    assert not cuda.capturing()
+    assert not cuda.is_capturing()
     graph.replay()
-    cuda.synchronise()
+    cuda.synchronize()
     assert x.tolist() == [2.0] * 4
-    assert seen.pop("error").startswith("a receive would touch the device") and seen == {"capturing": True}
+    assert "a receive would touch the device" in seen.pop("error") and seen == {"capturing": True}
 
 
 def test_a_forbidden_call_in_a_capture_is_explained(cuda: Accelerator) -> None:
     cuda.watch_captures()
     x = torch.ones(4, device="cuda")
-    cuda.synchronise()
+    cuda.synchronize()
     with pytest.raises(RuntimeError) as raised, torch.cuda.graph(cuda.graph_class()):
         x.cpu()
-    assert not cuda.capturing()
-    assert cuda.explain(raised.value) is not None
+    assert not cuda.is_capturing()
+    assert cuda.explain_error(raised.value) is not None
     assert (x + 1).tolist() == [2.0] * 4
 
 
 def test_memory(cuda: Accelerator) -> None:
-    before = cuda.memory()
+    before = cuda.get_memory_info()
     held = torch.empty(64 << 20, dtype=torch.uint8, device="cuda")
-    after = cuda.memory()
+    after = cuda.get_memory_info()
     assert after.total == before.total >= after.free
     assert after.allocated - before.allocated >= held.numel()
 
@@ -122,4 +122,4 @@ def test_memory(cuda: Accelerator) -> None:
 def test_out_of_memory_is_explained(cuda: Accelerator) -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
-    assert "the GPU is out of memory" in str(cuda.explain(raised.value))
+    assert "the GPU is out of memory" in str(cuda.explain_error(raised.value))

@@ -1,7 +1,7 @@
-"""The NPU class of accelerators and HCCL on NPUs: an acceptance of one node. Written on software NPUs.
+"""The NPU accelerator class and HCCL on NPUs: an acceptance of one node. Written on software NPUs.
 
 python -m pytest tests/hardware -m npu                                   # on an Atlas server
-vllm-ray-ascend softnpu exec -- python -m pytest tests/hardware -m npu   # anywhere
+softnpu exec -- python -m pytest tests/hardware -m npu   # anywhere
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import pytest
 import torch
 
 from vllm_ray_ascend.accelerators.base import Accelerator
-from vllm_ray_ascend.accelerators.choose import accelerator
-from vllm_ray_ascend.cluster.node_facts import collect
-from vllm_ray_ascend.devices.visible import VARIABLE
+from vllm_ray_ascend.accelerators.choose import get_accelerator
+from vllm_ray_ascend.cluster.node_facts import collect_node_facts
+from vllm_ray_ascend.devices.visible import VISIBLE_DEVICES
 from vllm_ray_ascend.errors import CaptureError
 
 
 def _available() -> bool:
-    """Whether torch_npu finds an NPU. Its import fails where there is no CANN."""
+    """Return whether torch_npu finds an NPU. Its import fails where there is no CANN."""
     if importlib.util.find_spec("torch_npu") is None:
         return False
     try:
@@ -57,15 +57,15 @@ dist.destroy_process_group()
 
 @pytest.fixture
 def npu() -> Accelerator:
-    found = accelerator("npu")
+    found = get_accelerator("npu")
     found.bind_thread(0)
     return found
 
 
 def test_cann_torch_and_the_visible_list_agree(npu: Accelerator) -> None:
-    facts = collect()
+    facts = collect_node_facts()
     assert facts.cann_devices is not None, facts.cann_error
-    visible = os.environ.get(VARIABLE)
+    visible = os.environ.get(VISIBLE_DEVICES)
     assert npu.device_count() == (len(visible.split(",")) if visible else facts.cann_devices)
     assert facts.npu_smi in (None, facts.cann_devices)
 
@@ -76,7 +76,7 @@ def test_every_npu_computes(npu: Accelerator) -> None:
 
     def body(index: int) -> None:
         npu.bind_thread(index)
-        x = torch.arange(64.0, device=npu.device(index)).reshape(8, 8)
+        x = torch.arange(64.0, device=npu.torch_device(index)).reshape(8, 8)
         if not torch.equal((x @ x.T).cpu(), expected):
             wrong.append(f"NPU {index}")
 
@@ -89,36 +89,36 @@ def test_every_npu_computes(npu: Accelerator) -> None:
 
 
 def test_events_order_streams(npu: Accelerator) -> None:
-    producer, consumer, event = npu.new_stream(), npu.new_stream(), npu.new_event()
+    producer, consumer, event = npu.create_stream(), npu.create_stream(), npu.create_event()
     x, seen = torch.zeros(4, device="npu"), torch.zeros(4, device="npu")
     large = torch.ones(512, 512, device="npu")
-    npu.synchronise()
-    with npu.on_stream(producer):
+    npu.synchronize()
+    with npu.stream_context(producer):
         for _ in range(50):
             large = (large @ large).clamp(max=1.0)
         x.copy_(large[0, :4] + 2)
         event.record()
-    with npu.on_stream(consumer):
+    with npu.stream_context(consumer):
         event.wait()
         seen.copy_(x)
-    npu.synchronise()
+    npu.synchronize()
     assert seen.tolist() == [3.0] * 4
 
 
-def test_a_graph_is_replayed_and_nothing_of_ours_meets_its_capture(npu: Accelerator) -> None:
+def test_a_graph_is_replayed_and_device_work_is_refused_during_its_capture(npu: Accelerator) -> None:
     npu.watch_captures()
     x = torch.ones(4, device="npu")
-    told: list[Any] = []
+    errors: list[Any] = []
 
     def other_thread() -> None:
         npu.bind_thread(0)
         try:
-            with npu.guard("a receive"):
-                told.append("not refused")
+            with npu.exclude_captures("a receive"):
+                errors.append("not refused")
         except CaptureError as error:
-            told.append(str(error))
+            errors.append(str(error))
 
-    npu.synchronise()
+    npu.synchronize()
     graph = npu.graph_class()
     with torch.npu.graph(graph):
         x.add_(1)
@@ -127,21 +127,21 @@ def test_a_graph_is_replayed_and_nothing_of_ours_meets_its_capture(npu: Accelera
         thread.join()
     for _ in range(2):
         graph.replay()
-    npu.synchronise()
+    npu.synchronize()
     assert x.tolist() == [3.0] * 4
-    assert told[0].startswith("a receive would touch the device")
+    assert "a receive would touch the device" in errors[0]
 
 
 def test_out_of_memory_is_explained(npu: Accelerator) -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(1 << 45, dtype=torch.uint8, device="npu")
-    assert "out of memory" in str(npu.explain(raised.value))
+    assert "out of memory" in str(npu.explain_error(raised.value))
 
 
 def test_hccl_between_the_npus_of_this_node(npu: Accelerator, tmp_path: Path) -> None:
     size = npu.device_count()
     if size < 2:
-        pytest.skip("one NPU has nobody to talk to")
+        pytest.skip("one NPU has no peer")
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", SUM, str(rank), str(size), str(tmp_path / "store")],

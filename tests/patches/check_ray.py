@@ -1,4 +1,4 @@
-"""What patches/ray mends, asked of the Ray on the path; one check a patch."""
+"""Checks of what patches/ray fixes, run against the Ray on the path; one for each patch."""
 
 from __future__ import annotations
 
@@ -38,6 +38,9 @@ def register_npu() -> None:
 def auto_transport() -> None:
     register_npu()
     assert len(CompiledDAG._get_gpu_ids(holders[0])) == 1
+    register_accelerator_context("xpu", CPUCommunicator)  # whose resource Ray calls GPU
+    xpu: Any = Holder.options(num_gpus=1, resources={}).remote()  # type: ignore[attr-defined]
+    assert len(CompiledDAG._get_gpu_ids(xpu)) == 1
 
 
 def devices() -> None:
@@ -71,6 +74,7 @@ if __name__ == "__main__":
     ray.init(
         address="local",
         num_cpus=1,
+        num_gpus=1,
         resources={"NPU": 2},
         include_dashboard=False,
         object_store_memory=80 * 2**20,

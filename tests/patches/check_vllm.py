@@ -1,4 +1,4 @@
-"""What patches/vllm mends, asked of the vLLM on the path, on software NPUs; one check a patch."""
+"""Checks of what patches/vllm fixes, run against the vLLM on the path, on software NPUs; one for each patch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def node_variables() -> None:
     from vllm.v1.executor.ray_env_utils import get_driver_env_vars
     from vllm.v1.executor.ray_utils import WORKER_SPECIFIC_ENV_VARS
 
-    stay = {"ASCEND_RT_VISIBLE_DEVICES": "0,1", "ZE_AFFINITY_MASK": "0", "HCCL_IF_IP": "127.0.0.1"}
+    stay = {"ASCEND_RT_VISIBLE_DEVICES": "0,1", "HCCL_IF_IP": "127.0.0.1"}
     os.environ.update(stay, HCCL_BUFFSIZE="200")
     copied = get_driver_env_vars(worker_specific_vars=WORKER_SPECIFIC_ENV_VARS)
     assert not set(stay) & set(copied) and "HCCL_BUFFSIZE" in copied, sorted(set(stay) & set(copied))

@@ -1,4 +1,4 @@
-"""What patches/vllm-ascend mends, asked of the vllm-ascend on the path; one check a patch."""
+"""Checks of what patches/vllm-ascend fixes, run against the vllm-ascend on the path; one for each patch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import vllm.v1.engine.core
 import vllm_ascend.patch.platform.patch_dp_device_ids as device_ids
 
 from tests.patches.report import run
-from tests.softnpu.test_pipeline_scheduling import a_scheduler, decoded_at_once
+from tests.softnpu.test_pipeline_scheduling import create_scheduler, max_decodes_in_flight
 
 
 def device_ids_in_the_engine_core() -> None:
@@ -15,8 +15,8 @@ def device_ids_in_the_engine_core() -> None:
 
 
 def fence() -> None:
-    with a_scheduler() as scheduler:
-        assert decoded_at_once(scheduler) == 1
+    with create_scheduler() as scheduler:
+        assert max_decodes_in_flight(scheduler) == 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What patches/vllm mends of what needs a Ray cluster, asked of the vLLM on the path; one check a patch."""
+"""Checks of what patches/vllm fixes and needs a Ray cluster, run against the vLLM on the path; one for each patch."""
 
 from __future__ import annotations
 

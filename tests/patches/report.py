@@ -1,4 +1,4 @@
-"""What a script of checks says: for each check an empty text, or why it failed."""
+"""The report of a script of checks: for each check an empty text, or why it failed."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ MARKER = "CHECKS "
 
 
 def run(checks: Mapping[str, Callable[[], None]]) -> None:
-    """Run all checks, and print one line with what came of them."""
-    said = {}
+    """Run all checks, and print their results in one line."""
+    results = {}
     for name, check in checks.items():
         try:
             check()
-            said[name] = ""
+            results[name] = ""
         except BaseException as error:  # noqa: BLE001  a defect shows as whatever upstream raises; pytest's are no Exception
             traceback.print_exc()
-            said[name] = repr(error) or "failed"
-    print(MARKER + json.dumps(said), flush=True)
+            results[name] = repr(error) or "failed"
+    print(MARKER + json.dumps(results), flush=True)
     sys.stdout.flush()
 
 
 def read(output: str) -> dict[str, str]:
-    """What `run` has printed. Raises ValueError where a script ended without it."""
+    """Return what `run` has printed. Raises ValueError where a script ended without it."""
     lines = [line for line in output.splitlines() if line.startswith(MARKER)]
     if not lines:
-        raise ValueError(f"the checks ended without a word:\n{output[-4000:]}")
-    said: dict[str, str] = json.loads(lines[-1].removeprefix(MARKER))
-    return said
+        raise ValueError(f"the checks ended without a report:\n{output[-4000:]}")
+    results: dict[str, str] = json.loads(lines[-1].removeprefix(MARKER))
+    return results

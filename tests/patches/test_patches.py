@@ -23,13 +23,13 @@ from tests.patches.report import read
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 300
-ON_SOFTWARE_NPUS = ("vllm", "vllm-ascend", "ray-ascend")
+ON_SOFTWARE_NPUS = ("vllm", "vllm-ascend")
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
 CLUSTERS = {"vllm-0004": "check_vllm_cluster", "vllm-0005": "check_vllm_cluster", "vllm-0008": "check_vllm_cluster"}
 """Checks that need a Ray cluster of two nodes, with vLLM in its workers."""
-SLOW = {*CLUSTERS, "ray-0002", "ray-ascend-0001", "ray-ascend-0002"}
+SLOW = {*CLUSTERS, "ray-0002"}
 
 
 def script_of(patch: Patch) -> str:
@@ -40,17 +40,17 @@ def script_of(patch: Patch) -> str:
     "patch",
     [pytest.param(each, id=each.test, marks=[pytest.mark.slow] if each.test in SLOW else []) for each in series()],
 )
-def test_the_defect_is_there_and_the_patch_mends_it(patch: Patch, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_defect_is_there_and_the_patch_fixes_it(patch: Patch, tmp_path_factory: pytest.TempPathFactory) -> None:
     base = tmp_path_factory.getbasetemp()
-    before, after = (said(script_of(patch), patch.project, patched, base) for patched in (False, True))
+    before, after = (run_checks(script_of(patch), patch.project, patched, base) for patched in (False, True))
     assert before[patch.test], "the released package does without the patch: is the defect gone, or the check no good?"
-    assert patch.shows in before[patch.test], "not the defect that the patch mends"
+    assert patch.shows in before[patch.test], "not the defect that the patch fixes"
     assert not after[patch.test]
 
 
 @functools.cache
-def said(script: str, project: str, patched: bool, base: Path) -> dict[str, str]:
-    """What a script of checks says, by patch: an empty text where all is well."""
+def run_checks(script: str, project: str, patched: bool, base: Path) -> dict[str, str]:
+    """Run a script of checks; return by patch why its check failed, an empty text where it passed."""
     package = package_of(project)
     folder = base / f"{script}-{'patched' if patched else 'released'}"
     folder.mkdir(exist_ok=True)
@@ -60,7 +60,7 @@ def said(script: str, project: str, patched: bool, base: Path) -> dict[str, str]
     command = [sys.executable, "-m", f"tests.patches.{script}"]
     environment = {**os.environ, **QUIET, "PYTHONPATH": os.pathsep.join(paths), "VLLM_RAY_ASCEND": "0"}
     if project in ON_SOFTWARE_NPUS:
-        command = [str(Path(sys.executable).parent / "vllm-ray-ascend"), "softnpu", "exec", "--", *command]
+        command = [str(Path(sys.executable).parent / "softnpu"), "exec", "--", *command]
     else:
         environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # it would look for CANN
     ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
@@ -68,7 +68,7 @@ def said(script: str, project: str, patched: bool, base: Path) -> dict[str, str]
 
 
 def package_of(project: str) -> Path:
-    """The installed package; of one that is not installed, the released source of the newest supported release."""
+    """Return the installed package; else the released source of the newest supported release."""
     name = project.replace("-", "_")
     spec = find_spec(name)
     if spec is not None and spec.origin is not None:

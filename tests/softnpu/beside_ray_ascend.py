@@ -1,4 +1,4 @@
-"""A driver with ray-ascend beside us: its transport and ours, in the same actors. Prints what came by which."""
+"""A driver with ray-ascend and this package: its transport and ours, in the same actors. Prints what came by which."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from ray.experimental.collective import create_collective_group
 from ray_ascend import register_hccl_collective_backend, register_hccl_tensor_transport
 
-from vllm_ray_ascend.transport import direct
+from vllm_ray_ascend.ray_transport import direct
 
 LIMIT = 120
 
@@ -45,7 +45,7 @@ def main(first: str) -> None:
     actor = ray.remote(resources={"NPU": 1}, num_cpus=0)(Both)
     one, other = actor.remote(), actor.remote()
     create_collective_group([one, other], backend="HCCL")
-    found = [ray.get(other.total.remote(gift.remote()), timeout=LIMIT) for gift in (one.ours, one.theirs, one.ours)]
+    found = [ray.get(other.total.remote(method.remote()), timeout=LIMIT) for method in (one.ours, one.theirs, one.ours)]
     print(json.dumps({"name": name, "found": found}))
 
 

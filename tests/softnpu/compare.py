@@ -24,7 +24,7 @@ def check_equal(actual: object, expected: object, dtype: torch.dtype) -> None:
 
 
 def check_eager_and_replayed(body: Body, expected: Body, draw: Callable[[], Inputs], dtype: torch.dtype) -> None:
-    """The body's results equal the expected ones, when it runs at once, and when a graph replays it with new inputs."""
+    """Check the body's results, when it runs eagerly and when a graph replays it with new inputs."""
     first = draw()
     placed = [tensor.npu() for tensor in first]
     check_equal(body(*placed), expected(*first), dtype)

@@ -1,4 +1,4 @@
-"""Tests of the software NPU. They run on it: pytest itself is started by `vllm-ray-ascend softnpu exec`."""
+"""Tests of the software NPU. They run on it: pytest itself is started by `softnpu exec`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-COMMAND = "vllm-ray-ascend softnpu exec -- python -m pytest tests/softnpu"
+COMMAND = "softnpu exec -- python -m pytest tests/softnpu"
 
 if "SOFTNPU_LIB" not in os.environ:
     raise pytest.UsageError(f"The tests of the software NPU run on it. Start them with: {COMMAND}")
@@ -31,7 +31,7 @@ _OF_A_DRIVER = ("HCCL_", "GLOO_", "RAY_", "VLLM_HOST_IP")
 
 @pytest.fixture(autouse=True, scope="module")
 def variables_of_this_module() -> Iterator[None]:
-    """What Ray and our transports set in a driver, here pytest, does not reach the processes of the next module."""
+    """Restore the variables that Ray and the transports set in a driver, here pytest, after each module."""
     before = {name: value for name, value in os.environ.items() if name.startswith(_OF_A_DRIVER)}
     yield
     for name in [name for name in os.environ if name.startswith(_OF_A_DRIVER)]:

@@ -23,7 +23,7 @@ class Gate:
 
 @contextmanager
 def gated(stream: torch.npu.Stream) -> Iterator[Gate]:
-    """A gate that is open at the end in any case, so that a failed test leaves no stream waiting."""
+    """Yield a gate that is opened at the end in any case, so that a failed test leaves no stream waiting."""
     gate = Gate(stream)
     try:
         yield gate

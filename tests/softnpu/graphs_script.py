@@ -14,28 +14,28 @@ from typing import Any
 import torch
 import torch_npu  # noqa: F401
 
-from vllm_ray_ascend.accelerators.choose import accelerator
+from vllm_ray_ascend.accelerators.choose import get_accelerator
 
 MARKER = "RESULT "
 MIB = 1 << 20
-NPU = accelerator("npu")
+NPU = get_accelerator("npu")
 
 
 def held() -> dict[str, int]:
-    """MiB and streams of this process, as the device layer counts them."""
-    from vllm_ray_ascend.softnpu.table import holdings
+    """Return MiB and streams of this process, as the software NPU counts them."""
+    from softnpu.node_table import read_node_table
 
     gc.collect()
     torch.npu.empty_cache()
-    mine = [each for each in holdings() if each.pid == os.getpid()]
+    mine = [each for each in read_node_table() if each.pid == os.getpid()]
     return {"mib": sum(each.memory for each in mine) // MIB, "streams": sum(each.streams for each in mine)}
 
 
-def said(function: Any) -> str:
-    """What ``function`` raised, or ""."""
+def error_of(function: Any) -> str:
+    """Return what ``function`` raised, or ""."""
     try:
         function()
-    except Exception as error:  # noqa: BLE001  the text is what is asked for
+    except Exception as error:  # noqa: BLE001  the text is the result
         return " ".join(str(error).split())
     return ""
 
@@ -51,7 +51,7 @@ class Captures:
         self._stream = torch.npu.Stream()
         self.graphs: list[Any] = []
 
-    def one(self, mib: int = 1) -> None:
+    def capture_one(self, mib: int = 1) -> None:
         """Capture a graph that works on so much memory."""
         with torch.npu.stream(self._stream):
             stream = NPU.current_stream()
@@ -63,34 +63,34 @@ class Captures:
                 NPU.set_stream(stream)
             self.graphs.append(graph)
 
-    def until_it_fails(self) -> str:
-        """Capture until the NPU has no stream left."""
+    def capture_until_failure(self) -> str:
+        """Capture until the NPU has no stream left; return the error."""
         while True:
-            text = said(self.one)
+            text = error_of(self.capture_one)
             if text:
                 return text
 
-    def drop(self) -> None:
+    def reset(self) -> None:
         for graph in self.graphs:
             graph.reset()
         self.graphs.clear()
 
 
 def no_streams() -> dict[str, Any]:
-    """A capture that cannot even begin, then all over again with fewer."""
+    """A capture that cannot begin, then again with fewer graphs."""
     captures = Captures()
     before = held()
-    failure = captures.until_it_fails()
-    full, free = held(), NPU.free_streams()
-    captures.drop()
+    failure = captures.capture_until_failure()
+    full, free = held(), NPU.count_free_streams()
+    captures.reset()
     return {
-        "free": [free, NPU.free_streams()],
+        "free": [free, NPU.count_free_streams()],
         "failure": failure,
         "graphs": full["streams"] - before["streams"],
         "left": {name: held()[name] - before[name] for name in before},
-        "same_pool": said(captures.one),
-        "again": said(Captures().one),
-        "random": said(lambda: torch.rand(2, device="npu").tolist()),
+        "same_pool": error_of(captures.capture_one),
+        "again": error_of(Captures().capture_one),
+        "random": error_of(lambda: torch.rand(2, device="npu").tolist()),
     }
 
 
@@ -100,16 +100,16 @@ def broken() -> dict[str, Any]:
     before = held()
     with open(os.environ["SOFTNPU_FAULTS"][1:], "w") as faults:
         faults.write("capture:after=0")
-    failure = said(lambda: captures.one(mib=64))
+    failure = error_of(lambda: captures.capture_one(mib=64))
     with open(os.environ["SOFTNPU_FAULTS"][1:], "w"):
         pass
     left = held()
-    memory = said(lambda: captures.one(mib=4096))
+    memory = error_of(lambda: captures.capture_one(mib=4096))
     return {
         "failure": failure,
         "memory": memory,
         "left": {name: left[name] - before[name] for name in before},
-        "again": said(captures.one),
+        "again": error_of(captures.capture_one),
     }
 
 
@@ -145,11 +145,11 @@ def update() -> dict[str, Any]:
     step(2.0, 3.0)
     torch.npu.synchronize()
     good = out.tolist()
-    return {"good": good, "failure": said(lambda: step(2.0, -1.0)), "synchronize": said(torch.npu.synchronize)}
+    return {"good": good, "failure": error_of(lambda: step(2.0, -1.0)), "synchronize": error_of(torch.npu.synchronize)}
 
 
-def lost() -> dict[str, Any]:
-    """A stream that joins a capture and is not there: torch_npu asks for it in its task queue, which ends with that."""
+def unusable() -> dict[str, Any]:
+    """A stream that joins a capture and is not available: torch_npu allocates it in its task queue, which ends then."""
     side, event = torch.npu.Stream(), torch.npu.Event()
     x, stream, graphs = torch.ones(4, device="npu"), NPU.current_stream(), []
 
@@ -164,25 +164,32 @@ def lost() -> dict[str, Any]:
             event.wait()
         graphs.append(graph)
 
-    worked = NPU.works()
-    while not (failure := said(capture)):
+    usable_before = NPU.is_device_usable()
+    while not (failure := error_of(capture)):
         pass
     NPU.set_stream(stream)
-    return {"worked": worked, "graphs": len(graphs), "failure": failure, "works": NPU.works()}
+    return {
+        "usable_before": usable_before,
+        "graphs": len(graphs),
+        "failure": failure,
+        "usable_after": NPU.is_device_usable(),
+    }
 
 
 def main(hooked: bool) -> dict[str, Any]:
     import vllm_ascend.worker.worker  # noqa: F401
 
     if hooked:
-        from vllm_ray_ascend.graphs import hooks
+        from vllm_ray_ascend.acl_graphs import hooks
 
         NPU.watch_captures()
         NPU.watch_captures()
         hooks.install()
         hooks.install()
-    torch.npu.Stream()  # torch_npu makes its streams all at once
-    return {"no_streams": no_streams(), "broken": broken(), "update": update(), "lost": lost()}
+    torch.npu.Stream()  # torch_npu creates its streams all at once
+    results = {"no_streams": no_streams(), "broken": broken(), "update": update()}
+    # Without the hooks the failed update has stopped the device.
+    return {**results, "unusable": unusable()} if hooked else results
 
 
 if __name__ == "__main__":

@@ -36,32 +36,32 @@ class HcclError(Exception):
 
 
 def error_text() -> str:
-    """What aclGetRecentErrMsg says."""
+    """Return the text of aclGetRecentErrMsg."""
     return (acl.aclGetRecentErrMsg() or b"").decode()
 
 
 def call(name: str, *arguments: Any) -> None:
-    """Calls an HCCL function; raises HcclError."""
+    """Call an HCCL function. Raises HcclError."""
     code = getattr(hccl, name)(*arguments)
     if code != SUCCESS:
         raise HcclError(code)
 
 
 def start(device: int = RANK) -> None:
-    """Opens the device."""
+    """Open the device."""
     assert acl.aclInit(None) == 0
     assert acl.aclrtSetDevice(device) == 0, error_text()
 
 
 def new_stream() -> c_void_p:
-    """A stream of the device that is set."""
+    """Return a stream of the device that is set."""
     stream = c_void_p()
     assert acl.aclrtCreateStream(byref(stream)) == 0, error_text()
     return stream
 
 
 def root_info(name: str = "root", root: int = 0) -> Any:
-    """The root information that rank `root` makes and hands to the others through a file."""
+    """Return the root information that rank `root` makes and passes to the others in a file."""
     path, info = FOLDER / name, RootInfo()
     if root == RANK:
         call("HcclGetRootInfo", byref(info))
@@ -75,64 +75,64 @@ def root_info(name: str = "root", root: int = 0) -> Any:
 
 
 def init(name: str = "root", size: int = SIZE, rank: int = RANK) -> c_void_p:
-    """A communicator of all ranks."""
+    """Return a communicator of all ranks."""
     comm = c_void_p()
     call("HcclCommInitRootInfo", c_uint32(size), byref(root_info(name)), c_uint32(rank), byref(comm))
     return comm
 
 
 def pointer(array: np.ndarray) -> c_void_p:
-    """The address of an array's data."""
+    """Return the address of an array's data."""
     return c_void_p(array.ctypes.data)
 
 
 def all_reduce(comm: c_void_p, stream: c_void_p, array: np.ndarray, kind: int = FP32, op: int = SUM) -> None:
-    """Appends an all-reduce in place."""
+    """Append an all-reduce in place."""
     call("HcclAllReduce", pointer(array), pointer(array), c_uint64(array.size), kind, op, comm, stream)
 
 
 def send(comm: c_void_p, stream: c_void_p, array: np.ndarray, peer: int) -> None:
-    """Appends a send of an int32 array."""
+    """Append a send of an int32 array."""
     call("HcclSend", pointer(array), c_uint64(array.size), INT32, c_uint32(peer), comm, stream)
 
 
 def receive(comm: c_void_p, stream: c_void_p, array: np.ndarray, peer: int) -> None:
-    """Appends a receive of an int32 array."""
+    """Append a receive of an int32 array."""
     call("HcclRecv", pointer(array), c_uint64(array.size), INT32, c_uint32(peer), comm, stream)
 
 
 def synchronize(stream: c_void_p) -> None:
-    """Waits for the stream, which must be well."""
+    """Wait for the stream, which must not have failed."""
     assert acl.aclrtSynchronizeStream(stream) == 0, error_text()
 
 
 def broken(stream: c_void_p) -> str:
-    """Waits for the stream, which must have failed; what aclGetRecentErrMsg says."""
+    """Wait for the stream, which must have failed; returns the text of aclGetRecentErrMsg."""
     assert acl.aclrtSynchronizeStream(stream) != 0, "no error"
     return error_text()
 
 
 def async_error(comm: c_void_p) -> int:
-    """What the watchdog of torch_npu sees."""
+    """Return what the watchdog of torch_npu sees."""
     error = c_int()
     call("HcclGetCommAsyncError", comm, byref(error))
     return error.value
 
 
 def mark(name: str) -> None:
-    """Tells the other ranks that this one has come so far."""
+    """Report to the other ranks that this one has reached this point."""
     (FOLDER / f"{name}.mark").touch()
 
 
 def await_mark(name: str) -> None:
-    """Waits until a rank has come so far."""
+    """Wait until a rank has reached that point."""
     while not (FOLDER / f"{name}.mark").exists():
         time.sleep(0.005)
 
 
 @contextmanager
 def refused(code: int, *words: str, or_code: int | None = None) -> Iterator[None]:
-    """The block must raise HcclError with `code`, or with `or_code`, and a text with `words`."""
+    """Check that the block raises HcclError with `code`, or with `or_code`, and a text with `words`."""
     found: HcclError | None = None
     try:
         yield
@@ -144,7 +144,7 @@ def refused(code: int, *words: str, or_code: int | None = None) -> Iterator[None
 
 
 def wait_until(condition: Callable[[], bool], limit: float = 20) -> None:
-    """What other threads are about to do comes true within `limit` seconds."""
+    """Check that a condition becomes true within `limit` seconds."""
     deadline = time.monotonic() + limit
     while not condition():
         assert time.monotonic() < deadline, f"descriptors {descriptors()}, {threads()} threads"
@@ -152,7 +152,7 @@ def wait_until(condition: Callable[[], bool], limit: float = 20) -> None:
 
 
 def descriptors() -> list[str]:
-    """What this process has open."""
+    """Return what this process has open."""
     found = []
     for entry in os.listdir("/proc/self/fd"):
         try:
@@ -163,5 +163,5 @@ def descriptors() -> list[str]:
 
 
 def threads() -> int:
-    """How many threads this process has."""
+    """Return how many threads this process has."""
     return len(os.listdir("/proc/self/task"))

@@ -19,36 +19,36 @@ EVERYONE = range(SIZE)
 
 
 def start() -> None:
-    """The process group of all ranks."""
+    """Return the process group of all ranks."""
     torch.npu.set_device(RANK)
     store, limit = f"file://{FOLDER}/store", datetime.timedelta(seconds=80)
     dist.init_process_group("hccl", init_method=store, rank=RANK, world_size=SIZE, timeout=limit)
 
 
 def made(rank: int, count: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """The data of a rank, on the CPU: small whole numbers, so that sums and products are exact in every type."""
+    """Return the data of a rank, on the CPU: small whole numbers, so that sums and products are exact in every type."""
     generator = torch.Generator().manual_seed(1000 * seed + rank)
     return torch.randint(-3, 4, (count,), generator=generator).to(dtype)
 
 
 def npu(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor on this rank's device."""
+    """Return the tensor on this rank's device."""
     return tensor.to(f"npu:{RANK}")
 
 
 def empty(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """Room on this rank's device."""
+    """Return an empty tensor on this rank's device."""
     return torch.empty(count, dtype=dtype, device=f"npu:{RANK}")
 
 
 def same(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-    """Fails unless both are equal."""
+    """Check that both are equal."""
     found = found.cpu()
     assert found.dtype == expected.dtype and torch.equal(found, expected), f"{what}: {found} is not {expected}"
 
 
 def reductions(dtype: torch.dtype) -> None:
-    """all_reduce, reduce, reduce_scatter."""
+    """Check all_reduce, reduce, reduce_scatter."""
     rows = torch.stack([made(rank, 6 * SIZE, dtype) for rank in EVERYONE])
     wide = rows.to(torch.float64) if dtype.is_floating_point else rows
     for op, expected in (
@@ -72,7 +72,7 @@ def reductions(dtype: torch.dtype) -> None:
 
 
 def movements(dtype: torch.dtype) -> None:
-    """broadcast, all_gather, gather, scatter, all_to_all."""
+    """Check broadcast, all_gather, gather, scatter, all_to_all."""
     rows = [made(rank, 5 * SIZE, dtype, seed=1) for rank in EVERYONE]
     for root in EVERYONE:
         data = npu(rows[RANK])
@@ -95,7 +95,7 @@ def movements(dtype: torch.dtype) -> None:
 
 
 def uneven_all_to_all(dtype: torch.dtype) -> None:
-    """Rank i sends i + 2j numbers to rank j: none at all from the first to itself."""
+    """Send i + 2j numbers from rank i to rank j: none from the first to itself."""
     counts = [[i + 2 * j for j in EVERYONE] for i in EVERYONE]
     rows = [made(rank, sum(counts[rank]), dtype, seed=2) for rank in EVERYONE]
     incoming = [counts[peer][RANK] for peer in EVERYONE]
@@ -105,7 +105,7 @@ def uneven_all_to_all(dtype: torch.dtype) -> None:
 
 
 def point_to_point(dtype: torch.dtype) -> None:
-    """Batches round the ring in both directions, and plain sends and receives."""
+    """Send batches around the ring in both directions, and use plain sends and receives."""
     after, before = (RANK + 1) % SIZE, (RANK - 1) % SIZE
     own, from_before, from_after = npu(made(RANK, 9, dtype)), empty(9, dtype), empty(9, dtype)
     operations = [dist.P2POp(dist.isend, own, after), dist.P2POp(dist.irecv, from_before, before)]
@@ -127,7 +127,7 @@ def point_to_point(dtype: torch.dtype) -> None:
 
 
 def groups_and_streams() -> None:
-    """Communicators of some and of all ranks, used at once from streams of their own."""
+    """Use communicators of some and of all ranks at once from streams of their own."""
     pair, all_again = dist.new_group([0, 1]), dist.new_group(list(EVERYONE))
     first, second = torch.npu.Stream(), torch.npu.Stream()
     data = [npu(torch.full((300_000,), RANK + 1, dtype=torch.int32)) for _ in range(3)]
@@ -148,7 +148,7 @@ def groups_and_streams() -> None:
 
 
 def large() -> None:
-    """64 MB: reduced, and sent both ways at once."""
+    """Reduce 64 MB, and send them both ways at once."""
     count = 16 << 20
     pattern = torch.arange(count, dtype=torch.int32)
     data = npu(pattern * (RANK + 1))
@@ -163,7 +163,7 @@ def large() -> None:
 
 
 def graph() -> None:
-    """A captured all_reduce runs at each replay, on what its input then holds."""
+    """Check that a captured all_reduce runs at each replay, on the input of that moment."""
     data = npu(torch.zeros(1000))
     dist.all_reduce(data)
     recorded = torch.npu.NPUGraph()
@@ -177,7 +177,7 @@ def graph() -> None:
 
 
 def listening() -> list[str]:
-    """Inodes of the listening sockets of this process."""
+    """Return inodes of the listening sockets of this process."""
     own = set()
     for entry in Path("/proc/self/fd").iterdir():
         try:
@@ -194,7 +194,7 @@ def listening() -> list[str]:
 
 
 def collectives() -> None:
-    """All of it."""
+    """Return all of it."""
     start()
     for dtype in TYPES:
         reductions(dtype)
@@ -211,7 +211,7 @@ def collectives() -> None:
 
 
 def killed() -> None:
-    """The last rank is killed; what the others wait for fails."""
+    """Kill the last rank: the waits of the others fail."""
     start()
     data = npu(torch.ones(4))
     dist.all_reduce(data)

@@ -1,4 +1,4 @@
-"""What tests.softnpu.test_plugin runs in a fresh process: one function a case, printing a JSON line after a marker.
+"""Cases that tests.softnpu.test_plugin runs in a fresh process each: a function that prints JSON after a marker.
 
 python -m tests.softnpu.plugin_script process
 """
@@ -17,7 +17,7 @@ PROMPT = "The Zen of Python, by Tim Peters"
 
 
 def platform() -> dict[str, Any]:
-    """vLLM's platform in this process."""
+    """Return vLLM's platform in this process."""
     from vllm.platforms import current_platform
 
     kind = type(current_platform)
@@ -29,7 +29,7 @@ def platform() -> dict[str, Any]:
 
 
 def actors() -> list[dict[str, Any]]:
-    """The same in Ray actors that have only the variables which workers get before they import anything."""
+    """Return the same in Ray actors that have only the variables which workers get before they import anything."""
     import ray
 
     from vllm_ray_ascend.environment.table import early_variables
@@ -37,18 +37,19 @@ def actors() -> list[dict[str, Any]]:
     _local_cluster(npus=1)
     drivers: list[dict[str, str]] = json.loads(sys.argv[2])
     asked = [
-        ray.remote(_Asked).options(runtime_env={"env_vars": early_variables(driver)}).remote() for driver in drivers
+        ray.remote(PlatformActor).options(runtime_env={"env_vars": early_variables(driver)}).remote()
+        for driver in drivers
     ]
     return ray.get([actor.platform.remote() for actor in asked], timeout=200)  # type: ignore[no-any-return]
 
 
-class _Asked:
+class PlatformActor:
     def platform(self) -> dict[str, Any]:
         return platform()
 
 
 def process() -> dict[str, Any]:
-    """The platform, and the class that `--distributed-executor-backend ray` means, asked as vLLM asks."""
+    """Return the platform, and the class that `--distributed-executor-backend ray` means, asked as vLLM asks."""
     from types import SimpleNamespace
     from typing import cast
 
@@ -65,7 +66,7 @@ def process() -> dict[str, Any]:
 
 
 def config() -> dict[str, Any]:
-    """What making an engine's configuration says: without Ray, or with the package metadata of a folder."""
+    """Return the error of an engine's configuration: without Ray, or with the package metadata of a folder."""
     if sys.argv[2] == "without-ray":
         sys.modules["ray"] = None  # type: ignore[assignment]
     else:
@@ -81,7 +82,7 @@ def config() -> dict[str, Any]:
 
 
 def growing() -> dict[str, Any]:
-    """A cluster that gets its second NPU while the executor's check waits for it."""
+    """Add the second NPU to a cluster while the executor's check waits for it."""
     import time
     from concurrent.futures import ThreadPoolExecutor
     from types import SimpleNamespace
@@ -108,7 +109,7 @@ def growing() -> dict[str, Any]:
 
 
 def engine() -> dict[str, Any]:
-    """A healthy engine on one node: executor, workers, their variables, the text."""
+    """Run a healthy engine on one node: executor, workers, their variables, the text."""
     import ray
 
     _local_cluster(npus=2)
@@ -121,10 +122,60 @@ def engine() -> dict[str, Any]:
     return {
         "text": out[0].outputs[0].text,
         "executor": type(running).__qualname__,
-        "ranks": [[rank.rank, rank.address, rank.visible, rank.physical, rank.pid] for rank in running.ranks],
+        "ranks": [[rank.rank, rank.address, rank.visible_index, rank.physical_id, rank.pid] for rank in running.ranks],
         "workers": llm.collective_rpc(_worker_facts),
         "address": ray.util.get_node_ip_address(),
     }
+
+
+def framework() -> dict[str, Any]:
+    """Run an engine after a framework's patches: subclasses of executor and worker, and a wrapped startup.
+
+    They are made before vLLM loads its plugins.
+    """
+    import functools
+
+    import vllm.v1.executor.ray_executor_v2 as upstream
+    from vllm import SamplingParams
+
+    calls: list[str] = []
+    before: Any = upstream.RayExecutorV2._init_executor
+
+    @functools.wraps(before)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        calls.append("wrapper")
+        before(self, *args, **kwargs)
+
+    parents: Any = upstream
+
+    class Executor(parents.RayExecutorV2):  # type: ignore[misc]
+        def _init_executor(self) -> None:
+            calls.append("subclass")
+            super()._init_executor()
+
+    class Worker(parents.RayWorkerProc):  # type: ignore[misc]
+        def initialize_worker(self, *args: Any, **kwargs: Any) -> None:
+            os.environ["FRAMEWORK"] = "ran"
+            super().initialize_worker(*args, **kwargs)
+
+    parents.RayWorkerProc = Worker
+    parents.RayExecutorV2._init_executor = wrapper
+    parents.RayExecutorV2 = Executor
+    _local_cluster(npus=2)
+    llm = _llm(tensor_parallel_size=2)
+    running = llm.llm_engine.engine_core.engine_core.model_executor
+    out = llm.generate([PROMPT], SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
+    return {
+        "calls": calls,
+        "executor": type(running).__qualname__,
+        "reported": len(running.ranks),
+        "workers": llm.collective_rpc(_framework_facts),
+        "text": out[0].outputs[0].text,
+    }
+
+
+def _framework_facts(_: Any) -> Any:
+    return os.environ.get("FRAMEWORK")
 
 
 def _worker_facts(worker: Any) -> dict[str, Any]:
@@ -141,7 +192,7 @@ def _worker_facts(worker: Any) -> dict[str, Any]:
 
 
 def refused() -> dict[str, Any]:
-    """An engine that cannot start, and what it leaves. Arguments: NPUs, tensor parallel size, visible list."""
+    """Try an engine that cannot start; return what it leaves. Arguments: NPUs, tensor parallel size, visible list."""
     import ray
 
     npus, size, visible = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
@@ -193,7 +244,7 @@ def _llm(**sizes: int) -> Any:
     )
 
 
-CASES = {function.__name__: function for function in (process, actors, config, growing, engine, refused)}
+CASES = {function.__name__: function for function in (process, actors, config, growing, engine, framework, refused)}
 
 if __name__ == "__main__":
     print(MARKER + json.dumps(CASES[sys.argv[1]]()), flush=True)

@@ -39,13 +39,13 @@ def run_ranks(
     limit: float = 240,
     size: int | None = None,
 ) -> list[Outcome]:
-    """Runs `worker` (a module beside this one) once for each rank; fails when one has not ended after `limit` seconds.
+    """Run `worker` (a module beside this one) once for each rank; fails when one has not ended after `limit` seconds.
 
-    `folder` is shared by the ranks; `size` is the number of ranks they are told, if not all of them are started.
+    `folder` is shared by the ranks; `size` is the world size that they get, if not all of them are started.
     """
     members = [Rank(number) for number in range(ranks)] if isinstance(ranks, int) else list(ranks)
     folder.mkdir(parents=True, exist_ok=True)
-    # Nodes are told apart by their network namespaces, unless a test names them.
+    # Nodes are distinguished by their network namespaces, unless a test names them.
     base = {name: value for name, value in os.environ.items() if name != "SOFTNPU_NODE"}
     base |= {"SOFTNPU_STATE_DIR": str(folder), "WORLD_SIZE": str(size or len(members)), "TEST_FOLDER": str(folder)}
     base |= variables or {}
@@ -71,11 +71,11 @@ def run_ranks(
 
 
 def listed(outcomes: Sequence[Outcome]) -> str:
-    """Codes and outputs, for an error message."""
+    """Return exit codes and outputs, for an error message."""
     return "\n".join(f"--- exit code {each.code}\n{each.output[-4000:]}" for each in outcomes)
 
 
 def succeeded(outcomes: Sequence[Outcome]) -> list[str]:
-    """The outputs, if every rank ended well; else fails with all of them."""
+    """Return the outputs, if every rank ended well; else fails with all of them."""
     assert all(outcome.code == 0 for outcome in outcomes), listed(outcomes)
     return [outcome.output for outcome in outcomes]

@@ -7,19 +7,27 @@ import os
 from functools import cache
 
 OK = 0
+BAD_ARGUMENT = 107000
+NO_CONTEXT = 107002
 WAIT_TIMEOUT = 107019
 STREAM_UNJOINED = 107025
 STREAM_CAPTURED = 107027
 EVENT_CAPTURED = 107028
 FORBIDDEN_IN_CAPTURE = 107030
+NOT_SUPPORTED = 207000
 NO_STREAM = 207008
+RESET_TOO_OFTEN = 507007
+DEVICE_ERROR = 507015
 SYNC_TIMEOUT = 507046
+EVENT_TIMEOUT = 507047
 CAPTURE_INVALIDATED = 507903
+CONTINUE_ON_FAILURE, STOP_ON_FAILURE = 0, 1
+CAPTURE_GLOBAL, CAPTURE_RELAXED = 0, 2
 
 
 @cache
 def runtime() -> ctypes.CDLL:
-    """libascendcl.so, the one that torch_npu uses in this process."""
+    """Load libascendcl.so, the one that torch_npu uses in this process."""
     return ctypes.CDLL(os.path.join(os.environ["SOFTNPU_LIB"], "libascendcl.so"))
 
 
@@ -37,15 +45,30 @@ class RawStream:
         assert runtime().aclrtCreateStream(ctypes.byref(self.handle)) == OK, recent_error()
         self._value = ctypes.c_uint64(0)
         self.seen: list[int] = []
-        self._callbacks: list[object] = []  # ctypes frees a callback that nobody holds
+        self._callbacks: list[object] = []  # ctypes frees a callback without a reference
         equal = 1
         assert runtime().aclrtValueWait(ctypes.byref(self._value), ctypes.c_uint64(1), equal, self.handle) == OK
+
+    def fail(self) -> None:
+        """Queue a memset. The fault "device_error:device=0,task=memset" makes it fail on the device."""
+        self._target = (ctypes.c_byte * 8)()
+        assert runtime().aclrtMemsetAsync(self._target, ctypes.c_size_t(8), 1, ctypes.c_size_t(8), self.handle) == OK
+
+    def set_failure_mode(self, mode: int) -> int:
+        return int(runtime().aclrtSetStreamFailureMode(self.handle, ctypes.c_uint64(mode)))
+
+    def record(self) -> ctypes.c_void_p:
+        """Return a new event, which the stream records behind what it was given."""
+        event = ctypes.c_void_p()
+        assert runtime().aclrtCreateEventExWithFlag(ctypes.byref(event), ctypes.c_uint32(8)) == OK, recent_error()
+        assert runtime().aclrtRecordEvent(event, self.handle) == OK, recent_error()
+        return event
 
     def open(self) -> None:
         self._value.value = 1
 
     def note(self, number: int) -> None:
-        """Queues a host function that appends the number to `seen`."""
+        """Queue a host function that appends the number to `seen`."""
         callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: self.seen.append(number))
         self._callbacks.append(callback)
         assert runtime().aclrtLaunchHostFunc(self.handle, callback, None) == OK

@@ -1,4 +1,4 @@
-"""The NPU's class of accelerators on a software NPU: threads, streams, events, captures, memory, errors."""
+"""The NPU's accelerator class on a software NPU: threads, streams, events, captures, memory, errors."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import torch
 from tests.softnpu.device import gated
 from tests.softnpu.processes import check_python
 from vllm_ray_ascend.accelerators.base import Accelerator
-from vllm_ray_ascend.accelerators.choose import accelerator, current
+from vllm_ray_ascend.accelerators.choose import current_accelerator, get_accelerator
 from vllm_ray_ascend.devices.kind import NPU
 from vllm_ray_ascend.errors import CaptureError
 
 
 @pytest.fixture
 def npu() -> Iterator[Accelerator]:
-    found = accelerator("npu")
+    found = get_accelerator("npu")
     found.bind_thread(0)
     yield found
     found.bind_thread(0)
 
 
-def in_a_thread(body: Callable[[], Any]) -> Any:
+def run_in_thread(body: Callable[[], Any]) -> Any:
     result: list[Any] = []
     thread = threading.Thread(target=lambda: result.append(body()))
     thread.start()
@@ -33,72 +33,72 @@ def in_a_thread(body: Callable[[], Any]) -> Any:
     return result[0]
 
 
-def test_it_is_the_one_of_vllms_platform(npu: Accelerator) -> None:
-    assert current() is npu
-    assert (npu.kind, npu.name, npu.communicator) == (NPU, "npu", "hccl")
-    assert npu.device_count() == 8 and npu.device(3) == torch.device("npu:3")
+def test_it_is_the_accelerator_of_vllms_platform(npu: Accelerator) -> None:
+    assert current_accelerator() is npu
+    assert (npu.kind, npu.name, npu.dist_backend) == (NPU, "npu", "hccl")
+    assert npu.device_count() == 8 and npu.torch_device(3) == torch.device("npu:3")
 
 
-def test_a_thread_has_the_device_that_it_was_bound_to(npu: Accelerator) -> None:
+def test_a_thread_uses_the_device_that_it_was_bound_to(npu: Accelerator) -> None:
     def body() -> tuple[int, int, int, str]:
-        npu.bind_thread(npu.device(5))
+        npu.bind_thread(npu.torch_device(5))
         made = torch.ones(2, device="npu").device
-        return npu.opened_device(), npu.current_device(), npu.physical(npu.opened_device()), str(made)
+        return npu.get_opened_device(), npu.current_device(), npu.physical_device_id(npu.get_opened_device()), str(made)
 
-    assert in_a_thread(body) == (5, 5, 5, "npu:5")
-    assert npu.opened_device() == npu.current_device() == 0
+    assert run_in_thread(body) == (5, 5, 5, "npu:5")
+    assert npu.get_opened_device() == npu.current_device() == 0
 
 
-def test_a_thread_that_opened_nothing_says_so(npu: Accelerator) -> None:
+def test_a_thread_that_opened_no_device_is_an_error(npu: Accelerator) -> None:
     def body() -> str:
         try:
-            return str(npu.opened_device())
+            return str(npu.get_opened_device())
         except RuntimeError as error:
             return str(error)
 
-    assert "aclrtGetDevice failed with CANN error 107002" in in_a_thread(body)
+    assert "VRA-410: CANN error 107002" in run_in_thread(body)
 
 
-def test_streams_are_the_threads_own(npu: Accelerator) -> None:
-    mine = npu.new_stream()
+def test_streams_are_per_thread(npu: Accelerator) -> None:
+    mine = npu.create_stream()
 
     def body() -> bool:
         npu.bind_thread(0)
         return bool(npu.current_stream() == mine)
 
-    with npu.on_stream(mine):
+    with npu.stream_context(mine):
         assert npu.current_stream() == mine
-        assert in_a_thread(body) is False
+        assert run_in_thread(body) is False
     assert npu.current_stream() != mine
 
 
 def test_events_order_streams(npu: Accelerator) -> None:
-    producer, consumer = npu.new_stream(), npu.new_stream()
-    x, seen, event = torch.zeros(4, device="npu"), torch.zeros(4, device="npu"), npu.new_event()
-    npu.synchronise()
+    producer, consumer = npu.create_stream(), npu.create_stream()
+    x, seen, event = torch.zeros(4, device="npu"), torch.zeros(4, device="npu"), npu.create_event()
+    npu.synchronize()
     with gated(producer) as gate:
-        with npu.on_stream(producer):
+        with npu.stream_context(producer):
             x.fill_(3.0)
             event.record()
-        with npu.on_stream(consumer):
+        with npu.stream_context(consumer):
             event.wait()
             seen.copy_(x)
         assert not event.query()
         gate.open()
-        npu.synchronise()
+        npu.synchronize()
     assert event.query() and seen.tolist() == [3.0] * 4
 
 
 def test_timed_events_measure(npu: Accelerator) -> None:
-    begin, end = npu.new_event(timed=True), npu.new_event(timed=True)
+    begin, end = npu.create_event(timed=True), npu.create_event(timed=True)
     begin.record()
     torch.ones(1000, device="npu").sum()
     end.record()
-    npu.synchronise()
+    npu.synchronize()
     assert begin.elapsed_time(end) > 0
 
 
-def test_nothing_of_ours_meets_a_capture(npu: Accelerator) -> None:
+def test_device_work_is_refused_during_a_capture(npu: Accelerator) -> None:
     npu.watch_captures()
     npu.watch_captures()
     x, y = torch.ones(4, device="npu"), torch.ones(4, device="npu")
@@ -106,29 +106,29 @@ def test_nothing_of_ours_meets_a_capture(npu: Accelerator) -> None:
 
     def other_thread() -> None:
         npu.bind_thread(0)
-        seen["other thread"] = npu.capturing()
+        seen["other thread"] = npu.is_capturing()
         try:
-            with npu.guard("a receive"):
+            with npu.exclude_captures("a receive"):
                 y.copy_(torch.zeros(4))  # would break the capture
         except CaptureError as error:
             seen["error"] = str(error)
 
-    npu.synchronise()
-    assert not npu.capturing()
+    npu.synchronize()
+    assert not npu.is_capturing()
     graph = npu.graph_class()
     with torch.npu.graph(graph):
-        seen["own thread"] = npu.capturing()
+        seen["own thread"] = npu.is_capturing()
         x.add_(1)
         thread = threading.Thread(target=other_thread)
         thread.start()
         thread.join()
-    assert not npu.capturing()
+    assert not npu.is_capturing()
     graph.replay()
-    npu.synchronise()
+    npu.synchronize()
     assert x.tolist() == [2.0] * 4
-    assert seen.pop("error").startswith("a receive would touch the device while a graph is captured")
+    assert "a receive would touch the device while a graph is captured" in seen.pop("error")
     assert seen == {"own thread": True, "other thread": True}
-    with npu.guard("a receive"):
+    with npu.exclude_captures("a receive"):
         y.copy_(torch.zeros(4))
     assert y.tolist() == [0.0] * 4
 
@@ -140,7 +140,7 @@ def test_a_capture_waits_for_the_work_of_another_thread(npu: Accelerator) -> Non
 
     def work() -> None:
         npu.bind_thread(0)
-        with npu.guard("a receive"):
+        with npu.exclude_captures("a receive"):
             working.set()
             finish.wait(30)
             x.copy_(torch.zeros(4))  # while the capture waits: it does not break it
@@ -151,37 +151,37 @@ def test_a_capture_waits_for_the_work_of_another_thread(npu: Accelerator) -> Non
             assert finish.is_set()
             x.add_(1)
 
-    npu.synchronise()
+    npu.synchronize()
     worker = threading.Thread(target=work)
     worker.start()
     working.wait(30)
     capturer = threading.Thread(target=capture)
     capturer.start()
-    while not npu.captures.under_way:
+    while not npu.captures.in_progress:
         pass
     finish.set()
     capturer.join()
     worker.join()
-    assert x.tolist() == [0.0] * 4 and not npu.capturing()
+    assert x.tolist() == [0.0] * 4 and not npu.is_capturing()
 
 
-def test_a_capture_that_failed_is_over(npu: Accelerator) -> None:
+def test_a_failed_capture_is_no_longer_in_progress(npu: Accelerator) -> None:
     npu.watch_captures()
     x = torch.ones(4, device="npu")
-    npu.synchronise()
+    npu.synchronize()
     with pytest.raises(RuntimeError) as raised, torch.npu.graph(npu.graph_class()):
         x.cpu()
-    assert not npu.capturing()
-    explained = npu.explain(raised.value)
+    assert not npu.is_capturing()
+    explained = npu.explain_error(raised.value)
     assert explained is not None and explained.startswith("ACL_ERROR_RT_STREAM_CAPTURE_INVALIDATED (507903)")
     assert (x + 1).tolist() == [2.0] * 4
 
 
 def test_memory(npu: Accelerator) -> None:
     npu.release_graphs(None)
-    before = npu.memory()
+    before = npu.get_memory_info()
     held = torch.empty(32 << 20, dtype=torch.uint8, device="npu")
-    after = npu.memory()
+    after = npu.get_memory_info()
     assert after.total == before.total >= after.free >= 0
     assert after.allocated - before.allocated >= held.numel()
     assert after.reserved - before.reserved >= held.numel()
@@ -189,7 +189,7 @@ def test_memory(npu: Accelerator) -> None:
 
 
 def test_graphs_are_released_with_their_streams() -> None:
-    """Those of vllm-ascend's wrapper, until the stream budget is used up: then as many can be captured again."""
+    """Capture graphs of vllm-ascend's wrapper until no stream is left: a release makes room for as many."""
     check_python(
         """
         import torch, torch_npu
@@ -198,17 +198,18 @@ def test_graphs_are_released_with_their_streams() -> None:
         from vllm.forward_context import BatchDescriptor, set_forward_context
         from vllm_ascend.ascend_config import init_ascend_config
         from vllm_ascend.compilation.acl_graph import ACLGraphWrapper
-        from vllm_ray_ascend.accelerators.choose import accelerator
+        from vllm_ray_ascend.accelerators.choose import get_accelerator
 
-        npu, config = accelerator("npu"), VllmConfig()
+        npu, config = get_accelerator("npu"), VllmConfig()
         npu.bind_thread(0)
+        npu.watch_captures()
         init_ascend_config(config)
-        x, side, event = torch.ones(4, device="npu"), npu.new_stream(), npu.new_event()
+        x, side, event = torch.ones(4, device="npu"), npu.create_stream(), npu.create_event()
 
         def model():  # a second stream: each graph costs one of the budget for as long as it lives
             event.record()
             event.wait(side)
-            with npu.on_stream(side):
+            with npu.stream_context(side):
                 x.add_(1)
             event.record(side)
             event.wait()
@@ -225,7 +226,7 @@ def test_graphs_are_released_with_their_streams() -> None:
                     try:
                         wrapper()
                     except RuntimeError as error:
-                        found = npu.explain(error)
+                        found = npu.explain_error(error)
                         assert found and "NO_STREAM_RESOURCE" in found, (found, error)
                         return size
             raise SystemExit("the budget never ended")
@@ -242,7 +243,7 @@ def test_graphs_are_released_with_their_streams() -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "value", "code", "said"),
+    ("setting", "value", "code", "explanation"),
     [
         ("SOFTNPU_MEMORY", "64M", "torch.empty(1 << 30, dtype=torch.uint8, device='npu')", "NPU out of memory: "),
         (
@@ -253,16 +254,16 @@ def test_graphs_are_released_with_their_streams() -> None:
         ),
     ],
 )
-def test_real_errors_are_explained(setting: str, value: str, code: str, said: str) -> None:
+def test_real_errors_are_explained(setting: str, value: str, code: str, explanation: str) -> None:
     check_python(
         f"""
         import torch, torch_npu
-        from vllm_ray_ascend.accelerators.choose import accelerator
+        from vllm_ray_ascend.accelerators.choose import get_accelerator
         try:
             {code}
         except RuntimeError as error:
-            found = accelerator("npu").explain(error)
-            assert found and found.startswith({said!r}), (found, str(error))
+            found = get_accelerator("npu").explain_error(error)
+            assert found and found.startswith({explanation!r}), (found, str(error))
         else:
             raise SystemExit("nothing was raised")
         """,
@@ -271,26 +272,26 @@ def test_real_errors_are_explained(setting: str, value: str, code: str, said: st
 
 
 def test_a_missing_rank_is_explained() -> None:
-    """HCCL through torch: rank 1 never comes."""
+    """HCCL through torch: rank 1 never connects."""
     check_python(
         """
         import os, torch, torch_npu, torch.distributed as dist
-        from vllm_ray_ascend.accelerators.choose import accelerator
-        npu = accelerator("npu")
+        from vllm_ray_ascend.accelerators.choose import get_accelerator
+        npu = get_accelerator("npu")
         npu.bind_thread(0)
         store = dist.HashStore()
-        dist.init_process_group(npu.communicator, store=store, rank=0, world_size=2)
+        dist.init_process_group(npu.dist_backend, store=store, rank=0, world_size=2)
         try:
             dist.all_reduce(torch.ones(4, device="npu"))
-            npu.synchronise()
+            npu.synchronize()
         except RuntimeError as error:
-            found = npu.explain(error)
+            found = npu.explain_error(error)
             print(found, flush=True)
             assert found and "HCCL_E_TIMEOUT (9)" in found, (found, str(error))
         else:
             raise SystemExit("nothing was raised")
         os._exit(0)
         """,
-        HCCL_CONNECT_TIMEOUT="3",
+        SOFTNPU_CONNECT_TIMEOUT="3",
         TORCH_HCCL_ASYNC_ERROR_HANDLING="0",
     )

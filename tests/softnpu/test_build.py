@@ -11,28 +11,28 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+from softnpu.errors import SoftNpuError
 
-from vllm_ray_ascend.errors import SoftNpuError
-from vllm_ray_ascend.softnpu import activate, build
+from softnpu import activate, build
 
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The files that the compiler made since the test began."""
+    """Record the files that the compiler makes during the test."""
     made: list[str] = []
-    run = build.run
+    run_compiler = build.run_compiler
 
-    def noted(command: list[str]) -> None:
-        run(command)
+    def run_and_record(command: list[str]) -> None:
+        run_compiler(command)
         made.append(Path(command[command.index("-o") + 1]).name if "-shared" in command else Path(command[-3]).name)
 
-    monkeypatch.setattr(build, "run", noted)
+    monkeypatch.setattr(build, "run_compiler", run_and_record)
     return made
 
 
 @pytest.fixture
 def sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """A small software NPU of two sources, with a cache of its own."""
+    """Make a small software NPU of two sources, with a cache of its own."""
     folder = tmp_path / "csrc"
     folder.mkdir()
     (folder / "one.cpp").write_text('extern "C" int one() { return 1; }\n')
@@ -46,42 +46,42 @@ def sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 
 def test_these_libraries_are_found_without_compiling(compiled: list[str]) -> None:
-    assert build.build() == Path(os.environ["SOFTNPU_LIB"])
+    assert build.build_libraries() == Path(os.environ["SOFTNPU_LIB"])
     assert compiled == []
 
 
 def test_another_clone_compiles_nothing_again(
     sources: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    build.build()
+    build.build_libraries()
     compiled.clear()
     clone = tmp_path / "clone" / "csrc"
     shutil.copytree(sources, clone)
     monkeypatch.setattr(build, "SOURCES", clone)
     monkeypatch.setattr(sys, "prefix", str(tmp_path / "clone" / ".venv"))
-    build.build()
+    build.build_libraries()
     assert compiled == ["libsmall.so"]
 
 
 def test_only_what_changed_is_compiled_again(sources: Path, compiled: list[str]) -> None:
-    first = build.build()
+    first = build.build_libraries()
     assert sorted(path.name for path in first.iterdir()) == ["libsmall.so"]
     assert sorted(compiled) == ["libsmall.so", "one.cpp", "two.cpp"]
     compiled.clear()
-    assert build.build() == first
+    assert build.build_libraries() == first
     assert compiled == []
     (sources / "two.cpp").write_text('extern "C" int two() { return 22; }\n')
-    assert build.build() != first
+    assert build.build_libraries() != first
     assert compiled == ["two.cpp", "libsmall.so"]
     compiled.clear()
     (sources / "common.h").write_text("// any source may read it\n")
-    build.build()
+    build.build_libraries()
     assert sorted(compiled) == ["libsmall.so", "one.cpp", "two.cpp"]
 
 
 def test_processes_that_start_at_once_build_once(sources: Path, compiled: list[str]) -> None:
     found: list[Path] = []
-    threads = [threading.Thread(target=lambda: found.append(build.build())) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: found.append(build.build_libraries())) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -91,20 +91,20 @@ def test_processes_that_start_at_once_build_once(sources: Path, compiled: list[s
 
 
 def test_key_depends_on_source_and_compiler(sources: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    keys = [build.cache_key()]
+    keys = [build.compute_cache_key()]
     (sources / "one.cpp").write_text("// changed\n")
-    keys.append(build.cache_key())
+    keys.append(build.compute_cache_key())
     other = tmp_path / "other-compiler"
-    other.symlink_to(build.compiler())
+    other.symlink_to(build.find_compiler())
     monkeypatch.setenv("CXX", str(other))
-    keys.append(build.cache_key())
+    keys.append(build.compute_cache_key())
     assert len(set(keys)) == 3
 
 
 def test_source_that_does_not_compile(sources: Path, tmp_path: Path) -> None:
     (sources / "two.cpp").write_text("no C++\n")
     with pytest.raises(SoftNpuError, match=r"(?s)Compiling the software NPU failed.*two\.cpp.*error"):
-        build.build()
+        build.build_libraries()
     assert not list((tmp_path / "cache").rglob("*.so"))
     assert all(path.suffix == ".o" for path in (tmp_path / "cache" / "objects").iterdir())
 
@@ -115,7 +115,7 @@ def test_no_compiler(sources: Path, monkeypatch: pytest.MonkeyPatch, variables: 
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SoftNpuError, match=r"no C\+\+ compiler.*CXX=/path/to"):
-        build.build()
+        build.build_libraries()
 
 
 def test_no_torch_npu(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +129,7 @@ def test_no_torch_npu(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         SoftNpuError, match=r"needs the package torch-npu, which is not installed.*pip install --no-deps torch-npu"
     ):
-        build.build()
+        build.build_libraries()
 
 
 def test_environment_keeps_what_the_user_set() -> None:
@@ -140,10 +140,10 @@ def test_environment_keeps_what_the_user_set() -> None:
         "OMP_NUM_THREADS": "3",
         "PATH": "/bin",
     }
-    once = activate.environment(base)
+    once = activate.make_environment(base)
     assert once["LD_LIBRARY_PATH"] == f"{once['SOFTNPU_LIB']}:/mine"
     assert once["LD_PRELOAD"] == f"{once['SOFTNPU_LIB']}/{build.PRELOADED}:/my/own.so"
     assert once["PYTHONPATH"].endswith(":/also/mine")
     assert (once["OMP_NUM_THREADS"], once["PATH"]) == ("3", "/bin")
-    assert activate.environment(once) == once
-    assert activate.environment({})["OMP_NUM_THREADS"] == "1"
+    assert activate.make_environment(once) == once
+    assert activate.make_environment({})["OMP_NUM_THREADS"] == "1"

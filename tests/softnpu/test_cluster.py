@@ -12,16 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from vllm_ray_ascend.softnpu.cluster import manager, namespaces, processes, state
-from vllm_ray_ascend.softnpu.cluster.plan import Cluster, ClusterError, Shape, plain_state_dir
+from softnpu.cluster import manager, namespaces, processes, state
+from softnpu.cluster.plan import Cluster, Shape, plain_state_dir
+from softnpu.errors import ClusterError
 
 pytestmark = pytest.mark.integration
 
 NAME = f"test-{os.getpid()}"
 OTHER = f"plain-{os.getpid()}"
 
-needs_namespaces = pytest.mark.skipif(namespaces.missing() is not None, reason=str(namespaces.missing()))
+MISSING = namespaces.missing_requirement()
+needs_namespaces = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 PLACES = """
 import json, os, socket, ray
@@ -67,9 +68,9 @@ def run_on(cluster: Cluster, index: int, *command: str) -> subprocess.CompletedP
 
 
 def traces(cluster: Cluster) -> list[str]:
-    """What is left of a cluster on the host."""
+    """Return what is left of a cluster on the host."""
     links = subprocess.run(["ip", "-brief", "link"], capture_output=True, text=True, check=True).stdout.split()
-    left = [f"process {pid}" for pid in processes.of_cluster(cluster)]
+    left = [f"process {pid}" for pid in processes.find_cluster_processes(cluster)]
     left += [link for link in links if cluster.bridge and link.startswith(cluster.bridge)]
     left += [line for line in Path("/proc/self/mounts").read_text().splitlines() if cluster.directory in line]
     paths = [Path(cluster.directory), state.base_dir() / f"{cluster.name}.json", plain_state_dir(cluster)]
@@ -94,10 +95,10 @@ def test_a_second_up_finds_it_and_another_shape_is_refused(cluster: Cluster) -> 
 def test_actors_are_spread_over_nodes_that_know_their_own_names(cluster: Cluster) -> None:
     result = run_on(cluster, 2, sys.executable, "-c", PLACES)
     assert result.returncode == 0, result.stderr
-    told = json.loads(result.stdout.splitlines()[-1])
+    found = json.loads(result.stdout.splitlines()[-1])
     head, other = cluster.nodes
-    assert told["driver"] == other.address, "a driver belongs to the node on which it was started"
-    assert told["places"] == [
+    assert found["driver"] == other.address, "a driver belongs to the node on which it was started"
+    assert found["places"] == [
         [node.address, node.hostname, node.address, npu] for node in (head, other) for npu in ("0", "1")
     ]
 
@@ -139,8 +140,8 @@ def test_exec_hands_on_exit_codes_signals_and_the_working_folder(cluster: Cluste
 
 @needs_namespaces
 def test_a_killed_raylet_is_noticed_and_down_leaves_nothing(cluster: Cluster) -> None:
-    raylets = [pid for pid in processes.of_cluster(cluster) if processes.name_of(pid) == "raylet"]
-    victim = next(pid for pid in raylets if processes.variable_of(pid, "SOFTNPU_NODE") == cluster.nodes[1].hostname)
+    raylets = [pid for pid in processes.find_cluster_processes(cluster) if processes.get_process_name(pid) == "raylet"]
+    victim = next(pid for pid in raylets if processes.get_variable(pid, "SOFTNPU_NODE") == cluster.nodes[1].hostname)
     os.kill(victim, signal.SIGKILL)
     while processes.is_alive(victim):
         time.sleep(0.01)
@@ -159,7 +160,7 @@ def test_a_failed_start_leaves_nothing(capfd: pytest.CaptureFixture[str]) -> Non
 
     def interrupt(line: str) -> None:
         if line.startswith("starting Ray"):
-            planned.append(manager.find(NAME))
+            planned.append(manager.find_cluster(NAME))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -172,7 +173,7 @@ def test_a_device_that_is_not_there_is_refused_before_anything_starts(monkeypatc
     with pytest.raises(ClusterError, match=r"names '2'.*0 to 1"):
         manager.up(NAME, Shape(npus_per_node=2))
     with pytest.raises(ClusterError, match="there is no cluster"):
-        manager.find(NAME)
+        manager.find_cluster(NAME)
 
 
 def test_nodes_without_namespaces() -> None:

@@ -35,16 +35,16 @@ REFUSED = ["DeviceMappingError", "DeviceMappingError", "vllm_ray_ascend.engine.m
     [PLUGINS + OURS + PATCH + ENGINE, PLUGINS + PATCH + ENGINE + OURS, ENGINE + PLUGINS + OURS + PATCH],
     ids=["ours first", "ours last", "the engine first"],
 )
-def test_ours_wins_in_every_order(order: str) -> None:
-    assert _answers(BEGIN + order + ASK) == REFUSED
+def test_our_mapping_applies_in_every_order(order: str) -> None:
+    assert _printed_lines(BEGIN + order + ASK) == REFUSED
 
 
 def test_vllm_ascends_own_gives_two_ranks_the_same_npus() -> None:
     """Without us: what the first rank has too, [0, 1]. Engine cores over Ray have vLLM's own, an error of its own."""
-    found = _answers(BEGIN + PLUGINS + PATCH + ENGINE + OURS + ASK, VLLM_RAY_ASCEND="0")
+    found = _printed_lines(BEGIN + PLUGINS + PATCH + ENGINE + OURS + ASK, VLLM_RAY_ASCEND="0")
     assert found == ["[0, 1]", "Exception", "vllm.v1.engine.utils vllm.v1.engine.core"]
 
 
-def _answers(code: str, **variables: str) -> list[str]:
+def _printed_lines(code: str, **variables: str) -> list[str]:
     lines = check_python(code, **variables).splitlines()
     return [line for line in lines if not line.startswith(("INFO", "WARNING", "Warning"))]

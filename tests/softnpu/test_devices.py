@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from softnpu.errors import SoftNpuError
 
+from softnpu import activate
 from tests.softnpu.processes import check_python, run_python
-from vllm_ray_ascend.errors import SoftNpuError
-from vllm_ray_ascend.softnpu import activate
 
 # Physical ids in the order of the visible ones, from two functions of the runtime.
 PHYSICAL_IDS = """
@@ -126,7 +126,7 @@ def test_activation_refuses_a_real_driver(monkeypatch: pytest.MonkeyPatch, tmp_p
     driver.mkdir()
     monkeypatch.setattr(activate, "REAL_DRIVER", (tmp_path / "absent", driver))
     with pytest.raises(SoftNpuError, match=f"real Ascend driver .{driver} exists"):
-        activate.environment(os.environ)
+        activate.make_environment(os.environ)
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root and unshare")

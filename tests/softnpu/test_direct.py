@@ -12,7 +12,7 @@ WORKER = "direct_worker"
 
 
 def test_links_of_two(tmp_path: Path) -> None:
-    succeeded(run_ranks(WORKER, "at_once,producer_is_waited_for,aborted,idle,stranger", 2, tmp_path))
+    succeeded(run_ranks(WORKER, "at_once,producer_is_waited_for,aborted,idle,wrong_token", 2, tmp_path))
 
 
 def test_objects_of_all_kinds_to_two_and_a_sender_that_dies(tmp_path: Path) -> None:
@@ -21,8 +21,8 @@ def test_objects_of_all_kinds_to_two_and_a_sender_that_dies(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_dies_on_the_way(victim: int, tmp_path: Path) -> None:
-    outcomes = run_ranks(WORKER, "killed_on_the_way", 2, tmp_path, {"VICTIM": str(victim)})
+def test_a_process_that_dies_in_a_transfer(victim: int, tmp_path: Path) -> None:
+    outcomes = run_ranks(WORKER, "killed_in_transfer", 2, tmp_path, {"VICTIM": str(victim)})
     assert [each.code for each in outcomes] == [-9 if rank == victim else 0 for rank in range(2)], listed(outcomes)
 
 

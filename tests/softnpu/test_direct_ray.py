@@ -19,18 +19,18 @@ import torch
 from ray.experimental.rdt.rdt_store import __ray_abort_transport__
 from ray.experimental.rdt.tensor_transport_manager import CommunicatorMetadata
 
+from tests.softnpu.direct_actor import direct_actor_class
 from tests.softnpu.processes import check_python
 from tests.softnpu.ranks import ROOT
-from tests.softnpu.trader import naming
-from vllm_ray_ascend.transport import direct
+from vllm_ray_ascend.ray_transport import direct
 
 LIMIT = 120
 SHAPES: list[tuple[int, ...]] = [(3, 5), (0, 4), (), (1000, 100)]
 NOSET = {"RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES": "1"}
 
 
-class Place(NamedTuple):
-    """Three actors, the last of which sees all NPUs, and where faults are asked for."""
+class Cluster(NamedTuple):
+    """Three actors, the last of which sees all NPUs, and the file for fault injection."""
 
     name: str
     actors: list[Any]
@@ -38,7 +38,7 @@ class Place(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     faults = tmp_path_factory.mktemp("faults") / "faults"
     faults.touch()
     variables = {"VLLM_RAY_ASCEND_TRANSFER_LIMIT_S": "10", "SOFTNPU_FAULTS": f"@{faults}"}
@@ -46,14 +46,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     ray.init("local", runtime_env={"env_vars": variables}, **options)
     name = direct.register()
     assert name == direct.register() == direct.NAME
-    actors = [trader(name), trader(name), trader(name, NOSET)]
-    yield Place(name, actors, faults)
+    actors = [create_actor(name), create_actor(name), create_actor(name, NOSET)]
+    yield Cluster(name, actors, faults)
     ray.shutdown()
 
 
-def trader(name: str, variables: dict[str, str] | None = None) -> Any:
-    made = ray.remote(resources={"NPU": 1}, num_cpus=0, runtime_env={"env_vars": variables or {}})(naming(name))
-    return made.remote()
+def create_actor(name: str, variables: dict[str, str] | None = None) -> Any:
+    actor = ray.remote(resources={"NPU": 1}, num_cpus=0, runtime_env={"env_vars": variables or {}})(
+        direct_actor_class(name)
+    )
+    return actor.remote()
 
 
 def facts(actor: Any) -> dict[str, Any]:
@@ -66,103 +68,136 @@ def sums(seed: int, shapes: list[tuple[int, ...]] = SHAPES) -> list[float]:
     return [count * (count - 1) / 2 + count * (seed + number) for number, count in enumerate(counts)]
 
 
-def check(giver: Any, taker: Any, seed: int) -> None:
-    """A gift arrives, on the taker's own device, and a second one of another shape."""
-    where = facts(taker)["device"]
+def check(sender: Any, receiver: Any, seed: int) -> None:
+    """Send an object, which arrives on the receiver's own device, and a second one of another shape."""
+    where = facts(receiver)["device"]
     for shapes in (SHAPES, SHAPES[:1]):
-        devices, found = ray.get(taker.take.remote(giver.give.remote(seed, shapes)), timeout=LIMIT)
+        devices, found = ray.get(receiver.receive.remote(sender.make_tensors.remote(seed, shapes)), timeout=LIMIT)
         assert devices == [where] * len(shapes)
         assert found == sums(seed, shapes)
 
 
 @contextmanager
-def silence(place: Place) -> Iterator[None]:
-    """Senders take no part in HCCL."""
-    place.faults.write_text("hccl_silent:rank=0")
+def silence(cluster: Cluster) -> Iterator[None]:
+    """Senders take no part in HCCL (fault injection)."""
+    cluster.faults.write_text("hccl_silent:rank=0")
     try:
         yield
     finally:
-        place.faults.write_text("")
+        cluster.faults.write_text("")
 
 
-def refused(call: Callable[[], Any], match: str) -> None:
+def expect_error(call: Callable[[], Any], match: str) -> None:
     with pytest.raises(Exception, match=match):
         ray.get(call(), timeout=LIMIT)
 
 
-def test_every_actor_to_every_other_on_its_own_npu(place: Place) -> None:
-    found = [facts(actor) for actor in place.actors]
+def test_every_actor_to_every_other_on_its_own_npu(cluster: Cluster) -> None:
+    found = [facts(actor) for actor in cluster.actors]
     assert len({each["physical"] for each in found}) == 3
     assert found[2]["device"] == f"npu:{found[2]['physical']}" != "npu:0"
-    for seed, giver in enumerate(place.actors):
-        for taker in place.actors:
-            if giver is not taker:
-                check(giver, taker, 10 * seed)
+    for seed, sender in enumerate(cluster.actors):
+        for receiver in cluster.actors:
+            if sender is not receiver:
+                check(sender, receiver, 10 * seed)
 
 
-def test_objects_that_are_put_and_got(place: Place) -> None:
-    first, second, third = place.actors
-    refs = ray.get(third.put.remote(3, place.name), timeout=LIMIT)
+def test_objects_that_are_put_and_got(cluster: Cluster) -> None:
+    first, second, third = cluster.actors
+    refs = ray.get(third.put.remote(3, cluster.name), timeout=LIMIT)
     for actor in (first, second, third):
         device, total = ray.get(actor.get.remote(refs), timeout=LIMIT)
         assert (device, total) == (facts(actor)["device"], sums(3, [(7, 9)])[0])
 
 
-def test_what_cannot_be_sent_says_why(place: Place) -> None:
-    first, second, _ = place.actors
-    refused(first.give_host.remote, "are on cpu; this transport takes those of one NPU")
-    refs = ray.get(first.put.remote(3, place.name), timeout=LIMIT)
+def test_what_cannot_be_sent_is_an_error_with_its_reason(cluster: Cluster) -> None:
+    first, second, _ = cluster.actors
+    expect_error(first.make_host_tensor.remote, "are on cpu; this transport takes those of one NPU")
+    refs = ray.get(first.put.remote(3, cluster.name), timeout=LIMIT)
     with pytest.raises(Exception, match="was assigned none by Ray, so there is none to receive on"):
         ray.get(refs[0])
     check(first, second, 5)
 
 
-def test_a_silent_sender_and_an_abort_leave_both_actors_usable(place: Place) -> None:
-    first, second, _ = place.actors
-    check(first, second, 6)
-    with silence(place):
-        refused(lambda: second.take.remote(first.give.remote(1, SHAPES)), r"(?s)VLLM_RAY_ASCEND_TRANSFER_LIMIT_S")
-        gift = first.give.remote(1, SHAPES)
-        taken = second.take.remote(gift)
-        time.sleep(2)
-        on_errors = second.__ray_call__.options(concurrency_group="_ray_system_error")
-        ray.get(
-            on_errors.remote(__ray_abort_transport__, gift.hex(), CommunicatorMetadata(), place.name), timeout=LIMIT
+@pytest.fixture
+def pair(cluster: Cluster) -> Iterator[list[Any]]:
+    """Two actors of a test that breaks a transfer, after which their processes are unusable."""
+    actors = [create_actor(cluster.name) for _ in range(2)]
+    yield actors
+    for actor in actors:
+        ray.kill(actor)
+
+
+def expect_refusal(actor: Any, healthy: Any) -> None:
+    """Require that the actor's process refuses a transfer, with the reason, once it has noticed the end of another."""
+    end, text = time.monotonic() + LIMIT, ""
+    while "VRA-545" not in text:
+        assert time.monotonic() < end, text
+        try:
+            ray.get(actor.receive.remote(healthy.make_tensors.remote(1, SHAPES)), timeout=LIMIT)
+        except Exception as error:  # noqa: BLE001  its text is what is tested
+            text = str(error)
+    assert "this process can use its NPU no longer" in text and "ray.kill" in text, text
+
+
+def test_a_silent_sender_makes_the_receiver_unusable_and_others_stay(cluster: Cluster, pair: list[Any]) -> None:
+    sender, receiver = pair
+    first, second, _ = cluster.actors
+    check(sender, receiver, 6)
+    with silence(cluster):
+        expect_error(
+            lambda: receiver.receive.remote(sender.make_tensors.remote(1, SHAPES)),
+            r"(?s)VLLM_RAY_ASCEND_TRANSFER_LIMIT_S",
         )
-        refused(lambda: taken, "Ray aborted the transfer")
+    expect_refusal(receiver, first)
     check(first, second, 7)
 
 
-def test_a_sender_that_dies_in_a_transfer(place: Place) -> None:
-    _, second, third = place.actors
-    victim = trader(place.name)
-    check(victim, second, 8)
-    pid, before = facts(victim)["pid"], ray.get(second.threads.remote())
-    with silence(place):
-        taken = second.take.remote(victim.give.remote(1, SHAPES))
+def test_an_abort_ends_a_transfer(cluster: Cluster, pair: list[Any]) -> None:
+    sender, receiver = pair
+    check(sender, receiver, 6)
+    with silence(cluster):
+        value = sender.make_tensors.remote(1, SHAPES)
+        received = receiver.receive.remote(value)
         time.sleep(2)
-        os.kill(pid, signal.SIGKILL)
-        refused(lambda: taken, f"pid {pid}, node .*is gone")
-    assert len(ray.get(second.threads.remote(), timeout=LIMIT)) < len(before)
-    check(third, second, 9)
+        on_errors = receiver.__ray_call__.options(concurrency_group="_ray_system_error")
+        ray.get(
+            on_errors.remote(__ray_abort_transport__, value.hex(), CommunicatorMetadata(), cluster.name), timeout=LIMIT
+        )
+        expect_error(lambda: received, "Ray aborted the transfer")
 
 
-def test_a_receiver_that_dies_in_a_transfer(place: Place) -> None:
-    first, second, _ = place.actors
-    before = ray.get(first.threads.remote(), timeout=LIMIT)
-    victim = trader(place.name)
-    check(first, victim, 8)
-    pid = facts(victim)["pid"]
-    with silence(place):
-        taken = victim.take.remote(first.give.remote(1, SHAPES))
+def test_a_sender_that_dies_in_a_transfer(cluster: Cluster, pair: list[Any]) -> None:
+    victim, receiver = pair
+    first, second, _ = cluster.actors
+    check(victim, receiver, 8)
+    pid, before = facts(victim)["pid"], ray.get(receiver.threads.remote())
+    with silence(cluster):
+        received = receiver.receive.remote(victim.make_tensors.remote(1, SHAPES))
         time.sleep(2)
         os.kill(pid, signal.SIGKILL)
-        refused(lambda: taken, "died")
-    end = time.monotonic() + LIMIT
-    while ray.get(first.threads.remote()) != before and time.monotonic() < end:
-        time.sleep(0.2)
-    assert ray.get(first.threads.remote()) == before, "the sender keeps a link to a receiver that is dead"
+        expect_error(lambda: received, f"pid {pid}, node .*is gone")
+    assert len(ray.get(receiver.threads.remote(), timeout=LIMIT)) < len(before)
+    expect_refusal(receiver, first)
     check(first, second, 9)
+
+
+def test_a_receiver_that_dies_in_a_transfer(cluster: Cluster, pair: list[Any]) -> None:
+    sender, victim = pair
+    before = ray.get(sender.threads.remote(), timeout=LIMIT)
+    check(sender, victim, 8)
+    pid = facts(victim)["pid"]
+    with silence(cluster):
+        received = victim.receive.remote(sender.make_tensors.remote(1, SHAPES))
+        time.sleep(2)
+        os.kill(pid, signal.SIGKILL)
+        expect_error(lambda: received, "died")
+    end = time.monotonic() + LIMIT
+    while ray.get(sender.threads.remote()) != before and time.monotonic() < end:
+        time.sleep(0.2)
+    kept = [each for each in ray.get(sender.threads.remote()) if each not in before]
+    assert not [each for each in kept if "Sender" in each], "the sender keeps a link to a dead receiver"
+    expect_refusal(sender, cluster.actors[0])
 
 
 NAMES = """
@@ -170,7 +205,7 @@ import ray
 from ray.experimental import register_tensor_transport
 from ray.experimental.rdt.collective_tensor_transport import CollectiveTensorTransport
 from vllm_ray_ascend.errors import DirectTransportError
-from vllm_ray_ascend.transport import direct
+from vllm_ray_ascend.ray_transport import direct
 
 class Other(CollectiveTensorTransport):
     def tensor_transport_backend(self):
@@ -195,7 +230,7 @@ else:
 OLD = """
 import ray.experimental.rdt.tensor_transport_manager as module
 from vllm_ray_ascend.errors import RayVersionError
-from vllm_ray_ascend.transport import direct
+from vllm_ray_ascend.ray_transport import direct
 
 del module.FetchRequest  # as in Ray 2.55
 try:
@@ -220,5 +255,5 @@ def test_beside_ray_ascend(first: str, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "pip", "install", *options], check=True, timeout=LIMIT)
     path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
     code = f"from tests.softnpu.beside_ray_ascend import main; main({first!r})"
-    said = json.loads(check_python(code, PYTHONPATH=path).splitlines()[-1])
-    assert said == {"name": "HCCL_DIRECT", "found": [45.0, 55.0, 45.0]}
+    result = json.loads(check_python(code, PYTHONPATH=path).splitlines()[-1])
+    assert result == {"name": "HCCL_DIRECT", "found": [45.0, 55.0, 45.0]}

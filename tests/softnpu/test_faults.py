@@ -64,7 +64,7 @@ def test_torch_runs_out_of_memory(tmp_path: Path, expandable: str) -> None:
     )
 
 
-def test_faults_of_a_file_are_read_anew(tmp_path: Path) -> None:
+def test_faults_of_a_file_are_read_again(tmp_path: Path) -> None:
     file = tmp_path / "faults"
     check_python(
         f"""

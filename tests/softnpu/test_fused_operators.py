@@ -32,6 +32,26 @@ def test_rms_norms(dtype: torch.dtype) -> None:
     check_eager_and_replayed(fused, plain, draw, dtype)
 
 
+def check_quantised(quantised: Tensor, scale: Tensor, wanted: Tensor) -> None:
+    """Each token's largest number is 127 or -127, and each number is right to half a step and float's rounding."""
+    assert quantised.dtype == torch.int8 and scale.shape == wanted.shape[:-1]
+    assert quantised.abs().amax(-1).tolist() == [127] * len(wanted)
+    step = scale.cpu().double().unsqueeze(-1)
+    assert ((quantised.cpu() * step - wanted.double()).abs() <= 0.5001 * step).all()
+
+
+@DTYPES
+def test_quantisation_of_each_token(dtype: torch.dtype) -> None:
+    x, y, weight = torch.randn(3, 16).to(dtype), torch.randn(3, 16).to(dtype), torch.randn(16).to(dtype)
+    quantised, scale = torch.ops.npu.npu_dynamic_quant(x.npu())
+    check_quantised(quantised, scale, x)
+    assert torch.ops.npu.npu_dynamic_quant(torch.zeros(2, 4, device="npu"))[0].tolist() == [[0] * 4] * 2
+    quantised, _, total, scale, _ = torch.ops.npu.npu_add_rms_norm_dynamic_quant(x.npu(), y.npu(), weight.npu())
+    normed = torch.ops.npu.npu_add_rms_norm(x.npu(), y.npu(), weight.npu(), 1e-6)[0].cpu()
+    check_quantised(quantised, scale, normed)
+    assert torch.equal(total.cpu(), x + y)
+
+
 @DTYPES
 def test_swiglu(dtype: torch.dtype) -> None:
     def plain(x: Tensor) -> Tensor:

@@ -1,81 +1,127 @@
-"""Two of vllm-ascend's workers step down together. As a program, this file is one of them."""
+"""Two of vllm-ascend's workers fall back to fewer graphs together. As a program, this file is one of them."""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import pytest
 
 from demo.train.recitation import DENSE
 from tests.softnpu.ranks import run_ranks, succeeded
 
 SIZES = [1, 2, 4, 8]
-BEFORE, OF_A_GRAPH = 34, 3
-"""Streams of torch_npu's own; that a graph is captured on, and two for the communicator of tensor parallelism."""
-BUDGET = BEFORE + 3 * OF_A_GRAPH + 1
+BEFORE, PER_GRAPH = 34, 3
+"""Streams of torch_npu's own; those of a graph: the one it is captured on, two for the communicator of tensor
+parallelism."""
+PIECES = 5
+"""Graphs of a batch in mode PIECEWISE: a layer each, and one more."""
 
 
-def test_ranks_step_down_together_release_and_capture_anew(tmp_path: Path) -> None:
-    """Streams for three graphs; then rank 1 alone fails at its second of those."""
+class Case(NamedTuple):
+    """A configuration, what there is for its graphs, what is left after two steps down, and what they say."""
+
+    config: dict[str, Any]
+    streams: int
+    fault: str
+    kept: dict[str, Any]
+    messages: list[str]
+
+
+CASES = {
+    # Streams for three graphs; then rank 1 alone fails at its second of those.
+    "decode": Case(
+        config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+        streams=3 * PER_GRAPH + 1,
+        fault="nth=5",
+        kept={"mode": "FULL_DECODE_ONLY", "graphs": {"FULL": [8]}, "streams": PER_GRAPH},
+        messages=[
+            "with 3 of 4 graphs captured: rank 0, and 1 more rank: the NPU has 1 streams left, and such a graph",
+            "kept 3 of 4: 1, 4, 8",
+            "with 1 of 3 graphs captured: rank 1: the capture failed",
+            "kept 1 of 4: 8",
+        ],
+    ),
+    # vllm-ascend's default. Streams for the pieces of two sizes; then rank 1 alone fails at the first piece.
+    "default": Case(
+        config={},
+        streams=2 * PIECES * PER_GRAPH + 1,
+        fault=f"nth={2 * PIECES + 1}",
+        kept={"mode": "FULL_DECODE_ONLY", "graphs": {"FULL": SIZES}, "streams": len(SIZES) * PER_GRAPH},
+        messages=[
+            "size 2 in mode FULL_AND_PIECEWISE failed with 2 of 8 graphs captured",
+            f"the NPU has 1 streams left, and such a graph takes {PIECES * PER_GRAPH}",
+            "kept 1 of 4: 8",
+            "with 0 of 2 graphs captured: rank 1: the capture failed",
+            "mode FULL_DECODE_ONLY, graphs of decode batches only, sizes 1, 2, 4, 8",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_fall_back_together_release_and_capture_again(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
     variables = {
-        "SOFTNPU_STREAMS": str(BUDGET),
-        "SOFTNPU_FAULTS": "capture:device=1,nth=5",
-        "VLLM_RAY_ASCEND_GRAPH_BUDGET": "warn",
+        "SOFTNPU_STREAMS": str(BEFORE + case.streams),
+        "SOFTNPU_FAULTS": f"capture:device=1,{case.fault}",
         "HCCL_SOCKET_IFNAME": "lo",
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    log = "\n".join(succeeded(run_ranks("test_graph_steps", "main", 2, tmp_path, variables, limit=400)))
+    log = "\n".join(succeeded(run_ranks("test_graph_steps", name, 2, tmp_path, variables, limit=400)))
     for rank in range(2):
-        start, released, again = json.loads((tmp_path / f"said{rank}").read_text())
-        kept = {"sizes": [8], "mode": "FULL_DECODE_ONLY", "streams": BEFORE + OF_A_GRAPH, "works": True}
-        assert start == again == kept
-        assert released == {**kept, "sizes": [], "streams": BEFORE}
+        start, released, again = json.loads((tmp_path / f"facts{rank}").read_text())
+        kept = {**case.kept, "usable": True, "communicators": 1, "estimate": PER_GRAPH}
+        assert start == again == {**kept, "streams": BEFORE + case.kept["streams"]}
+        assert released == {**kept, "graphs": {}, "streams": BEFORE}
     words = " ".join(log.split())
-    for said in (
-        f"take about {4 * OF_A_GRAPH} streams (communicators tp in each graph), {BUDGET - BEFORE} are free",
-        "with 3 of 4 graphs captured: rank 0, and 1 more rank: the NPU has 1 streams left, and such a graph takes 3",
-        "kept 3 of 4: 1, 4, 8",
-        "with 1 of 3 graphs captured: rank 1: the capture failed",
-        "kept 1 of 4: 8",
-    ):
-        assert said in words
+    for expected in case.messages:
+        assert expected in words
 
 
 def facts(worker: Any) -> dict[str, Any]:
-    """Sizes with a graph, the mode, what the software NPU counts for this process, and whether its NPU still works."""
+    """Return what a worker has captured, the software NPU's count for this process, and the estimate for one graph."""
+    from softnpu.node_table import read_node_table
     from vllm_ascend.compilation import acl_graph
 
-    from vllm_ray_ascend.accelerators.choose import accelerator
-    from vllm_ray_ascend.softnpu.table import holdings
+    from vllm_ray_ascend.accelerators.choose import get_accelerator
+    from vllm_ray_ascend.acl_graphs.capture import count_graph_communicators, estimate_streams
 
-    entries = [entry for wrapper in acl_graph._acl_graph_wrappers for entry in wrapper.concrete_aclgraph_entries]
+    graphs: dict[str, set[int]] = {}
+    for wrapper in acl_graph._acl_graph_wrappers:
+        for entry in wrapper.concrete_aclgraph_entries:
+            graphs.setdefault(wrapper.runtime_mode.name, set()).add(entry.num_tokens)
     return {
-        "sizes": sorted(entry.num_tokens for entry in entries),
+        "graphs": {mode: sorted(sizes) for mode, sizes in graphs.items()},
         "mode": worker.model_runner.compilation_config.cudagraph_mode.name,
-        "streams": sum(held.streams for held in holdings() if held.pid == os.getpid()),
-        "works": accelerator("npu").works(),
+        "streams": sum(held.streams for held in read_node_table() if held.pid == os.getpid()),
+        "usable": get_accelerator("npu").is_device_usable(),
+        "communicators": count_graph_communicators(),
+        "estimate": estimate_streams("FULL", 0, count_graph_communicators()),
     }
 
 
-def main() -> None:
+def main(graphs: dict[str, Any]) -> None:
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 
-    from vllm_ray_ascend import graphs
-    from vllm_ray_ascend.accelerators.choose import accelerator
-    from vllm_ray_ascend.graphs import hooks
+    from vllm_ray_ascend import acl_graphs
+    from vllm_ray_ascend.accelerators.choose import get_accelerator
+    from vllm_ray_ascend.acl_graphs import hooks
 
     rank, folder, memory = int(os.environ["RANK"]), Path(os.environ["TEST_FOLDER"]), 32 << 20
-    accelerator("npu").watch_captures()
+    get_accelerator("npu").watch_captures()
     hooks.install()
     config = EngineArgs(
         model=str(DENSE),
         dtype="float32",
         tensor_parallel_size=2,
         distributed_executor_backend="external_launcher",
-        compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": SIZES},
+        compilation_config={**graphs, "cudagraph_capture_sizes": SIZES},
         max_model_len=512,
         max_num_seqs=max(SIZES),
         kv_cache_memory_bytes=memory,
@@ -95,11 +141,11 @@ def main() -> None:
         worker.initialize_from_config(cache)
         worker.compile_or_warm_up_model()
     seen = [facts(worker)]
-    for step in (graphs.release, graphs.recapture):
+    for step in (acl_graphs.release, acl_graphs.recapture):
         step(worker)
         seen.append(facts(worker))
-    (folder / f"said{rank}").write_text(json.dumps(seen))
+    (folder / f"facts{rank}").write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":
-    main()
+    main(CASES[sys.argv[1]].config)

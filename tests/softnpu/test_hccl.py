@@ -18,13 +18,13 @@ TWO_RANKS = ["grouped", "peer_leaves", "destroy_while_waiting", "mismatch"]
 
 
 def on_nodes(ranks: int, nodes: int) -> list[Rank]:
-    """Ranks dealt out to nodes which share this machine, but no memory."""
+    """Return ranks distributed over nodes which share this machine, but no memory."""
     return [Rank(rank, {"SOFTNPU_NODE": f"node{rank * nodes // ranks}"}) for rank in range(ranks)]
 
 
 @pytest.fixture(scope="module")
 def namespaces() -> Iterator[list[str]]:
-    """Two network namespaces that reach each other."""
+    """Yield two network namespaces that reach each other."""
     if os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("unshare"):
         pytest.skip("needs root, ip and unshare")
     names = [f"hccl{os.getpid()}{side}" for side in "ab"]
@@ -47,7 +47,7 @@ def namespaces() -> Iterator[list[str]]:
 
 
 def inside(namespace: str) -> list[str]:
-    """The command that runs another in a network namespace, with a /dev/shm of its own."""
+    """Return the command that runs another in a network namespace, with a /dev/shm of its own."""
     own_shm = 'mount -t tmpfs tmpfs /dev/shm && exec "$@"'
     return ["ip", "netns", "exec", namespace, "unshare", "--mount", "sh", "-c", own_shm, "sh"]
 
@@ -114,7 +114,7 @@ def test_silent_peer(tmp_path: Path) -> None:
 
 
 def test_missing_rank(tmp_path: Path) -> None:
-    succeeded(run_ranks(C_API, "missing_rank", [Rank(0), Rank(2)], tmp_path, {"HCCL_CONNECT_TIMEOUT": "3"}, size=4))
+    succeeded(run_ranks(C_API, "missing_rank", [Rank(0), Rank(2)], tmp_path, {"SOFTNPU_CONNECT_TIMEOUT": "3"}, size=4))
 
 
 def test_disagreement(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_settings(scenario: str, tmp_path: Path) -> None:
 
 
 def windows() -> None:
-    """Every connection between the ranks was accepted in the window of the lower one."""
+    """Check that every connection between the ranks was accepted in the window of the lower one."""
     import numpy as np
     import psutil  # type: ignore[import-untyped]
 
@@ -60,12 +60,12 @@ def windows() -> None:
 
 
 def listening(stack: ExitStack) -> int:
-    """A port of loopback that is taken until the stack ends."""
+    """Return a port of loopback that is taken until the stack ends."""
     return int(stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1])
 
 
 def root_port(name: str) -> int:
-    """The port on which a root of a communicator listens: the last field of the software NPU's root info."""
+    """Return the port on which a root of a communicator listens: the last field of the software NPU's root info."""
     from tests.softnpu.hccl_c_api import root_info
 
     info = bytes(root_info(name))
@@ -74,7 +74,7 @@ def root_port(name: str) -> int:
 
 
 def taken() -> None:
-    """Nothing outside the range is used, and the error says what mends it."""
+    """Check that no port outside the range is used, and that the error names the remedy."""
     from tests.softnpu.hccl_c_api import refused, root_info, start
 
     start()
@@ -86,7 +86,7 @@ def taken() -> None:
 
 
 def free() -> None:
-    """A free port of the range is found, in whichever part; auto leaves the choice to the operating system."""
+    """Check that a free port is found in every part of the range; auto lets the operating system choose."""
     from tests.softnpu.hccl_c_api import start
 
     start()
@@ -99,7 +99,7 @@ def free() -> None:
 
 
 def bad() -> None:
-    """A value that cannot be is named."""
+    """Check that the error names an invalid value."""
     from tests.softnpu.hccl_c_api import refused, root_info, start
 
     start()

@@ -1,4 +1,4 @@
-"""vllm-ascend's LoRA kernels against the plain formula: an adapter a token or a sequence, or none."""
+"""vllm-ascend's LoRA kernels against the plain formula: an adapter for each token or sequence, or none."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def plain(x: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
 
 
 def drawn(dtype: torch.dtype) -> Inputs:
-    """Inputs, both halves of three adapters, an adapter a token."""
+    """Return inputs: tokens, both halves of three adapters, an adapter for each token."""
     down, up = torch.randn(3, 1, RANK, HIDDEN), torch.randn(3, 1, 5, RANK)
     return [torch.randn(TOKENS, HIDDEN).to(dtype), down.to(dtype), up.to(dtype), torch.randint(-1, 3, (TOKENS,))]
 
 
 @DTYPES
-def test_an_adapter_a_token(dtype: torch.dtype) -> None:
+def test_one_adapter_for_each_token(dtype: torch.dtype) -> None:
     def fused(x: Tensor, down: Tensor, up: Tensor, indices: Tensor) -> Inputs:
         low = torch.zeros(TOKENS, RANK, device=x.device)
         torch.ops._C_ascend.bgmv_shrink(x, down, indices, low, 0.5)
@@ -45,8 +45,8 @@ def test_an_adapter_a_token(dtype: torch.dtype) -> None:
 
 
 @DTYPES
-def test_an_adapter_a_sequence(dtype: torch.dtype) -> None:
-    """Also replayed, as vllm-ascend does it, with other lengths and adapters than when it was captured."""
+def test_one_adapter_for_each_sequence(dtype: torch.dtype) -> None:
+    """It is also replayed, as vllm-ascend does, with other lengths and adapters than those of the capture."""
 
     def fused(x: Tensor, down: Tensor, up: Tensor, adapters: Tensor, lengths: Tensor) -> Inputs:
         low = torch.zeros(TOKENS, RANK, device=x.device)
@@ -56,7 +56,7 @@ def test_an_adapter_a_sequence(dtype: torch.dtype) -> None:
 
     def wanted(x: Tensor, down: Tensor, up: Tensor, adapters: Tensor, lengths: Tensor) -> Inputs:
         indices = torch.repeat_interleave(adapters, lengths)
-        indices = torch.cat([indices, torch.full((TOKENS - len(indices),), -1)])  # these belong to no sequence
+        indices = torch.cat([indices, torch.full((TOKENS - len(indices),), -1)])  # tokens of no sequence
         low = plain(x, down, indices) * 2
         out = torch.ones(TOKENS, OUT)
         out[:, 7:] += plain(low, up, indices)

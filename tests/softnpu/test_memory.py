@@ -74,7 +74,7 @@ def test_freed_memory_is_free_for_all() -> None:
     assert free_bytes() == before
 
 
-def test_out_of_memory_says_how_much_there_is() -> None:
+def test_out_of_memory_reports_use_and_size() -> None:
     check_python(
         """
         import torch, torch_npu
@@ -94,7 +94,7 @@ def test_out_of_memory_says_how_much_there_is() -> None:
         address = ctypes.c_void_p()
         torch.npu.set_device(1)
         assert runtime().aclrtMalloc(ctypes.byref(address), ctypes.c_size_t(40 << 20), 0) == 207001
-        assert f"{40 << 20} bytes asked for" in recent_error() and f"of {64 << 20} in use" in recent_error()
+        assert f"{40 << 20} bytes requested" in recent_error() and f"of {64 << 20} in use" in recent_error()
         """,
         SOFTNPU_MEMORY="64M",
     )

@@ -1,4 +1,4 @@
-"""vLLM's own scheduler with vllm-ascend's patches for pipelines: a request is decoded once at a time."""
+"""vLLM's own scheduler with vllm-ascend's patches for pipelines: a request has one decode in flight at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-import vllm_ascend.patch.platform.patch_pp_mtp as ascends
+import vllm_ascend.patch.platform.patch_pp_mtp as ascend_patch
 from vllm import SamplingParams
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
@@ -23,8 +23,8 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from demo.train.recitation import DENSE
-from vllm_ray_ascend.compat.ascend import keep_fence
-from vllm_ray_ascend.compiled_graph.news import says_nothing
+from vllm_ray_ascend.compat.ascend import block_reschedule_until_token
+from vllm_ray_ascend.compiled_graph.executor import is_empty_step
 
 STAGES, CHUNK, BLOCK = 2, 16, 16
 PROMPT, WANTED = 3 * CHUNK + 5, 6
@@ -32,14 +32,14 @@ PROMPT, WANTED = 3 * CHUNK + 5, 6
 
 @pytest.fixture
 def scheduler(monkeypatch: pytest.MonkeyPatch) -> Iterator[AsyncScheduler]:
-    monkeypatch.setattr(os, "environ", os.environ.copy())  # vllm-ascend sets variables where it makes a config
-    with a_scheduler() as made:
-        yield made
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # vllm-ascend sets variables where it creates a config
+    with create_scheduler() as created:
+        yield created
 
 
 @contextlib.contextmanager
-def a_scheduler() -> Iterator[AsyncScheduler]:
-    """The scheduler of an engine with two pipeline stages."""
+def create_scheduler() -> Iterator[AsyncScheduler]:
+    """Create the scheduler of an engine with two pipeline stages."""
     config = EngineArgs(
         model=str(DENSE),
         dtype="float32",
@@ -62,42 +62,42 @@ def a_scheduler() -> Iterator[AsyncScheduler]:
         )
 
 
-def decoded_at_once(scheduler: Any) -> int:
-    """Run a request with a batch for every stage, as an engine does: the most tokens of it that were under way at once.
+def max_decodes_in_flight(scheduler: Any) -> int:
+    """Run a request with a batch for every stage, as an engine does; return its most tokens in flight at once.
 
-    Each batch that ends a prompt, or comes after it, gives a token.
+    Each batch that ends a prompt, or follows it, generates a token.
     """
     request = Request("r", list(range(1, PROMPT + 1)), SamplingParams(max_tokens=WANTED, ignore_eos=True), None)
     scheduler.add_request(request)
-    under_way: deque[Any] = deque()
+    in_flight: deque[Any] = deque()
     most = 0
     while scheduler.has_unfinished_requests():
         batch = scheduler.schedule()
         if batch.total_num_scheduled_tokens:
-            under_way.append((batch, not request.is_prefill_chunk))
-            most = max(most, sum(decoding for _, decoding in under_way))
-        if len(under_way) == STAGES or not batch.total_num_scheduled_tokens:
-            done, decoding = under_way.popleft()
+            in_flight.append((batch, not request.is_prefill_chunk))
+            most = max(most, sum(decoding for _, decoding in in_flight))
+        if len(in_flight) == STAGES or not batch.total_num_scheduled_tokens:
+            done, decoding = in_flight.popleft()
             tokens = [[7] if decoding else []]
             scheduler.update_from_output(done, ModelRunnerOutput(["r"], {"r": 0}, tokens, None, {}, []))
     assert request.num_output_tokens == WANTED
     return most
 
 
-def test_a_prompt_in_chunks_is_decoded_once_at_a_time(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where vllm-ascend has mended this, the second half fails: keep_fence is then no longer needed."""
-    keep_fence(sys.modules[ascends.__name__])
-    assert decoded_at_once(scheduler) == 1
+def test_a_prompt_in_chunks_has_one_decode_in_flight(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where vllm-ascend has fixed this, the second half fails: block_reschedule_until_token is obsolete then."""
+    block_reschedule_until_token(sys.modules[ascend_patch.__name__])
+    assert max_decodes_in_flight(scheduler) == 1
     monkeypatch.setattr(Scheduler, "update_from_output", Scheduler.update_from_output.__wrapped__)
-    assert decoded_at_once(scheduler) == STAGES
+    assert max_decodes_in_flight(scheduler) == STAGES
 
 
-def test_a_step_behind_the_only_request_says_nothing_to_the_workers(scheduler: Any) -> None:
-    """The compiled graph's executor answers it by itself; that the request has ended is said."""
+def test_a_step_behind_the_only_request_is_empty(scheduler: Any) -> None:
+    """The compiled graph's executor does not send it to the workers; that the request has ended is sent."""
     scheduler.add_request(Request("r", [1, 2, 3], SamplingParams(max_tokens=1), None))
     first, behind = scheduler.schedule(), scheduler.schedule()
-    assert not says_nothing(first)
-    assert says_nothing(behind), behind
+    assert not is_empty_step(first)
+    assert is_empty_step(behind), behind
     scheduler.update_from_output(first, ModelRunnerOutput(["r"], {"r": 0}, [[7]], None, {}, []))
     assert not scheduler.has_unfinished_requests()
-    assert not says_nothing(scheduler.schedule())
+    assert not is_empty_step(scheduler.schedule())

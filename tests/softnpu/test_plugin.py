@@ -1,4 +1,4 @@
-"""The plugin in real vLLM with real vllm-ascend: platform, executor, workers, and what is refused."""
+"""The plugin in real vLLM with real vllm-ascend: platform, executor, workers, and what is rejected."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from softnpu.activate import make_environment
 
 from tests.softnpu.plugin_script import MARKER
 from tests.softnpu.processes import check_python
 from vllm_ray_ascend import __version__
-from vllm_ray_ascend.softnpu.activate import environment
 
 pytestmark = pytest.mark.integration
 
@@ -41,7 +41,7 @@ def start(case: str, *arguments: str, **variables: str) -> subprocess.CompletedP
     inherited = {name: os.environ[name] for name in os.environ if not name.startswith(("VLLM_", "ASCEND_RT"))}
     return subprocess.run(
         [sys.executable, "-m", "tests.softnpu.plugin_script", case, *arguments],
-        env={**environment(inherited), **QUIET, **variables},
+        env={**make_environment(inherited), **QUIET, **variables},
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -96,22 +96,22 @@ def test_platforms_of_ray_actors() -> None:
     ],
     ids=["bad-value", "other-platform"],
 )
-def test_a_switch_that_cannot_be_fulfilled_ends_the_start(variables: dict[str, str], said: str) -> None:
+def test_a_switch_that_cannot_be_honoured_fails_the_start(variables: dict[str, str], said: str) -> None:
     done = start("process", **variables)
     assert done.returncode != 0 and said in done.stderr
 
 
-def test_ray_missing_is_said_with_the_remedy() -> None:
+def test_missing_ray_is_reported_with_the_remedy() -> None:
     found, _ = answer("config", "without-ray")
     assert "Failed to import Ray" in found["error"]
     assert "pip install ray" in found["error"]
 
 
-def test_ray_too_old_is_said_before_anything_starts(tmp_path: Path) -> None:
+def test_an_old_ray_is_reported_before_anything_starts(tmp_path: Path) -> None:
     (tmp_path / "ray-2.40.0.dist-info").mkdir()
     (tmp_path / "ray-2.40.0.dist-info" / "METADATA").write_text("Name: ray\nVersion: 2.40.0\n")
     found, _ = answer("config", str(tmp_path))
-    assert found["error"].startswith("RayVersionError: Ray 2.40.0 is too old, 2.48 is the oldest that works")
+    assert found["error"].startswith("RayVersionError: VRA-112: Ray 2.40.0 is too old, 2.48 is the oldest that works")
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def healthy() -> tuple[dict[str, Any], str]:
     return answer("engine")
 
 
-def test_a_healthy_engine_says_so_in_one_line(healthy: tuple[dict[str, Any], str]) -> None:
+def test_a_healthy_engine_logs_one_ready_line(healthy: tuple[dict[str, Any], str]) -> None:
     found, log = healthy
     places = ", ".join(f"rank {n} -> {re.escape(found['address'])} NPU {n} \\(physical {n}\\)" for n in (0, 1))
     versions = r"vLLM \S+, vllm-ascend \S+, Ray \S+, torch-npu \S+"
@@ -135,7 +135,7 @@ def test_executor_and_workers_are_ours_on_vllm_ascends_worker(healthy: tuple[dic
     assert [worker["platform"] for worker in found["workers"]] == [BESIDE, BESIDE]
 
 
-def test_ranks_are_what_the_workers_said(healthy: tuple[dict[str, Any], str]) -> None:
+def test_ranks_are_what_the_workers_report(healthy: tuple[dict[str, Any], str]) -> None:
     found, _ = healthy
     workers = [[worker["device"], worker["pid"]] for worker in found["workers"]]
     assert [[visible, pid] for _, _, visible, _, pid in found["ranks"]] == workers
@@ -159,40 +159,52 @@ def test_variables_travel_or_stay_or_are_derived(healthy: tuple[dict[str, Any], 
         }
 
 
+def test_a_frameworks_classes_and_wrappers_run_below_ours() -> None:
+    """As with vLLM's own executor: a subclass in the place of its worker or executor, and a wrapper of its startup."""
+    found, log = answer("framework")
+    assert found["calls"] == ["subclass", "wrapper"]
+    assert found["workers"] == ["ran", "ran"]
+    assert (found["executor"], found["reported"]) == ("RayAscendExecutor", 2)
+    assert "Workers are RayAscendWorkerProc on top of __main__.framework.<locals>.Worker" in log
+    assert "Beautiful is better than ugly." in found["text"]
+
+
 def test_a_growing_cluster_is_waited_for() -> None:
     assert answer("growing")[0] == {"waits": True}
 
 
-def test_more_npus_than_the_cluster_has_are_refused_at_once() -> None:
+def test_more_npus_than_the_cluster_has_are_rejected_at_once() -> None:
     found, _ = answer("refused", "1", "2", "")
-    assert found["error"].startswith("ClusterResourceError: The engine needs 2 NPUs (--tensor-parallel-size 2)")
+    assert found["error"].startswith(
+        "ClusterResourceError: VRA-243: The engine needs 2 NPUs (--tensor-parallel-size 2)"
+    )
     assert found["free"] == 1 and found["placements"] == []
 
 
-def test_a_visible_list_with_an_npu_that_is_not_there() -> None:
+def test_a_visible_list_with_an_npu_that_does_not_exist() -> None:
     found, log = answer("refused", "2", "2", "0,9")
-    list_ = "ASCEND_RT_VISIBLE_DEVICES=0,9 names NPU '9', which is not there"
-    assert f"Ray was told of 2 NPUs, but 1 of 2 can be used: {list_}" in found["error"]
+    list_ = "ASCEND_RT_VISIBLE_DEVICES=0,9 names NPU '9', which does not exist"
+    assert f"it declares 2 NPUs to Ray, but 1 of 2 are usable: {list_}" in found["error"]
     assert found["free"] == 2 and set(found["placements"]) <= {"REMOVED"}, log[-2000:]
 
 
 JOINS_AND_LEAVES = """
 import os, subprocess, sys
 import ray
-from vllm_ray_ascend.compat.start_method import ADDRESS, PARENTS, spawn_beside_ray
-show = "import os; from vllm_ray_ascend.plugin import *; join_as_parent(); print(os.environ.get(ADDRESS))"
-def of_a_child():
+from vllm_ray_ascend.compat.start_method import PARENT_CLUSTER, RAY_ADDRESS, force_spawn_after_ray_init
+show = "import os; from vllm_ray_ascend.plugin import *; join_parent_cluster(); print(os.environ.get(RAY_ADDRESS))"
+def address_of_child():
     return subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True).stdout.strip()
 ray.init(num_cpus=1, object_store_memory=80 * 2**20, include_dashboard=False)
-spawn_beside_ray()
-assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn" and ADDRESS not in os.environ
-assert of_a_child() == ray.get_runtime_context().gcs_address
-os.environ[ADDRESS] = "10.0.0.1:6379"
-assert of_a_child() == "10.0.0.1:6379"
+force_spawn_after_ray_init()
+assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn" and RAY_ADDRESS not in os.environ
+assert address_of_child() == ray.get_runtime_context().gcs_address
+os.environ[RAY_ADDRESS] = "10.0.0.1:6379"
+assert address_of_child() == "10.0.0.1:6379"
 ray.shutdown()
 del os.environ["VLLM_WORKER_MULTIPROC_METHOD"]
-spawn_beside_ray()
-assert PARENTS not in os.environ
+force_spawn_after_ray_init()
+assert PARENT_CLUSTER not in os.environ
 assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"  # its threads are still there
 """
 

@@ -1,4 +1,4 @@
-"""vllm-ascend's CaMemAllocator on the software NPU: memory that is given back and had again at the same address."""
+"""vllm-ascend's CaMemAllocator on the software NPU: memory that is released and allocated again at the same address."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def free_mib() -> int:
     return int(torch.npu.mem_get_info(0)[0]) // MIB
 
 
-def test_what_is_offloaded_comes_back_and_the_rest_is_dropped() -> None:
+def test_offloaded_memory_is_restored_and_the_rest_is_discarded() -> None:
     allocator = CaMemAllocator.get_instance()
     before = free_mib()
     with allocator.use_memory_pool("weights"):
@@ -57,6 +57,6 @@ def test_what_is_offloaded_comes_back_and_the_rest_is_dropped() -> None:
     torch.npu.empty_cache()
 
 
-def test_memory_that_there_is_not_is_out_of_memory() -> None:
+def test_more_memory_than_there_is_raises_out_of_memory() -> None:
     with CaMemAllocator.get_instance().use_memory_pool("weights"), pytest.raises(RuntimeError, match="out of memory"):
         torch.empty(1 << 40, dtype=torch.uint8, device="npu")

@@ -10,22 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from vllm_ray_ascend.softnpu.cluster import manager, namespaces
-from vllm_ray_ascend.softnpu.cluster.plan import Cluster, Shape
+from softnpu.cluster import manager, namespaces
+from softnpu.cluster.plan import Cluster, Shape
 
 NAME = f"transport-{os.getpid()}"
 ROOT = Path(__file__).resolve().parents[2]
 IN_FLIGHT, EXECUTIONS = 2, 120
-"""Enough for messages to overtake each other, which stops a raylet where stages hurry ahead (transport.context)."""
+"""Enough for messages to overtake each other: a raylet blocks where stages run ahead (accelerator_context._write)."""
 
-pytestmark = pytest.mark.skipif(namespaces.missing() is not None, reason=str(namespaces.missing()))
+pytestmark = pytest.mark.skipif(
+    namespaces.missing_requirement() is not None, reason=str(namespaces.missing_requirement())
+)
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    made, _ = manager.up(NAME, Shape(npus_per_node=2, cpus_per_node=1))
-    yield made
+    cluster, _ = manager.up(NAME, Shape(npus_per_node=2, cpus_per_node=1))
+    yield cluster
     manager.down(NAME)
 
 
@@ -40,15 +41,15 @@ def test_values_cross_nodes(cluster: Cluster) -> None:
 
 
 def main() -> None:
-    """A driver on the head node: two stages of two ranks, dealt out so that each message crosses to the other node."""
+    """Run a driver on the head node: two stages of two ranks, placed so that each message crosses to the other node."""
     import ray
     from ray.dag import InputNode, MultiOutputNode
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from tests.softnpu.stage import Stage, expected
-    from vllm_ray_ascend import transport
+    from vllm_ray_ascend import ray_transport
 
-    transport.register()
+    ray_transport.register()
     ray.init(runtime_env={"env_vars": {"RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES": "1"}})
     nodes = [node["NodeID"] for node in ray.nodes()]
     stage = ray.remote(resources={"NPU": 1}, num_cpus=0)(Stage)
@@ -59,18 +60,21 @@ def main() -> None:
     with InputNode() as given:
         first = [each.make.bind(given).with_tensor_transport("hccl") for each in stages[:2]]
         moved = [
-            each.on.bind(value).with_tensor_transport("hccl") for each, value in zip(stages[2:], first, strict=True)
+            each.forward.bind(value).with_tensor_transport("hccl")
+            for each, value in zip(stages[2:], first, strict=True)
         ]
-        dag = MultiOutputNode([each.see.bind(value) for each, value in zip(stages[1::-1], moved[::-1], strict=True)])
+        dag = MultiOutputNode(
+            [each.digest_all.bind(value) for each, value in zip(stages[1::-1], moved[::-1], strict=True)]
+        )
     graph = dag.experimental_compile(_max_inflight_executions=IN_FLIGHT)
     devices = [ray.get(stages[index].about.remote())["device"] for index in (1, 0)]
-    under_way: list[tuple[int, Any]] = []
+    in_flight: list[tuple[int, Any]] = []
     for seed in range(EXECUTIONS):
-        under_way.append((seed, graph.execute(seed)))
-        while under_way and (len(under_way) == IN_FLIGHT or seed == EXECUTIONS - 1):
-            oldest, references = under_way.pop(0)
-            for told, device in zip(ray.get(references, timeout=60), devices, strict=True):
-                assert told == (oldest, expected(oldest, device)), told
+        in_flight.append((seed, graph.execute(seed)))
+        while in_flight and (len(in_flight) == IN_FLIGHT or seed == EXECUTIONS - 1):
+            oldest, references = in_flight.pop(0)
+            for found, device in zip(ray.get(references, timeout=60), devices, strict=True):
+                assert found == (oldest, expected(oldest, device)), found
     graph.teardown()
     with InputNode() as given:
         large = stages[1].total.bind(stages[0].ones.bind(given).with_tensor_transport("hccl"))

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from benchmarks.measure import turn
+from benchmarks.measure import rotate_executors
 from benchmarks.options import BASE, CASES, Options, read_options
 from benchmarks.phases import PHASES, phases
 from benchmarks.report import duration, markdown
@@ -62,7 +62,7 @@ def test_what_the_base_has_not_has_no_ratio() -> None:
 
 
 def test_turns_begin_with_each_and_visit_all() -> None:
-    assert ["".join(turn("ABC", number)) for number in range(4)] == ["ABC", "BCA", "CAB", "ABC"]
+    assert ["".join(rotate_executors("ABC", number)) for number in range(4)] == ["ABC", "BCA", "CAB", "ABC"]
 
 
 DRIVER = {

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from benchmarks.statistics import Sample, figures
+from benchmarks.transport.methods import WAYS as MADE
 from benchmarks.transport.options import BASE, CASES, MIB, SIZES, WAYS, count_of, label, read_options
 from benchmarks.transport.report import markdown
-from benchmarks.transport.ways import WAYS as MADE
 
 pytestmark = pytest.mark.unit
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ray_ascend.devices.cards import Die, cards_shared, die_name, parse_npu_smi
+from vllm_ray_ascend.devices.cards import Die, die_name, find_shared_cards, parse_npu_smi
 from vllm_ray_ascend.devices.owners import Claim
 
 pytestmark = pytest.mark.unit
@@ -32,7 +32,7 @@ def test_a_card_with_one_die() -> None:
     assert parse_npu_smi(A2) == [Die(0, 0, 0, "Ascend 910B3"), Die(1, 0, 1, "Ascend 910B3")]
 
 
-def test_a_card_with_two_dies_counts_as_cann_counts() -> None:
+def test_a_card_with_two_dies_is_two_npus_as_in_cann() -> None:
     assert parse_npu_smi(A3) == [
         Die(0, 0, 0, "Ascend910"),
         Die(0, 1, 1, "Ascend910"),
@@ -64,17 +64,17 @@ def test_the_name_of_a_die() -> None:
 
 def test_cards_with_two_owners() -> None:
     claims = [Claim("B", "n", 1), Claim("A", "n", 0), Claim("A", "n", 4), Claim("A", "n", 5), Claim("C", "n", 9)]
-    assert cards_shared(parse_npu_smi(A3), claims) == {0: ["A", "B"]}
-    assert cards_shared(parse_npu_smi(A2), claims) == {}
+    assert find_shared_cards(parse_npu_smi(A3), claims) == {0: ["A", "B"]}
+    assert find_shared_cards(parse_npu_smi(A2), claims) == {}
 
 
 @given(st.lists(st.tuples(st.integers(0, 15), st.integers(0, 1)), unique=True), st.sampled_from(["Ascend 910C", "X"]))
-def test_what_npu_smi_writes_is_read(places: list[tuple[int, int]], name: str) -> None:
+def test_output_of_npu_smi_is_parsed(places: list[tuple[int, int]], name: str) -> None:
     dies = [Die(card, chip, 2 * card + chip, name) for card, chip in places]
-    rows = [f"\t{die.card}      {die.chip}      {die.physical}      {die.name}     " for die in dies]
+    rows = [f"\t{die.card}      {die.chip}      {die.physical_id}      {die.name}     " for die in dies]
     assert parse_npu_smi("\n".join([A2.splitlines()[0], *rows])) == dies
     both = {card for card, _ in places if {(card, 0), (card, 1)} <= set(places)}
     for die in dies:
-        assert ("card" in die_name(dies, die.physical)) == (die.card in both)
-    owners = [Claim(f"owner of {die.physical}", "n", die.physical) for die in dies]
-    assert set(cards_shared(dies, owners)) == both
+        assert ("card" in die_name(dies, die.physical_id)) == (die.card in both)
+    owners = [Claim(f"owner of {die.physical_id}", "n", die.physical_id) for die in dies]
+    assert set(find_shared_cards(dies, owners)) == both

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ci.runner import Device, Runner, detect, generation_of, judge, read_npu_smi, read_nvidia_smi, read_version
+from ci.runner import Device, Runner, detect, generation_of, read_npu_smi, read_nvidia_smi, read_version, runner_of
 
 # Tables as they stand in reports of vLLM's collect_env from Atlas machines, cut to two cards.
 A2 = """\
@@ -98,23 +98,23 @@ def test_generations(names: list[str], text: str, generation: str) -> None:
 
 
 def test_an_npu_counts_before_a_gpu() -> None:
-    found = judge(A3, NVIDIA)
+    found = runner_of(A3, NVIDIA)
     assert (found.kind, found.generation, len(found.devices)) == ("npu", "A3", 2)
     assert found.notes == ("GPUs are there as well, and are not used",)
-    assert judge(None, NVIDIA).kind == "cuda"
-    assert judge(None, None) == Runner("none")
-    assert judge("", "").notes == ("npu-smi  lists no NPU", "nvidia-smi lists no GPU")
+    assert runner_of(None, NVIDIA).kind == "cuda"
+    assert runner_of(None, None) == Runner("none")
+    assert runner_of("", "").notes == ("npu-smi  lists no NPU", "nvidia-smi lists no GPU")
 
 
 def test_what_suites_can_use() -> None:
-    assert judge(A2, None).has == {"npu"}
+    assert runner_of(A2, None).has == {"npu"}
     ill = A2.replace("| OK ", "| Alarm ")
-    assert judge(ill, None).has == frozenset()
-    assert judge(ill, None).notes == ("NPU 0 (910B2) is not healthy", "NPU 1 (910B2) is not healthy")
-    assert "2 x 910B2; Atlas A2" in judge(A2, None).describe()
+    assert runner_of(ill, None).has == frozenset()
+    assert runner_of(ill, None).notes == ("NPU 0 (910B2) is not healthy", "NPU 1 (910B2) is not healthy")
+    assert "2 x 910B2; Atlas A2" in runner_of(A2, None).describe()
 
 
-def test_this_machine_is_told() -> None:
+def test_this_machine_is_detected() -> None:
     found = detect()
     assert found.cores >= 1 and found.machine
     assert (found.kind == "none") == (not found.devices)

@@ -1,4 +1,4 @@
-"""Suites of CI: what runs, what is left out, and that no failure is ever hidden. With real pytest."""
+"""Suites of `make test` and CI: what runs, what is left out, and that no failure is hidden. With real pytest."""
 
 from __future__ import annotations
 
@@ -92,6 +92,15 @@ def test_a_run_without_tests_has_failed(tmp_path: Path, tests: str, reason: str)
     assert any(reason in f"{name} {text}" for name, text in found.failed.items())
 
 
+def test_make_test_runs_nothing_twice_and_leaves_nothing_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = dataclasses.replace(made(tmp_path, TESTS), needs=frozenset({"npu"}))
+    monkeypatch.setattr(command, "SUITES", {"made": suite})
+    monkeypatch.setattr(command, "chosen", lambda names: [suite])
+    assert command.main(["--local", "made", "--results", str(tmp_path), "--pytest", "-q"]) == 1
+    assert "| made | 2 | 1 | 0 | 1 |" in (tmp_path / "summary.md").read_text()
+    assert not (tmp_path / "made-again.xml").exists()
+
+
 def test_flakes_are_noted(tmp_path: Path) -> None:
     found = command.run(made(tmp_path, TESTS), tmp_path, rerun=True, further=["-q"])
     command._note_flaky({"made": found}, tmp_path)
@@ -100,7 +109,7 @@ def test_flakes_are_noted(tmp_path: Path) -> None:
     assert (entry["suite"], entry["failure"]) == ("made", "ValueError: the first time only")
 
 
-def test_what_a_machine_lacks_is_said() -> None:
+def test_what_a_machine_lacks_is_listed() -> None:
     plain = Runner("none", root=True, compiler="g++")
     assert [suite.name for suite in chosen(["all"]) if suite.lacks(plain.has)] == ["npu", "cuda"]
     assert SUITES["npu"].lacks(plain.has) == [NEEDS["npu"]]
@@ -109,7 +118,7 @@ def test_what_a_machine_lacks_is_said() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
-    [(["nonsense"], 2, "no suite nonsense"), ([], 2, "which suite?"), (["--list"], 0, "vllm serve and clients")],
+    [(["nonsense"], 2, "no suite nonsense"), ([], 2, "no suite given"), (["--list"], 0, "vllm serve and clients")],
 )
 def test_the_command(arguments: list[str], code: int, said: str) -> None:
     done = subprocess.run(
@@ -118,7 +127,7 @@ def test_the_command(arguments: list[str], code: int, said: str) -> None:
     assert done.returncode == code and said in done.stdout + done.stderr
 
 
-def test_a_suite_that_cannot_run_says_why(tmp_path: Path) -> None:
+def test_a_suite_that_cannot_run_is_reported_with_the_reason(tmp_path: Path) -> None:
     missing = next((name for name in ("npu", "cuda") if SUITES[name].lacks(detect().has)), None)
     if missing is None:
         pytest.skip("this machine has an NPU and a GPU")
@@ -148,6 +157,14 @@ def test_pipelines_name_suites_that_there_are() -> None:
     assert set(EVERY_CHANGE) <= {name for each in found for name in each.split()}
 
 
+def test_make_runs_tests_by_suites_only() -> None:
+    recipes = re.findall(r"^\t.*$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    calls = [names for recipe in recipes for names in re.findall(r"\$\(call suite,([\w -]+)\)", recipe)]
+    called = {name for names in calls for name in names.split()}
+    assert called <= set(SUITES) and {*EVERY_CHANGE} - {"npu", "cuda"} <= called
+    assert not [recipe for recipe in recipes if "-m pytest" in recipe]
+
+
 def test_containers_and_manifests_have_the_versions_that_were_run() -> None:
     matrix = read()
     run = {name: [each.version for each in matrix.projects[name] if "e2e" in each.run] for name in matrix.projects}
@@ -170,3 +187,9 @@ def test_a_report_of_pytests_own_is_read() -> None:
     )
     found = outcome(text)
     assert (found.passed, found.failed, found.seconds, found.ran) == (1, {"a::b": "fixture failed"}, 2.5, 2)
+
+
+@pytest.mark.parametrize(("setting", "reruns"), [("RERUN=", False), ("RERUN=0", False), ("RERUN=1", True)])
+def test_make_runs_failures_again_only_where_asked(setting: str, reruns: bool) -> None:
+    made = subprocess.run(["make", "-n", "test", setting], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "ci.suite --local" in made and ("--rerun" in made) == reruns

@@ -35,11 +35,15 @@ def test_a_benchmark_of_this_repository_is_read() -> None:
 
 def test_seconds_of_faults() -> None:
     lines = [
-        '{"case": "kill in decode", "told": 0.2, "gone": 4.0}',
+        '{"case": "kill in decode", "reported": 0.2, "exited": 4.0, "clean": 0.1, "message": "VRA-311: rank 1 ..."}',
         "",
-        '{"case": "kill in decode", "told": 0.5, "gone": 3.0}',
+        '{"case": "kill in decode", "reported": 0.5, "exited": 3.0, "clean": 0.1, "message": ""}',
     ]
-    assert of_faults(lines) == {"kill in decode, told": 0.5, "kill in decode, gone": 4.0}
+    assert of_faults(lines) == {
+        "kill in decode, reported": 0.5,
+        "kill in decode, exited": 4.0,
+        "kill in decode, clean": 0.1,
+    }
 
 
 def test_a_regression_is_a_ratio_to_the_runs_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,7 +58,7 @@ def test_a_regression_is_a_ratio_to_the_runs_before(tmp_path: Path, capsys: pyte
     assert "| tp2, start, ours | 1 | 2 | **2.00** |" in capsys.readouterr().out
     last = json.loads(trend.read_text().splitlines()[-1])
     assert (last["commit"], last["metrics"]) == ("abc", {"tp2, start, ours": 2.0})
-    assert main([str(trend), str(result(path, 4.0))]) == 0  # told, not failed
+    assert main([str(trend), str(result(path, 4.0))]) == 0  # reported, not failed
 
 
 def test_other_machines_and_runs_do_not_count() -> None:

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from vllm_ray_ascend import __version__
-from vllm_ray_ascend.cli.main import commands, main
+from vllm_ray_ascend.cli.main import command_names, main
 from vllm_ray_ascend.settings import VARIABLES
 
 pytestmark = pytest.mark.unit
@@ -26,7 +26,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = capsys.readouterr().out
-    assert commands() and all(name in shown for name in commands())
+    assert command_names() and all(name in shown for name in command_names())
 
 
 @pytest.mark.parametrize("arguments", [[], ["no-such-command"], ["env", "--no-such-option"]])
@@ -36,7 +36,13 @@ def test_wrong_usage_ends_with_2(arguments: list[str], capsys: pytest.CaptureFix
     assert ended.value.code == 2 and "usage: vllm-ray-ascend" in capsys.readouterr().err
 
 
-def test_a_reader_that_goes_away_is_no_error_to_complain_of() -> None:
+def test_the_software_npu_has_a_command_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["softnpu", "exec", "--", "python", "-c", "print(1)"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "softnpu exec -- python -c 'print(1)'" in line and "ascend-softnpu" in line
+
+
+def test_a_closed_pipe_is_not_reported() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "vllm_ray_ascend.cli.main", "env"]
@@ -54,19 +60,19 @@ def test_env_lists_every_switch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert all(switch["value"] == switch["default"] for switch in listed)
 
 
-def test_env_refuses_a_bad_value(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_env_rejects_a_bad_value(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("VLLM_RAY_ASCEND_EXECUTOR", "mp")
     assert main(["env"]) == 2
     assert "VLLM_RAY_ASCEND_EXECUTOR='mp'" in capsys.readouterr().err
 
 
-def test_env_tells_a_misspelt_switch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_env_reports_a_misspelled_switch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("VLLM_RAY_ASCEND_EXECUTER", "ours")
     assert main(["env"]) == 1
-    assert "VLLM_RAY_ASCEND_EXECUTER is set, but is no switch" in capsys.readouterr().err
+    assert "VRA-142: VLLM_RAY_ASCEND_EXECUTER is set, but is not a switch" in capsys.readouterr().err
 
 
-def test_env_lists_variables_and_whose_they_are(
+def test_env_lists_variables_and_their_scopes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HCCL_IF_IP", "10.0.0.1")
@@ -77,12 +83,12 @@ def test_env_lists_variables_and_whose_they_are(
     assert main(["env", "--variables", "--json"]) == 0
     shown = capsys.readouterr().out
     assert "sesame" not in shown
-    found = {entry["variable"]: (entry["belongs"], entry["value"]) for entry in json.loads(shown)}
+    found = {entry["variable"]: (entry["scope"], entry["value"]) for entry in json.loads(shown)}
     assert found["HCCL_IF_IP"] == ("node", "10.0.0.1")
-    assert found["HCCL_NEW_SETTING"] == ("travels", "7")
-    assert found["HCCL_EXEC_TIMEOUT"] == ("travels", None)
+    assert found["HCCL_NEW_SETTING"] == ("copied", "7")
+    assert found["HCCL_EXEC_TIMEOUT"] == ("copied", None)
     assert found["VLLM_API_KEY"] == ("secret", "***")
-    assert found["ATB_STORE"] == ("travels", "http://***@store:80")
+    assert found["ATB_STORE"] == ("copied", "http://***@store:80")
     assert "PATH" not in found
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from vllm_ray_ascend.softnpu.cluster.plan import (
+from softnpu.cluster.plan import (
     MARKER,
     Cluster,
-    ClusterError,
     Shape,
     check_name,
     check_visible,
@@ -20,9 +19,12 @@ from vllm_ray_ascend.softnpu.cluster.plan import (
     describe_difference,
     hosts_file,
     make_cluster,
+    make_shape,
     node_environment,
+    parse_npus,
     ray_start_command,
 )
+from softnpu.errors import ClusterError
 
 SUBNET = ipaddress.IPv4Network("10.77.5.0/24")
 names = st.from_regex(r"[a-z0-9][a-z0-9-]{0,11}", fullmatch=True)
@@ -31,7 +33,7 @@ names = st.from_regex(r"[a-z0-9][a-z0-9-]{0,11}", fullmatch=True)
 def plan(name: str = "demo", uid: int = 0, **shape: object) -> Cluster:
     asked = Shape(**shape)  # type: ignore[arg-type]
     subnet = SUBNET if asked.kind == "namespaces" else None
-    return make_cluster(name, uid, asked, Path(f"/tmp/vra-{uid}") / name, subnet, gcs_port=6379)
+    return make_cluster(name, uid, asked, Path(f"/tmp/snpu-{uid}") / name, subnet, gcs_port=6379)
 
 
 def test_nodes_have_their_own_addresses_and_the_head_is_first() -> None:
@@ -114,6 +116,20 @@ def test_shapes_out_of_range_are_refused(wrong: dict[str, object]) -> None:
         Shape(**wrong)  # type: ignore[arg-type]
 
 
+def test_nodes_with_different_numbers_of_npus() -> None:
+    """A head without any, as on a machine without a card; the state file keeps it."""
+    shape = make_shape(3, parse_npus("0,2,4"), 2, "1G", "namespaces")
+    assert (shape.npus_per_node, [shape.npus(index) for index in (1, 2, 3)]) == (4, [0, 2, 4])
+    cluster = make_cluster("demo", 0, shape, Path("/tmp/x"), None, 1)
+    assert Cluster.from_json(json.loads(json.dumps(cluster.to_json()))) == cluster
+    assert [node_environment(cluster, node, {})["SOFTNPU_DEVICES"] for node in cluster.nodes] == ["0", "2", "4"]
+    assert describe_difference(shape, Shape(3, 4, 2)) == "npus of nodes (0, 2, 4), not ()"
+    assert make_shape(2, parse_npus("3"), 2, "1G", "plain") == Shape(2, 3, 2, kind="plain")
+    for wrong in ("1,2", "0,0,0", "1,-1,1"):
+        with pytest.raises(ClusterError, match="--npus-per-node"):
+            make_shape(3, parse_npus(wrong), 2, "1G", "plain")
+
+
 @pytest.mark.parametrize("visible", [None, "0,1,2,3", "3", "", "2,0"])
 def test_visible_lists_that_a_node_can_honour(visible: str | None) -> None:
     check_visible(visible, 4, "demo-1")
@@ -131,6 +147,13 @@ def test_the_head_starts_the_control_store_and_others_join_it() -> None:
     assert {"--head", "--port=6379", "--node-ip-address=10.77.5.1"} <= set(head)
     assert {"--address=10.77.5.1:6379", "--node-ip-address=10.77.5.2"} <= set(other)
     assert "--head" not in other
+    assert "--include-dashboard=false" in head
+
+    cluster = plan(dashboard=True)
+    head, other = (ray_start_command(["ray"], cluster, node) for node in cluster.nodes)
+    assert {"--include-dashboard=true", "--dashboard-host=10.77.5.1"} <= set(head)
+    assert not any("dashboard" in option for option in other)
+    assert Cluster.from_json(cluster.to_json()) == cluster
 
 
 def test_a_node_s_environment() -> None:

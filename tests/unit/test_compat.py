@@ -1,38 +1,21 @@
-"""Import hooks, functions with other globals, versions."""
+"""Import hooks and versions."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import FunctionType, ModuleType
-from typing import Any
+from types import ModuleType
 
 import pytest
 
 from vllm_ray_ascend.compat.import_hook import when_imported
-from vllm_ray_ascend.compat.rebind import with_globals
 from vllm_ray_ascend.compat.versions import RAY_MINIMUM, require_ray, stack
 from vllm_ray_ascend.errors import RayVersionError, UpstreamChangedError
 
 pytestmark = pytest.mark.unit
-
-LIMIT = 3
-
-
-def doubled(value: int) -> int:
-    return value * 2
-
-
-def original(value: int, *, extra: int = 1) -> int:
-    return min(doubled(value) + extra, LIMIT)
-
-
-assert isinstance(original, FunctionType)
-upstream: FunctionType = original
 
 
 @pytest.fixture
@@ -66,7 +49,7 @@ def test_the_callback_runs_after_the_import_and_once(package: str) -> None:
     assert Path(module.__spec__.loader.get_filename(module.__name__)).name == "module.py"  # type: ignore[attr-defined]
 
 
-def test_asking_whether_the_module_is_there_does_not_spend_the_hook(package: str) -> None:
+def test_a_check_for_the_module_does_not_use_up_the_hook(package: str) -> None:
     seen: list[str] = []
     when_imported(f"{package}.module", lambda module: seen.append(module.__name__))
     assert importlib.util.find_spec(f"{package}.module") is not None
@@ -82,9 +65,9 @@ def test_the_callback_runs_at_once_where_the_module_is_there(package: str) -> No
     assert seen == [f"{package}.module"]
 
 
-def test_what_the_callback_raises_the_importer_sees_and_may_retry(package: str) -> None:
+def test_the_importer_gets_what_the_callback_raises_and_may_retry(package: str) -> None:
     def refuse(module: ModuleType) -> None:
-        raise UpstreamChangedError(module.__name__)
+        raise UpstreamChangedError("VRA-100", module.__name__)
 
     when_imported(f"{package}.module", refuse)
     with pytest.raises(UpstreamChangedError):
@@ -106,35 +89,6 @@ def test_a_missing_module_stays_missing(package: str) -> None:
         importlib.import_module(f"{package}.absent")
 
 
-def test_with_globals_replaces_for_that_function_only() -> None:
-    rebound: Any = with_globals(upstream, doubled=lambda value: -value, LIMIT=100)
-    assert rebound(4) == -3 and rebound(4, extra=10) == 6
-    assert upstream(1) == 3 and LIMIT == 3
-
-
-def test_with_globals_keeps_threads_apart() -> None:
-    wrong: list[tuple[int, int]] = []
-
-    def check(factor: int) -> None:
-        for value in range(2000):
-            result = with_globals(upstream, doubled=lambda v: v * factor, LIMIT=10**9)(value)
-            if result != value * factor + 1:
-                wrong.append((value, result))
-
-    threads = [threading.Thread(target=check, args=(factor,)) for factor in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
-
-
-@pytest.mark.parametrize("name", ["absent", "threading"])
-def test_with_globals_refuses_a_name_that_the_function_does_not_use(name: str) -> None:
-    with pytest.raises(UpstreamChangedError, match=rf"no longer uses {name}"):
-        with_globals(upstream, **{name: None})
-
-
 @pytest.mark.parametrize("found", [RAY_MINIMUM, "2.48.0", "2.60.0", "3.0.0.dev0", "a build of one's own"])
 def test_ray_new_enough(found: str) -> None:
     require_ray(found)
@@ -143,7 +97,7 @@ def test_ray_new_enough(found: str) -> None:
 @pytest.mark.parametrize(
     ("found", "said"), [(None, "not installed"), ("2.47.1", "2.47.1 is too old"), ("1.13", "1.13")]
 )
-def test_ray_missing_or_too_old_says_how_to_mend_it(found: str | None, said: str) -> None:
+def test_a_missing_or_old_ray_is_reported_with_the_remedy(found: str | None, said: str) -> None:
     with pytest.raises(RayVersionError, match=said) as raised:
         require_ray(found)
     assert f"pip install 'ray>={RAY_MINIMUM}'" in str(raised.value)

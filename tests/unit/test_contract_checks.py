@@ -8,8 +8,9 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 from ci.contract import code
-from ci.contract.facts import PACKAGE, Place, check, imported, table
+from ci.contract.facts import PACKAGE, Place, check, imported, patched, table, written
 from ci.releases import Sources
+from vllm_ray_ascend.patches import PATCHES, Patch
 
 pytestmark = pytest.mark.unit
 
@@ -56,7 +57,7 @@ def test_a_fact_holds_or_says_what_is_there(tmp_path: Path, facts: dict[str, obj
     assert (says in str(broken[0]) and "relied on by: here" in str(broken[0])) if says else not broken
 
 
-def test_a_missing_file_is_told_unless_it_may_be_missing(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_unless_it_may_be_missing(tmp_path: Path) -> None:
     place = Place("vllm", "gone.py", by="here", has=["x"])
     assert "no such file" in str(place.broken(sources(tmp_path))[0])
     assert not Place("vllm", "gone.py", by="here", has=["x"], unless_gone=True).broken(sources(tmp_path))
@@ -89,13 +90,54 @@ def test_our_imports_are_places_too() -> None:
     ours = {(place.project, place.file, *place.has) for place in imported({})}
     assert ("vllm", "vllm/v1/executor/ray_executor_v2", "RayExecutorV2") in ours
     assert ("ray", "ray/_private/state", "available_resources_per_node") in ours
-    assert not any(place.by.startswith("softnpu/") for place in imported({}))
 
 
 @pytest.mark.parametrize("key", ["ray/_private/state:available_resources_per_node", "ray/_private/state", "ray"])
 def test_an_import_may_be_for_some_releases_only(key: str) -> None:
-    found = [place for place in imported({key: ">=2.50"}) if place.file == "ray/_private/state"]
+    name = ("available_resources_per_node",)
+    found = [place for place in imported({key: ">=2.50"}) if (place.file, place.has) == ("ray/_private/state", name)]
     assert found and not any(place.holds_in("2.48.0") for place in found)
+
+
+def row(releases: str, *names: str) -> Patch:
+    return Patch("vllm.module", names, "wrap", "plugin.py", "what", "why", releases, "later", "now")
+
+
+@pytest.mark.parametrize(
+    ("releases", "name", "expected"),
+    [
+        ("vllm", "Engine.step", ""),
+        ("vllm >=1.0; vllm-ascend >=7", "Engine.step:helper", ""),
+        ("vllm", "Engine", ""),
+        ("vllm <1.0", "gone", ""),
+        ("vllm", "Engine._vllm_ray_ascend", ""),
+        ("vllm", "Engine.gone", "Engine has gone\n    found: not defined there"),
+        ("vllm", "Engine.step:other", "Engine.step uses other\n    found: never read there"),
+        ("vllm <1.0", "Engine.step", "Engine lacks step\n    found: it is there, and not in <1.0"),
+    ],
+)
+def test_a_patched_name_is_there_in_the_releases_of_its_row_and_no_others(
+    releases: str, name: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm/module.py").write_text(SOURCE)
+    monkeypatch.setattr("ci.contract.facts.table", lambda: patched([row(releases, name)]))
+    broken = check(Sources("vllm", "1.0", tmp_path, frozenset({"vllm/module.py"})))
+    assert (
+        (expected in str(broken[0]) and "relied on by: plugin.py: what" in str(broken[0])) if expected else not broken
+    )
+
+
+def test_every_patched_name_has_a_place() -> None:
+    assert len(patched()) == sum(len(patch.names) for patch in PATCHES)
+    assert set(map(repr, patched())) <= set(map(repr, table()))
+
+
+def test_no_patched_name_is_written_again_in_the_facts() -> None:
+    def names(places: list[Place]) -> set[tuple[str, str, str]]:
+        return {(place.file, place.of, name) for place in places for name in (*place.has, *place.uses)}
+
+    assert not names(patched()) & names(written())
 
 
 def test_the_table_is_well_formed() -> None:
@@ -106,5 +148,5 @@ def test_the_table_is_well_formed() -> None:
 
 def test_a_release_without_anything_breaks_every_fact(tmp_path: Path) -> None:
     nothing = Sources("ray", "2.60.0", tmp_path, frozenset())
-    ours = [place for place in table() if place.project == "ray" and not place.unless_gone]
+    ours = [place for place in table() if place.project == "ray" and not place.unless_gone and place.holds_in("2.60.0")]
     assert len(check(nothing)) == len(ours) > 5

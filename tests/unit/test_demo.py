@@ -25,7 +25,7 @@ rank 0 -> 10.77.36.1 NPU 0 (physical 4), rank 1 -> 10.77.36.2 NPU 0 (physical 0)
 
 @pytest.fixture
 def server(tmp_path: Path) -> Server:
-    """A server that is not running, but whose log is there."""
+    """Return a server that is not running, but whose log is there."""
     stopped = Server.__new__(Server)
     stopped.log = tmp_path / "serve.log"
     stopped.log.write_text(LOG)

@@ -1,4 +1,4 @@
-"""What vLLM is told of a data parallel rank's NPUs, over Ray and not."""
+"""The NPUs of a data parallel rank, over Ray and without it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from vllm_ray_ascend.compat.rebind import replace, upstream
+from vllm_ray_ascend import patches
 from vllm_ray_ascend.engine import device_ids
-from vllm_ray_ascend.errors import DeviceMappingError, UpstreamChangedError
+from vllm_ray_ascend.errors import DeviceMappingError
 
 pytestmark = pytest.mark.unit
 
@@ -31,12 +31,12 @@ def test_over_ray_nothing_is_assigned_however_short_the_list_is(monkeypatch: pyt
     assert given.parallel_config.assigned_physical_gpu_ids is None
 
 
-def test_device_ids_over_ray_are_refused() -> None:
+def test_device_ids_over_ray_are_rejected() -> None:
     with pytest.raises(DeviceMappingError) as raised:
         device_ids.set_assigned_physical_gpu_ids_for_dp_rank(config(ray=True, ids=[4, 5]), 0, [4, 5])
     assert str(raised.value) == (
-        "--device-ids (NPUs 4,5) cannot choose NPUs over Ray, which assigns them itself. Leave --device-ids out, give "
-        "Ray the list on that node: `ray stop`, then `ASCEND_RT_VISIBLE_DEVICES=4,5 ray start ...`."
+        "VRA-302: --device-ids (NPUs 4,5) cannot choose NPUs over Ray, which assigns them itself. Leave --device-ids "
+        "out, or give Ray the list on that node: `ray stop`, then `ASCEND_RT_VISIBLE_DEVICES=4,5 ray start ...`."
     )
 
 
@@ -70,7 +70,7 @@ def test_vllm_0_23_isolates_nothing_over_ray() -> None:
         entered.append(local_dp_rank)
         yield
 
-    ours = device_ids.isolating_nothing_over_ray(own)
+    ours = device_ids.skip_isolation_over_ray(own)
     with ours(config(ray=True), 1):
         pass
     with ours(config(ray=False), 2):
@@ -82,12 +82,7 @@ def test_selecting_replaces_what_a_module_has_and_keeps_upstreams() -> None:
     module = ModuleType("vllm.v1.engine.core")
     own = module.get_physical_gpu_ids_for_local_dp_rank = lambda: None  # type: ignore[attr-defined]
     for _ in range(2):
-        device_ids.select([module])
+        device_ids.replace_functions([module])
     assert module.get_physical_gpu_ids_for_local_dp_rank is device_ids.physical_ids_of_dp_rank
-    assert upstream(module, "get_physical_gpu_ids_for_local_dp_rank") is own
+    assert patches.original("vllm.v1.engine.core.get_physical_gpu_ids_for_local_dp_rank", module) is own
     assert not hasattr(module, "set_device_control_env_var")
-
-
-def test_a_name_that_is_gone_is_an_error() -> None:
-    with pytest.raises(UpstreamChangedError, match=r"vllm\.some no longer has RayExecutorV2"):
-        replace(ModuleType("vllm.some"), "RayExecutorV2", object)

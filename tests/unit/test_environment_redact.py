@@ -1,4 +1,4 @@
-"""Nothing secret is shown."""
+"""Secrets are hidden in names and values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ray_ascend.environment.redact import redacted, shown
+from vllm_ray_ascend.environment.redact import redact_value
 
 pytestmark = pytest.mark.unit
 
@@ -31,16 +31,15 @@ pytestmark = pytest.mark.unit
         ("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True", "expandable_segments:True"),
     ],
 )
-def test_shown(name: str, value: str, expected: str) -> None:
-    assert shown(name, value) == expected
-    assert redacted({name: value}) == {name: expected}
+def test_redact_value(name: str, value: str, expected: str) -> None:
+    assert redact_value(name, value) == expected
 
 
 @given(st.text("abc/:@?#&=,;! 1", min_size=1))
-def test_a_password_of_any_signs_in_a_url_is_hidden(password: str) -> None:
-    assert shown("http_proxy", f"http://me:{password}@proxy:3128") == "http://***@proxy:3128"
+def test_a_password_of_any_characters_in_a_url_is_hidden(password: str) -> None:
+    assert redact_value("http_proxy", f"http://me:{password}@proxy:3128") == "http://***@proxy:3128"
 
 
 @given(st.text(), st.text())
-def test_any_name_and_value_can_be_shown(name: str, value: str) -> None:
-    assert isinstance(shown(name, value), str)
+def test_any_name_and_value_can_be_redacted(name: str, value: str) -> None:
+    assert isinstance(redact_value(name, value), str)

@@ -1,4 +1,4 @@
-"""What codes and texts of the accelerators' errors are said to mean. The texts are those of the real libraries."""
+"""Explanations of the accelerators' error codes and texts. The texts are those of the real libraries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_ray_ascend.accelerators import cuda_errors, npu_errors
-from vllm_ray_ascend.accelerators.choose import accelerator
+from vllm_ray_ascend.accelerators.choose import get_accelerator
 from vllm_ray_ascend.accelerators.npu_codes import HCCL, NUMBERED, RUNTIME, Meaning
 
 pytestmark = pytest.mark.unit
@@ -38,7 +38,7 @@ NPU_TEXTS = {
 
 @pytest.mark.parametrize(("text", "name"), NPU_TEXTS.items(), ids=NPU_TEXTS.values())
 def test_errors_of_the_npu(text: str, name: str) -> None:
-    found = npu_errors.explain(text)
+    found = npu_errors.explain_text(text)
     assert found is not None and found.startswith(f"{name}: ")
 
 
@@ -53,44 +53,46 @@ CUDA_TEXTS = {
 }
 
 
-@pytest.mark.parametrize(("text", "said"), CUDA_TEXTS.items(), ids=CUDA_TEXTS.values())
-def test_errors_of_cuda(text: str, said: str) -> None:
-    found = cuda_errors.explain(text)
-    assert found is not None and said in found
+@pytest.mark.parametrize(("text", "meaning"), CUDA_TEXTS.items(), ids=CUDA_TEXTS.values())
+def test_errors_of_cuda(text: str, meaning: str) -> None:
+    found = cuda_errors.explain_text(text)
+    assert found is not None and meaning in found
 
 
 @pytest.mark.parametrize(
     "text", ["", "no", "error code is 207", "ValueError: 507014 tokens", "rank 207008 of 4", "code 0"]
 )
-def test_what_is_unknown_is_not_guessed(text: str) -> None:
-    assert npu_errors.explain(text) is None and cuda_errors.explain(text) is None
+def test_unknown_texts_are_not_explained(text: str) -> None:
+    assert npu_errors.explain_text(text) is None and cuda_errors.explain_text(text) is None
 
 
 @given(st.text())
-def test_any_text_will_do(text: str) -> None:
-    npu_errors.explain(text)
-    cuda_errors.explain(text)
+def test_any_text_is_accepted(text: str) -> None:
+    npu_errors.explain_text(text)
+    cuda_errors.explain_text(text)
 
 
-def test_causes_are_looked_at_too() -> None:
+def test_causes_are_explained_too() -> None:
     try:
         try:
             raise RuntimeError("aclrtMalloc, error code is 207001")
         except RuntimeError as cause:
             raise ValueError("a block of the cache is missing") from cause
     except ValueError as error:
-        found = accelerator("npu").explain(error)
+        found = get_accelerator("npu").explain_error(error)
     assert found is not None and "207001" in found
     circle = RuntimeError("nothing")
     circle.__context__ = circle
-    assert accelerator("npu").explain(circle) is None
+    assert get_accelerator("npu").explain_error(circle) is None
 
 
-def test_the_codes_that_are_asked_for() -> None:
+def test_required_codes_are_known() -> None:
     assert set(range(1, 25)) == set(HCCL)
     assert {207001, 207005, 207008, 107030, 507011, 507014, 507033} <= set(RUNTIME)
     assert {"EI0006", "EI0019", "EJ0003"} <= set(NUMBERED)
-    assert "HCCL_E_UNAVAIL (7)" in npu_errors.hccl(7) and "HCCL error 99 (99)" in npu_errors.hccl(99)
+    assert "HCCL_E_UNAVAIL (7)" in npu_errors.explain_hccl_code(
+        7
+    ) and "HCCL error 99 (99)" in npu_errors.explain_hccl_code(99)
 
 
 @pytest.mark.parametrize("meaning", [*HCCL.values(), *RUNTIME.values(), *NUMBERED.values()], ids=lambda m: m.name)
@@ -104,7 +106,7 @@ def headers() -> Path:
 
     found = importlib.util.find_spec("torch_npu")
     if found is None or found.origin is None:
-        pytest.skip("torch_npu, whose wheel has CANN's headers, is not installed")
+        pytest.skip("torch_npu is not installed, which has CANN's headers")
     return Path(found.origin).parent / "include"
 
 

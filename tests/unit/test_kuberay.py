@@ -1,4 +1,4 @@
-"""The manifests of docs/kuberay: Ray is told of the NPUs that Kubernetes gives, in a form that survives a shell."""
+"""The manifests of docs/kuberay: the NPUs that Kubernetes gives are declared to Ray, quoted for a shell."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ci.manifests import MANIFESTS, cluster_of, documents, groups, problems, strict, told_to_ray
+from ci.manifests import MANIFESTS, cluster_of, documents, groups, problems, ray_start_resources, strict
 
 pytestmark = pytest.mark.unit
 
@@ -15,21 +15,21 @@ FILES = sorted(MANIFESTS.glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_nothing_to_mend(path: Path) -> None:
+def test_manifests_have_no_problems(path: Path) -> None:
     assert problems(path.read_text()) == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_two_groups_of_eight(path: Path) -> None:
     (cluster,) = [found for each in documents(path.read_text()) if (found := cluster_of(each)) is not None]
-    told = {name: told_to_ray(group["rayStartParams"]["resources"]) for name, group in groups(cluster)}
-    assert told == {"head": {"NPU": 8}, "npu": {"NPU": 8}}
+    declared = {name: ray_start_resources(group["rayStartParams"]["resources"]) for name, group in groups(cluster)}
+    assert declared == {"head": {"NPU": 8}, "npu": {"NPU": 8}}
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "expected"),
     [
-        (r'"{\"NPU\": 8}"', r'"{\"NPU\": 4}"', "Kubernetes gives 8 NPUs, Ray is told of 4"),
+        (r'"{\"NPU\": 8}"', r'"{\"NPU\": 4}"', "Kubernetes gives 8 NPUs, declared to Ray are 4"),
         ("readOnly: true, name: shm", "", ""),
         ("name: driver, hostPath", "name: other, hostPath", "no volume driver"),
         (
@@ -44,21 +44,21 @@ def test_two_groups_of_eight(path: Path) -> None:
         ),
     ],
 )
-def test_what_is_wrong_is_said(old: str, new: str, said: str) -> None:
+def test_problems_are_reported(old: str, new: str, expected: str) -> None:
     text = (MANIFESTS / "raycluster.yaml").read_text()
     found = problems(text.replace(old, new))
-    assert said in "\n".join(found)
-    assert bool(found) == bool(said)
+    assert expected in "\n".join(found)
+    assert bool(found) == bool(expected)
 
 
-def test_quotes_that_a_shell_takes_away_are_missed() -> None:
+def test_quotes_that_a_shell_removes_are_required() -> None:
     """KubeRay issue 1984: `ray start --resources={"NPU": 1}` becomes two words."""
-    assert told_to_ray(yaml.safe_load("""'"{\\"NPU\\": 1}"'""")) == {"NPU": 1}
-    with pytest.raises(ValueError, match="not one word"):
-        told_to_ray('{"NPU": 1}')
+    assert ray_start_resources(yaml.safe_load("""'"{\\"NPU\\": 1}"'""")) == {"NPU": 1}
+    with pytest.raises(ValueError, match="not a single shell argument"):
+        ray_start_resources('{"NPU": 1}')
 
 
-def test_unknown_fields_are_refused() -> None:
+def test_unknown_fields_are_rejected() -> None:
     schema = {
         "type": "object",
         "properties": {"a": {"type": "object", "properties": {"b": {"type": "integer"}}}, "free": {"type": "object"}},

@@ -91,9 +91,9 @@ def test_a_live_run_gives_the_stored_tokens(folder: Path) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_stored_tokens_are_the_text_to_its_end(folder: Path, dtype: str) -> None:
     ends = read(folder / "generation_config.json")["eos_token_id"]
-    learnt = {prompt: zen_after(prompt) for prompt in PROMPTS} | {QUESTION: zen_text()}
+    learned = {prompt: zen_after(prompt) for prompt in PROMPTS} | {QUESTION: zen_text()}
     entries = stored_reference(folder, dtype, "completion") + stored_reference(folder, dtype, "chat")
-    assert {entry["prompt"]: entry["text"] for entry in entries} == learnt
+    assert {entry["prompt"]: entry["text"] for entry in entries} == learned
     assert all(entry["tokens"][-1] in ends for entry in entries)
     assert all(entry["margin"] > 3 for entry in entries)
 
@@ -131,7 +131,7 @@ def test_lost_communication_shows() -> None:
     assert not zen_after("Beautiful is").startswith(text[:20])
 
 
-def test_the_reference_refuses_a_process_with_torch_npu() -> None:
+def test_the_reference_rejects_a_process_with_torch_npu() -> None:
     code = "import sys; sys.modules['torch_npu'] = sys; from demo.train.reference import load; load('x', 'float32')"
     done = run_python("-c", code)
     assert done.returncode == 1

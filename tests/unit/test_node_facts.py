@@ -1,4 +1,4 @@
-"""The facts of this machine, whatever it is, and what is read from what CANN, npu-smi and Ray's raylet say."""
+"""The facts of this machine, whatever it is, and parsing of what CANN, npu-smi and Ray's raylet report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from pathlib import Path
 import pytest
 
 from vllm_ray_ascend import __version__
-from vllm_ray_ascend.cluster.node_facts import NodeFacts, collect, facts_of, raylet_environment, read_cann
+from vllm_ray_ascend.cluster.node_facts import (
+    NodeFacts,
+    collect_node_facts,
+    node_facts_from_dict,
+    parse_cann_output,
+    raylet_environment,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -46,18 +52,18 @@ def npu_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
 
 def test_facts_of_this_machine() -> None:
     started = time.monotonic()
-    facts = collect("10.0.0.1")
+    facts = collect_node_facts("10.0.0.1")
     assert time.monotonic() - started < 5, "half a second on a machine at rest"
     assert facts.address == "10.0.0.1" and facts.hostname == os.uname().nodename
     assert (facts.cann_devices is None) == (facts.cann_error is not None)
     assert facts.versions["vllm-ray-ascend"] == __version__
 
 
-def test_they_travel_as_json_between_versions() -> None:
-    facts = collect()
+def test_facts_are_exchanged_as_json_between_versions() -> None:
+    facts = collect_node_facts()
     plain = json.loads(json.dumps(asdict(facts)))
-    assert facts_of({**plain, "of_a_later_version": 1}) == facts
-    assert facts_of({"address": "10.0.0.1", "hostname": "a"}) == NodeFacts("10.0.0.1", "a")
+    assert node_facts_from_dict({**plain, "of_a_later_version": 1}) == facts
+    assert node_facts_from_dict({"address": "10.0.0.1", "hostname": "a"}) == NodeFacts("10.0.0.1", "a")
 
 
 @pytest.mark.usefixtures("raylet")
@@ -65,12 +71,12 @@ def test_ray_was_started_with_another_environment(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "")
     monkeypatch.setenv("RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES", "1")
     monkeypatch.setenv("VLLM_RAY_ASCEND", "0")
-    facts = collect()
-    assert (facts.visible, facts.noset, facts.switches) == ("4,5", None, {"VLLM_PLUGINS": "ascend"})
+    facts = collect_node_facts()
+    assert (facts.visible_devices, facts.noset, facts.switches) == ("4,5", None, {"VLLM_PLUGINS": "ascend"})
 
 
 @pytest.mark.parametrize("pid", [None, "", "none", "999999999"])
-def test_without_a_raylet_the_environment_is_our_own(pid: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_raylet_the_environment_is_this_processs(pid: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if pid is None:
         monkeypatch.delenv("RAY_RAYLET_PID", raising=False)
     else:
@@ -79,31 +85,31 @@ def test_without_a_raylet_the_environment_is_our_own(pid: str | None, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("answer", "complaint", "expected"),
+    ("stdout", "stderr", "expected"),
     [
         ("npus=8\nacl=yes\n", "", (8, None, True)),
         ("[INFO] a log line of CANN\nnpus=8\n", "ModuleNotFoundError: No module named 'acl'", (8, None, False)),
-        ("failed=gave CANN error 107002\nacl=yes\n", "", (None, "gave CANN error 107002", True)),
+        ("failed=returned CANN error 107002\nacl=yes\n", "", (None, "returned CANN error 107002", True)),
         ("", "Traceback\nOSError: libascendcl.so: cannot open", (None, "OSError: libascendcl.so: cannot open", False)),
         ("npus=8\n", "no answer in time", (8, None, False)),
         ("", "no answer in time", (None, "no answer in time", False)),
-        ("", "", (None, "CANN's device count ended without a word", False)),
+        ("", "", (None, "CANN's device count ended without output", False)),
     ],
 )
-def test_read_cann(answer: str, complaint: str, expected: tuple[int | None, str | None, bool]) -> None:
-    assert read_cann(answer, complaint) == expected
+def test_parse_cann_output(stdout: str, stderr: str, expected: tuple[int | None, str | None, bool]) -> None:
+    assert parse_cann_output(stdout, stderr) == expected
 
 
 def test_npu_smi_counts_no_management_chips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "table").write_text(TABLE)
     npu_smi(tmp_path, monkeypatch, f'test "$*" = "info -m" && cat {tmp_path}/table')
-    assert collect().npu_smi == 2
+    assert collect_node_facts().npu_smi == 2
 
 
-def test_npu_smi_that_hangs_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_npu_smi_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     npu_smi(tmp_path, monkeypatch, f"echo $$ > {tmp_path}/pid; exec sleep 60")
     started = time.monotonic()
-    assert collect(limit_s=1).npu_smi is None
+    assert collect_node_facts(limit_s=1).npu_smi is None
     assert time.monotonic() - started < 10
     pid = int((tmp_path / "pid").read_text())
     with pytest.raises(ProcessLookupError):

@@ -8,8 +8,8 @@ from importlib.metadata import EntryPoint, entry_points
 
 import pytest
 
-from vllm_ray_ascend.executor.ranks import Rank, ready_line
-from vllm_ray_ascend.plugin import left_out, selected_alone
+from vllm_ray_ascend.executor.rank_report import RankReport, format_ready_line
+from vllm_ray_ascend.plugin import is_sole_platform_plugin, skipped_ascend_plugins
 
 pytestmark = pytest.mark.unit
 
@@ -37,17 +37,17 @@ def test_the_installed_package_has_both_entry_points(group: str) -> None:
     ],
 )
 def test_selected_alone(plugins: str | None, alone: bool) -> None:
-    assert selected_alone({} if plugins is None else {"VLLM_PLUGINS": plugins}) is alone
+    assert is_sole_platform_plugin({} if plugins is None else {"VLLM_PLUGINS": plugins}) is alone
 
 
 def test_left_out_are_vllm_ascends_own_unless_some_were_chosen() -> None:
-    assert left_out([*OWN, OTHER], {"VLLM_PLUGINS": "ray_ascend"}) == OWN
-    assert left_out([*OWN, OTHER], {"VLLM_PLUGINS": "ray_ascend,ascend_model"}) == []
+    assert skipped_ascend_plugins([*OWN, OTHER], {"VLLM_PLUGINS": "ray_ascend"}) == OWN
+    assert skipped_ascend_plugins([*OWN, OTHER], {"VLLM_PLUGINS": "ray_ascend,ascend_model"}) == []
 
 
 def test_the_ready_line() -> None:
-    ranks = [Rank(1, "10.0.0.2", 0, 4, 11), Rank(0, "10.0.0.1", 1, 1, 10)]
-    assert ready_line("0.1.0", {"vLLM": "0.30.0", "Ray": "2.60.0"}, ranks) == (
+    ranks = [RankReport(1, "10.0.0.2", 0, 4, 11), RankReport(0, "10.0.0.1", 1, 1, 10)]
+    assert format_ready_line("0.1.0", {"vLLM": "0.30.0", "Ray": "2.60.0"}, ranks) == (
         "vllm-ray-ascend 0.1.0 ready: vLLM 0.30.0, Ray 2.60.0; 2 nodes, 2 NPUs; "
         "rank 0 -> 10.0.0.1 NPU 1 (physical 1), rank 1 -> 10.0.0.2 NPU 0 (physical 4)"
     )
@@ -55,7 +55,7 @@ def test_the_ready_line() -> None:
 
 LIGHT = """
 import sys
-import vllm_ray_ascend, vllm_ray_ascend.cli.main, vllm_ray_ascend.executor.ranks
+import vllm_ray_ascend, vllm_ray_ascend.cli.main, vllm_ray_ascend.executor.rank_report
 import vllm_ray_ascend.cluster.connect, vllm_ray_ascend.plugin as plugin
 {calls}
 loaded = {{name for name, module in sys.modules.items() if module}}

@@ -22,7 +22,7 @@ FILES = {"a_project/__init__.py": "", "a_project/one.py": "ONE = 1\n", "a_projec
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An index with a wheel of a-project 1.0, and version 2.0 as an archive only."""
+    """Yield an index with a wheel of a-project 1.0, and version 2.0 as an archive only."""
     page = tmp_path / "web" / "simple" / "a-project"
     page.mkdir(parents=True)
     with zipfile.ZipFile(page / "a_project-1.0-py3-none-any.whl", "w") as wheel:
@@ -69,11 +69,11 @@ def test_all_versions_are_known(index: Path) -> None:
 
 
 def test_a_release_that_there_is_not(index: Path) -> None:
-    with pytest.raises(releases.ReleaseError, match=r"no a-project 3\.0: mend its line"):
+    with pytest.raises(releases.ReleaseError, match=r"no a-project 3\.0: correct its line"):
         releases.fetch("a-project", "3.0", [])
 
 
-def test_pip_says_where_packages_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_index_is_that_of_pip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:1/simple/")
     releases._pip_settings.cache_clear()
     assert releases._pip_settings()["index-url"] == "http://127.0.0.1:1/simple/"

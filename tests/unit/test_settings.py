@@ -1,13 +1,18 @@
-"""The switches: defaults, values, and what a wrong one says."""
+"""The switches: defaults, values, and the error of a wrong one."""
 
 from __future__ import annotations
+
+import re
+import socket
+import threading
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_ray_ascend.errors import SettingError
-from vllm_ray_ascend.settings import VARIABLES, Settings, is_off, load, switches, unknown
+from vllm_ray_ascend.ipc.sockets import keep_alive
+from vllm_ray_ascend.settings import VARIABLES, Settings, is_off, list_switches, load, unknown_variables
 
 pytestmark = pytest.mark.unit
 
@@ -44,14 +49,14 @@ def test_values_are_read() -> None:
         ("VLLM_RAY_ASCEND", "yes", "auto, 0, 1"),
         ("VLLM_RAY_ASCEND", "0 ", "auto, 0, 1"),
         ("VLLM_RAY_ASCEND_EXECUTOR", "mp", "ours, upstream, compiled_graph"),
-        ("VLLM_RAY_ASCEND_NPU_WAIT_S", "-1", "a number, 0 or more"),
-        ("VLLM_RAY_ASCEND_NPU_WAIT_S", "soon", "a number, 0 or more"),
+        ("VLLM_RAY_ASCEND_NPU_WAIT_S", "-1", "a number from 0 to 604800"),
+        ("VLLM_RAY_ASCEND_NPU_WAIT_S", "soon", "a number from 0 to 604800"),
     ],
 )
 def test_a_bad_value_names_variable_value_and_what_is_accepted(variable: str, value: str, accepted: str) -> None:
     with pytest.raises(SettingError) as raised:
         load({variable: value})
-    assert f"{variable}={value!r}" in str(raised.value)
+    assert raised.value.code == "VRA-141" and f"{variable}={value!r}" in str(raised.value)
     assert f"Accepted: {accepted}." in str(raised.value)
 
 
@@ -66,17 +71,40 @@ def test_any_text_is_a_value_or_a_setting_error(variable: str, text: str) -> Non
     assert variable in message
 
 
+NUMBERS = [name for name, field in VARIABLES.items() if isinstance(getattr(Settings(), field), float)]
+
+
+@pytest.mark.parametrize("variable", NUMBERS)
+@pytest.mark.parametrize("text", ["inf", "nan", "-inf", "1e9", "-1"])
+def test_numbers_have_bounds(variable: str, text: str) -> None:
+    with pytest.raises(SettingError, match=variable):
+        load({variable: text})
+
+
+@pytest.mark.parametrize("variable", NUMBERS)
+def test_the_bounds_themselves_are_accepted_by_the_system(variable: str) -> None:
+    (accepted,) = (switch.accepted for switch in list_switches({}) if switch.variable == variable)
+    bounds = re.fullmatch(r"a number from (\d+) to (\d+)", accepted)
+    assert bounds is not None
+    for bound in bounds.groups():
+        value: float = getattr(load({variable: bound}), VARIABLES[variable])
+        assert value < threading.TIMEOUT_MAX and value * 1000 < 2**31
+        if variable == "VLLM_RAY_ASCEND_SILENCE_S":
+            with socket.socket() as connection:
+                keep_alive(connection, value)
+
+
 @given(st.text(max_size=4))
 def test_only_0_is_off(text: str) -> None:
     assert is_off({"VLLM_RAY_ASCEND": text}) == (text == "0")
 
 
 def test_every_switch_is_listed_with_its_meaning() -> None:
-    listed = switches({"VLLM_RAY_ASCEND_EXECUTOR": "upstream"})
+    listed = list_switches({"VLLM_RAY_ASCEND_EXECUTOR": "upstream"})
     assert {switch.variable for switch in listed} == set(VARIABLES)
     assert all(switch.meaning and switch.accepted for switch in listed)
     assert [switch.value for switch in listed if switch.variable == "VLLM_RAY_ASCEND_EXECUTOR"] == ["upstream"]
 
 
-def test_misspelt_switches_are_found() -> None:
-    assert unknown(["VLLM_RAY_ASCEND_EXECUTER", "VLLM_PLUGINS", *VARIABLES]) == ["VLLM_RAY_ASCEND_EXECUTER"]
+def test_misspelled_switches_are_found() -> None:
+    assert unknown_variables(["VLLM_RAY_ASCEND_EXECUTER", "VLLM_PLUGINS", *VARIABLES]) == ["VLLM_RAY_ASCEND_EXECUTER"]

@@ -1,4 +1,4 @@
-"""Pure decisions of transport: types of numbers, limits, what an error says, which NPU is an actor's."""
+"""Pure functions of hccl and ray_transport: data types, limits, error texts, the NPU of an actor."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ import pytest
 
 from vllm_ray_ascend.accelerators.npu_codes import HCCL
 from vllm_ray_ascend.errors import DeviceMappingError, HcclError, TensorTransportError, TransferLateError
-from vllm_ray_ascend.transport.assigned import assigned_devices
-from vllm_ray_ascend.transport.hccl.library import failure
-from vllm_ray_ascend.transport.hccl.limits import limit
-from vllm_ray_ascend.transport.hccl.types import AS_BYTES, NUMBERS, REDUCED, REDUCTIONS, to_move, to_reduce
+from vllm_ray_ascend.hccl.library import hccl_error
+from vllm_ray_ascend.hccl.limits import connect_limit_s, op_wait_timeout_s, transfer_limit_s
+from vllm_ray_ascend.hccl.types import (
+    DATA_TYPES,
+    MOVED_AS_BYTES,
+    REDUCE_OPS,
+    REDUCIBLE,
+    reduction_data_type,
+    transfer_data_type,
+)
+from vllm_ray_ascend.ray_transport.accelerator_context import assigned_devices
 
 pytestmark = pytest.mark.unit
 
@@ -35,35 +42,35 @@ REPLACED = {
     "dag/dag_node.py": ("DAGNode", {"with_tensor_transport"}),
     "dag/compiled_dag_node.py": ("CompiledDAG", {"_get_gpu_ids"}),
 }
-"""What transport replaces or reads in Ray's classes, by file: the same in Ray 2.48 and 2.60."""
+"""What ray_transport replaces or reads in Ray's classes, by file: the same in Ray 2.48 and 2.60."""
 
 VISIBLE = "ASCEND_RT_VISIBLE_DEVICES"
 
 
-def test_what_is_moved_and_as_what() -> None:
-    assert to_move("torch.bfloat16") == 11
-    assert to_move("torch.int64") == 5
-    assert to_move("torch.bool") == to_move("torch.float8_e4m3fn") == NUMBERS["uint8"]
+def test_data_types_of_transfers() -> None:
+    assert transfer_data_type("torch.bfloat16") == 11
+    assert transfer_data_type("torch.int64") == 5
+    assert transfer_data_type("torch.bool") == transfer_data_type("torch.float8_e4m3fn") == DATA_TYPES["uint8"]
 
 
 @pytest.mark.parametrize("dtype", ["torch.complex64", "torch.qint8", "torch.bits8"])
-def test_what_is_not_moved_is_named_with_a_way_out(dtype: str) -> None:
+def test_a_type_that_cannot_be_moved_is_named_with_a_remedy(dtype: str) -> None:
     with pytest.raises(TensorTransportError, match=rf"cannot move a tensor of {dtype}\. Move one of bfloat16, bool"):
-        to_move(dtype)
+        transfer_data_type(dtype)
 
 
-def test_reductions() -> None:
-    assert to_reduce("torch.float16", "sum") == NUMBERS["float16"]
-    assert to_reduce("torch.float16", "product") == NUMBERS["float16"]
+def test_data_types_of_reductions() -> None:
+    assert reduction_data_type("torch.float16", "sum") == DATA_TYPES["float16"]
+    assert reduction_data_type("torch.float16", "product") == DATA_TYPES["float16"]
     for dtype, op in (("float64", "sum"), ("bool", "max"), ("uint8", "sum"), ("bfloat16", "product")):
         with pytest.raises(TensorTransportError, match=rf"no {op} of torch\.{dtype}\. Convert"):
-            to_reduce(f"torch.{dtype}", op)
+            reduction_data_type(f"torch.{dtype}", op)
     with pytest.raises(TensorTransportError, match=r"no reduction 'avg'.*divide a sum"):
-        to_reduce("torch.float32", "avg")
+        reduction_data_type("torch.float32", "avg")
 
 
-def test_numbers_are_those_of_cann() -> None:
-    """Against the header that torch_npu carries."""
+def test_data_types_are_those_of_cann() -> None:
+    """Compared with the header that torch_npu contains."""
     spec = find_spec("torch_npu")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("torch_npu is not installed")
@@ -71,36 +78,45 @@ def test_numbers_are_those_of_cann() -> None:
     theirs = {name.lower(): int(code) for name, code in re.findall(r"HCCL_DATA_TYPE_(\w+) = (\d+)", header)}
     short = {"fp16": "float16", "fp32": "float32", "fp64": "float64", "bfp16": "bfloat16"}
     named = {short.get(name, name): code for name, code in theirs.items()}
-    assert {name: named[name] for name in NUMBERS} == dict(NUMBERS)
+    assert {name: named[name] for name in DATA_TYPES} == dict(DATA_TYPES)
     ops = {name.lower(): int(code) for name, code in re.findall(r"HCCL_REDUCE_(\w+) = (\d+)", header)}
-    assert [ops[name[:4].rstrip("u")] for name in ("sum", "prod", "max", "min")] == list(REDUCTIONS.values())
-    assert not REDUCED - NUMBERS.keys() and not AS_BYTES & NUMBERS.keys()
+    assert [ops[name[:4].rstrip("u")] for name in ("sum", "prod", "max", "min")] == list(REDUCE_OPS.values())
+    assert not REDUCIBLE - DATA_TYPES.keys() and not MOVED_AS_BYTES & DATA_TYPES.keys()
 
 
 @pytest.mark.parametrize("code", sorted(HCCL))
-def test_every_code_has_its_name_meaning_and_remedy(code: int) -> None:
-    error = failure("HcclSend", code, "CANN's own words")
-    assert isinstance(error, HcclError) and error.code == code
+def test_every_hccl_code_has_its_name_meaning_and_remedy(code: int) -> None:
+    error = hccl_error("HcclSend", code, "CANN's own text")
+    assert isinstance(error, HcclError) and error.hccl_code == code
     meaning = HCCL[code]
     assert str(error) == (
-        f"HcclSend failed (CANN's own words). {meaning.name} ({code}): {meaning.what}. {meaning.remedy}"
+        f"VRA-503: HcclSend failed (CANN's own text). {meaning.name} ({code}): {meaning.what}. {meaning.remedy}"
     )
 
 
-def test_an_unknown_code_is_told_as_such() -> None:
-    assert "HCCL error 77 (77): no meaning of this code is known here" in str(failure("HcclRecv", 77))
+def test_an_unknown_hccl_code() -> None:
+    assert "HCCL error 77 (77): no meaning of this code is known here" in str(hccl_error("HcclRecv", 77))
 
 
-def test_late_is_a_timeout() -> None:
+def test_transfer_late_error_is_a_timeout() -> None:
     assert issubclass(TransferLateError, TimeoutError)
 
 
-def test_the_limit_stays_below_hccls_own() -> None:
-    assert limit(0, {}) == 120
-    assert limit(0, {"HCCL_EXEC_TIMEOUT": "100"}) == 80
-    assert limit(0, {"HCCL_EXEC_TIMEOUT": "never"}) == 120
-    assert limit(0, {"HCCL_EXEC_TIMEOUT": "0"}) == 120  # no limit
-    assert limit(300, {"HCCL_EXEC_TIMEOUT": "100"}) == 300
+def test_the_limit_stays_below_hccls_timeout() -> None:
+    assert transfer_limit_s(0, {}) == 120
+    assert transfer_limit_s(0, {"HCCL_EXEC_TIMEOUT": "100"}) == 80
+    assert transfer_limit_s(0, {"HCCL_EXEC_TIMEOUT": "never"}) == 120
+    assert transfer_limit_s(0, {"HCCL_EXEC_TIMEOUT": "0"}) == 120  # no limit
+    assert transfer_limit_s(300, {"HCCL_EXEC_TIMEOUT": "100"}) == 300
+    assert transfer_limit_s(0, {"HCCL_EXEC_TIMEOUT": "0.5"}) == 0.4  # valid on Atlas A3
+
+
+def test_limits_of_hccl_itself() -> None:
+    assert connect_limit_s({}) == 140
+    assert connect_limit_s({"HCCL_CONNECT_TIMEOUT": "600"}) == 620
+    assert op_wait_timeout_s({}) == 1866
+    assert op_wait_timeout_s({"HCCL_EXEC_TIMEOUT": "0.5"}) == 31
+    assert op_wait_timeout_s({"HCCL_EXEC_TIMEOUT": "0"}) == 0
 
 
 @pytest.mark.parametrize(
@@ -118,16 +134,16 @@ def test_the_npu_of_an_actor(ids: list[str], visible: str | None, found: list[in
     assert assigned_devices(ids, {} if visible is None else {VISIBLE: visible}) == found
 
 
-def test_an_npu_that_the_actor_cannot_see() -> None:
+def test_an_npu_that_the_actor_does_not_see() -> None:
     with pytest.raises(
         DeviceMappingError, match=r"Physical NPU 7 is not visible here: .*ASCEND_RT_VISIBLE_DEVICES=4,5,7"
     ):
         assigned_devices(["7"], {VISIBLE: "4,5"})
-    with pytest.raises(DeviceMappingError, match="'ASCEND-1' is no number of an NPU"):
+    with pytest.raises(DeviceMappingError, match="'ASCEND-1' is not the number of an NPU"):
         assigned_devices(["ASCEND-1"], {})
 
 
-def names_of(path: Path, class_name: str) -> set[str]:
+def member_names(path: Path, class_name: str) -> set[str]:
     """Members of a class, and attributes that its methods set or read."""
     tree = ast.parse(path.read_text())
     found = next(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == class_name)
@@ -137,9 +153,9 @@ def names_of(path: Path, class_name: str) -> set[str]:
 
 
 @pytest.mark.parametrize("file", sorted(REPLACED))
-def test_ray_still_has_what_is_replaced(file: str) -> None:
+def test_ray_has_what_is_replaced(file: str) -> None:
     spec = find_spec("ray")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("Ray is not installed")
     class_name, names = REPLACED[file]
-    assert not names - names_of(Path(spec.submodule_search_locations[0], file), class_name)
+    assert not names - member_names(Path(spec.submodule_search_locations[0], file), class_name)

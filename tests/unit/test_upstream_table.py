@@ -23,17 +23,17 @@ def test_groups_and_what_is_left_out() -> None:
     table = parse(TEXT)
     (group,) = table.groups
     assert (group.name, group.limit_s, group.tests) == ("first", 60, ("tests/a.py", "tests/b.py"))
-    assert [entry.reason for entry in table.left] == ["needs CUDA: really", "too long"]
+    assert [entry.reason for entry in table.excluded] == ["needs CUDA: really", "too long"]
 
 
 def test_a_star_stands_for_anything_and_brackets_for_themselves() -> None:
-    exact, starred = parse(TEXT).left
+    exact, starred = parse(TEXT).excluded
     assert exact.matches("tests/a.py::test_x[cuda]") and not exact.matches("tests/a.py::test_xc")
     assert starred.matches("tests/b.py::test_y[1-2]") and not starred.matches("tests/b.py::test_z")
 
 
 def test_left_out_by_file() -> None:
-    assert [entry.pattern for entry in parse(TEXT).left_in({"tests/b.py"})] == ["tests/b.py::test_y*"]
+    assert [entry.pattern for entry in parse(TEXT).excluded_in({"tests/b.py"})] == ["tests/b.py::test_y*"]
 
 
 @pytest.mark.parametrize(
@@ -53,5 +53,5 @@ def test_a_line_that_is_nothing_is_refused(text: str) -> None:
 def test_our_table_leaves_out_only_of_files_that_run() -> None:
     table = parse(TABLE.read_text())
     tests = [test for group in table.groups for test in group.tests]
-    assert table.left_in({test.partition("::")[0] for test in tests}) == list(table.left)
+    assert table.excluded_in({test.partition("::")[0] for test in tests}) == list(table.excluded)
     assert len(tests) == len(set(tests)), "a test in two groups"

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ray_ascend.devices.visible import caution, complaint, entries, listed, parse, rejected
+from vllm_ray_ascend.devices.visible import (
+    format_ids,
+    invalid_entry,
+    split_entries,
+    usable_physical_ids,
+    visibility_error,
+    warning_for,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -17,15 +24,15 @@ COUNTS = st.integers(0, 16)
 
 
 @pytest.mark.parametrize(
-    ("visible", "expected"),
+    ("visible_devices", "expected"),
     [(None, None), ("", None), ("  ", None), ("3", ["3"]), ("4, 5,7", ["4", "5", "7"])],
 )
-def test_entries(visible: str | None, expected: list[str] | None) -> None:
-    assert entries(visible) == expected
+def test_split_entries(visible_devices: str | None, expected: list[str] | None) -> None:
+    assert split_entries(visible_devices) == expected
 
 
 @pytest.mark.parametrize(
-    ("visible", "expected", "wrong"),
+    ("visible_devices", "expected", "wrong"),
     [
         (None, [0, 1, 2, 3, 4, 5, 6, 7], None),
         ("", [], "names no NPU"),
@@ -35,43 +42,47 @@ def test_entries(visible: str | None, expected: list[str] | None) -> None:
         (" 3 , 1 ", [3, 1], None),
         ("1,2,1,3", [1, 2], "names NPU 1 twice"),
         ("1,2,02,3", [1, 2], "names NPU 2 twice"),
-        ("1,,3", [1], "has a blank where an NPU should be"),
-        ("5,", [5], "has a blank where an NPU should be"),
+        ("1,,3", [1], "has an empty entry"),
+        ("5,", [5], "has an empty entry"),
         (",5", [], "names no NPU"),
-        ("1,-2,3", [1], "names NPU '-2', which is not there"),
-        ("1,x,3", [1], "names 'x', which is no number"),
-        ("1,2x,3", [1], "names '2x', which is no number"),
-        ("7,8,0", [7], "names NPU '8', which is not there"),
-        ("-1", [], "names NPU '-1', which is not there"),
+        ("1,-2,3", [1], "names NPU '-2', which does not exist"),
+        ("1,x,3", [1], "names 'x', which is not a number"),
+        ("1,2x,3", [1], "names '2x', which is not a number"),
+        ("7,8,0", [7], "names NPU '8', which does not exist"),
+        ("-1", [], "names NPU '-1', which does not exist"),
     ],
 )
-def test_a_list_on_a_node_of_eight(visible: str | None, expected: list[int], wrong: str | None) -> None:
-    assert parse(visible, 8) == expected
-    assert rejected(visible, 8) == wrong
+def test_a_list_on_a_node_of_eight(visible_devices: str | None, expected: list[int], wrong: str | None) -> None:
+    assert usable_physical_ids(visible_devices, 8) == expected
+    assert invalid_entry(visible_devices, 8) == wrong
 
 
 @given(LISTS, COUNTS)
-def test_what_is_usable_is_the_start_of_the_list(visible: str, count: int) -> None:
-    usable = parse(visible, count)
+def test_what_is_usable_is_the_start_of_the_list(visible_devices: str, npu_count: int) -> None:
+    usable = usable_physical_ids(visible_devices, npu_count)
     assert len(set(usable)) == len(usable)
-    assert all(0 <= number < count for number in usable)
-    named = entries(visible) or []
+    assert all(0 <= number < npu_count for number in usable)
+    named = split_entries(visible_devices) or []
     assert usable == [int(entry) for entry in named[: len(usable)]]
-    assert (rejected(visible, count) is None) == (bool(named) and len(usable) == len(named))
+    assert (invalid_entry(visible_devices, npu_count) is None) == (bool(named) and len(usable) == len(named))
 
 
-@given(COUNTS.flatmap(lambda count: st.tuples(st.permutations(range(count)), st.just(count), st.integers(0, count))))
-def test_parse_reads_what_listed_writes(drawn: tuple[list[int], int, int]) -> None:
-    order, count, length = drawn
-    assert parse(listed(order[:length]), count) == order[:length]
+@given(
+    COUNTS.flatmap(
+        lambda npu_count: st.tuples(st.permutations(range(npu_count)), st.just(npu_count), st.integers(0, npu_count))
+    )
+)
+def test_usable_physical_ids_reads_what_format_ids_writes(drawn: tuple[list[int], int, int]) -> None:
+    order, npu_count, length = drawn
+    assert usable_physical_ids(format_ids(order[:length]), npu_count) == order[:length]
 
 
 @pytest.mark.parametrize(
-    ("visible", "expected"),
+    ("visible_devices", "expected"),
     [
         (None, None),
         ("0,1,5", None),
-        ("0,9", None),  # `rejected` tells of it
+        ("0,9", None),  # `invalid_entry` reports it
         ("0, 1", "has a space: CANN since 8.0 stops reading there"),
         (
             "3,1",
@@ -84,20 +95,20 @@ def test_parse_reads_what_listed_writes(drawn: tuple[list[int], int, int]) -> No
         ("1,9,0", None),
     ],
 )
-def test_caution(visible: str | None, expected: str | None) -> None:
-    assert caution(visible, 8) == expected
+def test_warning_for(visible_devices: str | None, expected: str | None) -> None:
+    assert warning_for(visible_devices, 8) == expected
 
 
 @pytest.mark.parametrize(
-    ("visible", "seen", "expected"),
+    ("visible_devices", "visible_count", "expected"),
     [
         (None, 0, None),
         ("0,1", 2, None),
-        ("0,9", 1, "names NPU '9', which is not there: 1 of its 2 are usable"),
-        ("9,0", 0, "names NPU '9', which is not there: 0 of its 2 are usable"),
+        ("0,9", 1, "names NPU '9', which does not exist: 1 of its 2 are usable"),
+        ("9,0", 0, "names NPU '9', which does not exist: 0 of its 2 are usable"),
         ("0,0", 1, "names an NPU twice"),
     ],
 )
-def test_complaint(visible: str | None, seen: int, expected: str | None) -> None:
-    found = complaint(visible, seen)
+def test_visibility_error(visible_devices: str | None, visible_count: int, expected: str | None) -> None:
+    found = visibility_error(visible_devices, visible_count)
     assert (found is None) if expected is None else (found is not None and expected in found)

@@ -1,4 +1,4 @@
-"""What the executor knows of an accelerator. Only npu.py and cuda.py name a device's own modules.
+"""Interface of an accelerator to the rest of the package. Only npu.py and cuda.py name a device's own modules.
 
 torch.npu follows torch.cuda's names, so most of it is written once, over the module that a subclass names.
 """
@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from vllm_ray_ascend.accelerators.captures import Captures, watch
+from vllm_ray_ascend.accelerators.captures import CaptureTracker, track_captures
+from vllm_ray_ascend.devices.kind import Kind
 
 if TYPE_CHECKING:
     import torch
 
-    from vllm_ray_ascend.devices.kind import Kind
 
-
-class Memory(NamedTuple):
-    """Bytes of one device: free and in all, over every process; allocated and reserved by this one's tensors."""
+class DeviceMemory(NamedTuple):
+    """Bytes of one device: ``free`` and ``total`` over all processes, ``allocated`` and ``reserved`` by this process's
+    tensors."""
 
     free: int
     total: int
@@ -29,17 +29,19 @@ class Memory(NamedTuple):
 
 
 class Accelerator(ABC):
-    """One kind of accelerator in this process. Devices are visible indices, as in ``npu:N``; effects import torch."""
+    """One kind of accelerator in this process. Devices are visible indices, as in ``npu:N``; methods import torch."""
 
     kind: ClassVar[Kind]
-    """How Ray calls it (its resource), and the variable with the list of visible devices."""
+    """Ray's resource, and the variable with the list of visible devices."""
     name: ClassVar[str]
     """torch's name of the device, vLLM's name of the platform."""
-    communicator: ClassVar[str]
+    dist_backend: ClassVar[str]
     """torch.distributed's name of the backend whose groups move tensors between devices."""
+    graph_target: ClassVar[str]
+    """Name of `graph_class` in the table of patches."""
 
     def __init__(self) -> None:
-        self.captures = Captures()
+        self.captures = CaptureTracker()
 
     @property
     @abstractmethod
@@ -52,69 +54,76 @@ class Accelerator(ABC):
         """torch's class of captured graphs."""
 
     @abstractmethod
-    def explain(self, error: BaseException | str) -> str | None:
-        """What an error of the device, its runtime or its communicators means and what mends it; None if unknown."""
+    def explain_error(self, error: BaseException | str) -> str | None:
+        """Return meaning and remedy of an error of the device, its runtime or its communicators; None if unknown."""
 
     @abstractmethod
-    def opened_device(self) -> int:
-        """Index of the device that this thread has open, asked of the runtime. RuntimeError where it has none."""
+    def get_opened_device(self) -> int:
+        """Return the index of the device that this thread has open, as the runtime reports it.
+
+        Raises RuntimeError where the thread has none.
+        """
 
     @abstractmethod
-    def physical(self, index: int) -> int:
-        """Number of a visible device as the node's driver counts."""
+    def physical_device_id(self, index: int) -> int:
+        """Return the number by which the node's driver counts the visible device ``index``."""
 
     @abstractmethod
-    def leave_groups(self) -> None:
-        """Destroy the groups that the platform has besides vLLM's, before vLLM's."""
+    def destroy_platform_groups(self) -> None:
+        """Destroy the groups that the platform has besides vLLM's. Call it before vLLM's are destroyed."""
 
     @abstractmethod
-    def _drop_graphs(self, model_runner: Any) -> None:
-        """Forget every captured graph, so that nothing refers to them any more."""
+    def _clear_graphs(self, model_runner: Any) -> None:
+        """Remove every reference to captured graphs."""
 
-    def free_streams(self) -> int | None:
-        """Streams that the driver still has for the calling thread's device; None where it does not tell."""
+    def count_free_streams(self) -> int | None:
+        """Return how many streams the driver has left for the calling thread's device; None where it does not report
+        that."""
         return None
 
-    def _leave_pool(self, pool: Any) -> None:  # noqa: B027  torch.cuda does so itself
-        """Undo a failed capture's claim on its ``pool`` of memory where torch does not."""
+    def _release_capture_pool(self, pool: Any) -> None:  # noqa: B027  torch.cuda does so itself
+        """Undo a failed capture's claim on its memory ``pool`` where torch does not."""
 
     def device_count(self) -> int:
-        """Devices that this process sees."""
+        """Return how many devices this process sees."""
         return int(self.torch_module.device_count())
 
-    def device(self, index: int) -> torch.device:
-        """torch's device with this index."""
+    def torch_device(self, index: int) -> torch.device:
+        """Return torch's device with this index."""
         import torch
 
         return torch.device(self.name, index)
 
     def bind_thread(self, device: int | torch.device) -> None:
-        """Set the device of the calling thread: the first thing that every thread does which touches one.
+        """Set the device of the calling thread. Every thread that uses the device calls this first.
 
-        The device is the thread's own; without this it is number 0, whatever the process's other threads use.
+        The current device is per thread: without this call it is number 0, whatever the process's other threads use.
         """
         self.torch_module.set_device(device)
 
     def current_device(self) -> int:
-        """Index of the device of the calling thread."""
+        """Return the index of the calling thread's device."""
         return int(self.torch_module.current_device())
 
     def current_stream(self) -> Any:
-        """The stream of the calling thread. Not vllm-ascend's utils.current_stream, which is one for the process."""
+        """Return the stream of the calling thread.
+
+        vllm-ascend's utils.current_stream is another: one for the whole process.
+        """
         return self.torch_module.current_stream()
 
-    def new_stream(self) -> Any:
-        """A stream of the calling thread's device."""
+    def create_stream(self) -> Any:
+        """Create a stream on the calling thread's device."""
         return self.torch_module.Stream()
 
-    def on_stream(self, stream: Any) -> AbstractContextManager[Any]:
-        """A context in which the calling thread's work goes to ``stream``."""
-        scope: AbstractContextManager[Any] = self.torch_module.stream(stream)
-        return scope
+    def stream_context(self, stream: Any) -> AbstractContextManager[Any]:
+        """Return a context in which the calling thread's work goes to ``stream``."""
+        context: AbstractContextManager[Any] = self.torch_module.stream(stream)
+        return context
 
     @contextmanager
-    def in_stream(self, stream: Any) -> Iterator[None]:
-        """As `on_stream`, for a stream of the device that the thread has set, and in a tenth of the time."""
+    def fast_stream_context(self, stream: Any) -> Iterator[None]:
+        """Do as `stream_context`, in a tenth of the time, for a stream of the device that the thread has set."""
         before = self.current_stream()
         self.set_stream(stream)
         try:
@@ -123,75 +132,75 @@ class Accelerator(ABC):
             self.set_stream(before)
 
     def set_stream(self, stream: Any) -> None:
-        """Make ``stream`` the calling thread's: torch's context of a capture keeps its own where the capture fails."""
+        """Make ``stream`` the calling thread's. Needed after a failed capture: torch's context then keeps its own."""
         self.torch_module.set_stream(stream)
 
-    def new_event(self, timed: bool = False) -> Any:
-        """An event to record in a stream and wait for; ``timed`` ones can be compared by elapsed_time."""
+    def create_event(self, timed: bool = False) -> Any:
+        """Create an event to record in a stream and wait for; ``timed`` ones can be compared by elapsed_time."""
         return self.torch_module.Event(enable_timing=timed)
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         """Wait for all work on the calling thread's device."""
         self.torch_module.synchronize()
 
-    def check_transfer(self, work: Any) -> None:  # noqa: B027  torch tells of NCCL by itself
-        """Raise RuntimeError where torch.distributed's ``work``, which has ended, did so by an error.
-
-        Nothing is known of NCCL beyond what ``work.wait()`` raises: torch's watchdog ends the process.
-        """
-
-    def plain(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor with its elements one after the other in memory, as other devices expect it: a copy if need be."""
+    def to_plain_format(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensor contiguous and in a format that other devices know: a copy where it is not yet so."""
         return tensor.contiguous()
 
-    def works(self) -> bool:
-        """Whether the device still does what this thread asks of it. After an error in torch_npu's task queue (of a
-        call that it makes in another thread, as for a stream that joins a capture), it drops whatever is queued.
+    def is_device_usable(self) -> bool:
+        """Return whether the device still executes what this thread queues.
+
+        After an error in torch_npu's task queue (of a call that it makes in another thread, as for a stream that joins
+        a capture), torch_npu drops whatever is queued.
         """
-        event = self.new_event()
+        event = self.create_event()
         try:
             event.record()
-            self.synchronise()
+            self.synchronize()
             return bool(event.query())
         except RuntimeError:
             return False
 
     def watch_captures(self) -> None:
-        """Notice every capture of this process from now on, and tidy up after one that fails.
+        """Track every capture of this process from now on, and release the memory pool of one that fails.
 
-        Called once, before anything is captured.
+        Call it once, before anything is captured; further calls do nothing.
         """
-        watch(self.graph_class, self.captures, self._leave_pool)
+        create_pool = self.torch_module.graph_pool_handle
+        track_captures(self.graph_class, self.graph_target, self.captures, create_pool, self._release_capture_pool)
 
-    def capturing(self) -> bool:
-        """Whether a graph is being captured, by any thread that `watch_captures` sees, or in this one's stream."""
-        return self.captures.under_way or bool(self.torch_module.is_current_stream_capturing())
+    def is_capturing(self) -> bool:
+        """Return whether a graph is being captured: by any thread that `watch_captures` tracks, or in this thread's
+        stream."""
+        return self.captures.in_progress or bool(self.torch_module.is_current_stream_capturing())
 
     @contextmanager
-    def guard(self, what: str) -> Iterator[None]:
-        """Around ``what``, work of ours on the device: refused while a capture is under way, which it would break.
+    def exclude_captures(self, what: str, limit_s: float = 0.0) -> Iterator[None]:
+        """Keep captures out while the body does ``what``, work on the device that would break one.
 
-        A capture that begins meanwhile waits for its end. Raises CaptureError.
+        A capture that begins meanwhile waits for the end of the body, at least its ``limit_s`` seconds. Raises
+        CaptureError where one is in progress already.
         """
-        with self.captures.kept_out(what):
+        with self.captures.exclude_captures(what, limit_s):
             yield
 
     def release_graphs(self, model_runner: Any) -> None:
-        """Drop every captured graph, and give its memory and streams back. What uses graphs captures anew first."""
-        self.synchronise()
-        self._drop_graphs(model_runner)
+        """Destroy every captured graph, and return its memory and streams. Graphs are to be captured again before they
+        are used."""
+        self.synchronize()
+        self._clear_graphs(model_runner)
         gc.collect()
         self.torch_module.empty_cache()
 
-    def memory(self) -> Memory:
-        """Memory of the calling thread's device."""
+    def get_memory_info(self) -> DeviceMemory:
+        """Return memory use of the calling thread's device, in bytes."""
         free, total = self.torch_module.mem_get_info()
         allocated, reserved = self.torch_module.memory_allocated(), self.torch_module.memory_reserved()
-        return Memory(int(free), int(total), int(allocated), int(reserved))
+        return DeviceMemory(int(free), int(total), int(allocated), int(reserved))
 
 
-def explained(error: BaseException | str, explain: Callable[[str], str | None]) -> str | None:
-    """The first explanation that ``explain`` has for an error's text, or for that of its causes in turn."""
+def explain_with_causes(error: BaseException | str, explain: Callable[[str], str | None]) -> str | None:
+    """Return the first explanation that ``explain`` has for the text of an error, or of its causes in turn."""
     if isinstance(error, str):
         return explain(error)
     seen: set[int] = set()

@@ -1,4 +1,4 @@
-"""The accelerator of this process, by vLLM's platform."""
+"""Selection of this process's accelerator, by vLLM's platform."""
 
 from __future__ import annotations
 
@@ -6,42 +6,45 @@ from functools import cache
 from typing import Any
 
 from vllm_ray_ascend.accelerators.base import Accelerator
-from vllm_ray_ascend.accelerators.cuda import Cuda
-from vllm_ray_ascend.accelerators.npu import Npu
+from vllm_ray_ascend.accelerators.cuda import CudaAccelerator
+from vllm_ray_ascend.accelerators.npu import NpuAccelerator
 from vllm_ray_ascend.errors import NotActiveError
 from vllm_ray_ascend.settings import PREFIX
 
 NAMES = ("npu", "cuda")
 
 
-def current() -> Accelerator:
-    """The accelerator of vLLM's platform; resolves the platform, so it is not for use while plugins load.
+def current_accelerator() -> Accelerator:
+    """Return the accelerator of vLLM's platform. It resolves the platform, so do not call it while plugins load.
 
-    Raises NotActiveError where that is neither vllm-ascend's nor vLLM's own for CUDA.
+    Raises NotActiveError where the platform is neither vllm-ascend's nor vLLM's own for CUDA.
     """
     from vllm.platforms import current_platform
 
-    name = name_of(current_platform)
+    name = accelerator_name(current_platform)
     if name is None:
-        raise NotActiveError(unsupported(current_platform))
-    return accelerator(name)
+        raise NotActiveError("VRA-408", unsupported_platform_message(current_platform))
+    return get_accelerator(name)
 
 
-def name_of(platform: Any) -> str | None:
-    """Which of ours a vLLM platform is; None for others. ROCm calls its devices cuda as well, and was never tried."""
+def accelerator_name(platform: Any) -> str | None:
+    """Return which of NAMES a vLLM platform is; None for others.
+
+    ROCm calls its devices cuda as well, and was never tried.
+    """
     if platform.device_type == "npu":
         return "npu"
     return "cuda" if platform.is_cuda() else None
 
 
 @cache
-def accelerator(name: str) -> Accelerator:
-    """The one object of this process with this name: it knows the process's captures."""
-    return {"npu": Npu, "cuda": Cuda}[name]()
+def get_accelerator(name: str) -> Accelerator:
+    """Return the accelerator with this name: one object for the process, since it tracks the process's captures."""
+    return {"npu": NpuAccelerator, "cuda": CudaAccelerator}[name]()
 
 
-def unsupported(platform: Any) -> str:
-    """Why our executor cannot run on a vLLM platform."""
+def unsupported_platform_message(platform: Any) -> str:
+    """Return why our executor cannot run on a vLLM platform, and what to do."""
     return (
         f"vLLM's platform is {type(platform).__qualname__}, and vllm-ray-ascend runs on vllm-ascend's NPUPlatform "
         f"(Ascend NPUs) or vLLM's CudaPlatform (NVIDIA GPUs, with {PREFIX}=1). On NPUs `pip install vllm-ascend`, "

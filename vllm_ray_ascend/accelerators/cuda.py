@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_ray_ascend.accelerators import cuda_errors
-from vllm_ray_ascend.accelerators.base import Accelerator, explained
+from vllm_ray_ascend.accelerators.base import Accelerator, explain_with_causes
 from vllm_ray_ascend.devices.kind import GPU
 
 
-class Cuda(Accelerator):
+class CudaAccelerator(Accelerator):
     """The GPUs of this process."""
 
     kind = GPU
     name = "cuda"
-    communicator = "nccl"
+    dist_backend = "nccl"
+    graph_target = "torch.cuda.graphs.CUDAGraph"
 
     @property
     def torch_module(self) -> Any:
@@ -25,34 +26,35 @@ class Cuda(Accelerator):
 
     @property
     def graph_class(self) -> Any:
-        """CUDA graphs."""
+        """torch's CUDA graphs."""
         return self.torch_module.CUDAGraph
 
-    def explain(self, error: BaseException | str) -> str | None:
-        """By the texts of torch, CUDA and NCCL."""
-        return explained(error, cuda_errors.explain)
+    def explain_error(self, error: BaseException | str) -> str | None:
+        """Explain by the texts of torch, CUDA and NCCL."""
+        return explain_with_causes(error, cuda_errors.explain_text)
 
-    def opened_device(self) -> int:
-        """What torch says: CUDA itself counts a thread that has opened nothing as on device 0."""
+    def get_opened_device(self) -> int:
+        """Return torch's current device: for CUDA itself, a thread that has opened nothing is on device 0."""
         if not self.torch_module.is_initialized():
             raise RuntimeError(
-                "torch.cuda is not initialised: this worker process has no GPU open. Its log says why, just before "
-                "this; `nvidia-smi` shows whether the GPU is healthy."
+                "VRA-409: torch.cuda is not initialised: this worker process has no GPU open. The reason is in its "
+                "log, just before this; `nvidia-smi` shows whether the GPU is healthy."
             )
         return self.current_device()
 
-    def physical(self, index: int) -> int:
-        """As vLLM's platform says, which also reads lists of UUIDs; the first name is that of vLLM 0.24 and later."""
+    def physical_device_id(self, index: int) -> int:
+        """Return what vLLM's platform does, which also reads lists of UUIDs."""
         from vllm.platforms import current_platform
 
-        ask = getattr(current_platform, "visible_device_id_to_physical_device_id", None)
-        return int((ask or current_platform.device_id_to_physical_device_id)(index))
+        # The first name is that of vLLM 0.24 and later.
+        translate = getattr(current_platform, "visible_device_id_to_physical_device_id", None)
+        return int((translate or current_platform.device_id_to_physical_device_id)(index))
 
-    def leave_groups(self) -> None:
-        """There are none besides vLLM's."""
+    def destroy_platform_groups(self) -> None:
+        """Do nothing: there are no groups besides vLLM's."""
 
-    def _drop_graphs(self, model_runner: Any) -> None:
-        """Those of vLLM's wrappers, and of the second model runner's manager (vllm/v1/worker/gpu/)."""
+    def _clear_graphs(self, model_runner: Any) -> None:
+        """Clear vLLM's wrappers, and the second model runner's graph manager (vllm/v1/worker/gpu/)."""
         from vllm.compilation.breakable_cudagraph import BreakableCUDAGraphWrapper
         from vllm.compilation.cuda_graph import CUDAGraphWrapper
 

@@ -6,30 +6,38 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from vllm_ray_ascend.accelerators import npu_errors
-from vllm_ray_ascend.accelerators.base import Accelerator, explained
+from vllm_ray_ascend.accelerators.base import Accelerator, explain_with_causes
 from vllm_ray_ascend.devices.kind import NPU
-from vllm_ray_ascend.devices.numbering import physical_of_visible
-from vllm_ray_ascend.devices.visible import entries
+from vllm_ray_ascend.devices.numbering import visible_to_physical
+from vllm_ray_ascend.devices.visible import split_entries
+from vllm_ray_ascend.log import get_logger
 
 if TYPE_CHECKING:
     import torch
 
-_ACL = "libascendcl.so"
+logger = get_logger(__name__)
+
+_ACL_LIBRARY = "libascendcl.so"
+_NO_CONTEXT = 107002
 _PLAIN_FORMATS = (2, 0, 30)  # ACL_FORMAT_ND, NCHW, NCDHW
-_BREAKABLE = "vllm.compilation.breakable_cudagraph"
+_BREAKABLE_MODULE = "vllm.compilation.breakable_cudagraph"
+_POOL_FUNCTIONS = (("_npu_endAllocateToPool", "_npu_endAllocateCurrentStreamToPool"), ("_npu_releasePool",))
+"""torch_npu._C's functions that end allocation from a pool and release it, called in this order. The first name of a
+group is that of torch_npu 2.13 and 2.14, the second that of 2.10 to 2.12."""
 
 
-class Npu(Accelerator):
+class NpuAccelerator(Accelerator):
     """The NPUs of this process."""
 
     kind = NPU
     name = "npu"
-    communicator = "hccl"
+    dist_backend = "hccl"
+    graph_target = "torch_npu.npu.graphs.NPUGraph"
 
     @property
     def torch_module(self) -> Any:
@@ -41,84 +49,82 @@ class Npu(Accelerator):
 
     @property
     def graph_class(self) -> Any:
-        """ACL graphs; vllm-ascend's UpdatableGraph is a subclass."""
+        """torch_npu's ACL graphs; vllm-ascend's UpdatableGraph is a subclass."""
         return self.torch_module.NPUGraph
 
-    def explain(self, error: BaseException | str) -> str | None:
-        """By the codes of HCCL and CANN's runtime, and known texts."""
-        return explained(error, npu_errors.explain)
+    def explain_error(self, error: BaseException | str) -> str | None:
+        """Explain by the codes of HCCL and CANN's runtime, and by known texts."""
+        return explain_with_causes(error, npu_errors.explain_text)
 
-    def opened_device(self) -> int:
-        """As CANN says: torch.npu.current_device is 0 in a thread that has opened nothing."""
-        found = ctypes.c_int32(-1)
-        code = ctypes.CDLL(_ACL).aclrtGetDevice(ctypes.byref(found))
+    def get_opened_device(self) -> int:
+        """Return CANN's device of this thread.
+
+        Its context is asked for first: torch.npu.current_device is 0 in a thread that has opened nothing, and so is
+        CANN's aclrtGetDevice since 8.3, where torch_npu sets a default device (its acl_default.json).
+        """
+        library = ctypes.CDLL(_ACL_LIBRARY)
+        context, found = ctypes.c_void_p(), ctypes.c_int32(-1)
+        code = library.aclrtGetCurrentContext(ctypes.byref(context)) or (0 if context.value else _NO_CONTEXT)
+        code = code or library.aclrtGetDevice(ctypes.byref(found))
         if code:
             raise RuntimeError(
-                f"aclrtGetDevice failed with CANN error {code}: worker process {os.getpid()} has no NPU open. Its log "
-                "says why, just before this; `npu-smi info` shows whether the NPU is healthy."
+                f"VRA-410: CANN error {code}: worker process {os.getpid()} has no NPU open. "
+                "The reason is in its log, just before this; `npu-smi info` shows whether the NPU is healthy."
             )
         return found.value
 
-    def physical(self, index: int) -> int:
-        """As CANN says, or by the visible list where CANN is too old to say."""
-        ask = getattr(ctypes.CDLL(_ACL), "aclrtGetLogicDevIdByUserDevId", None)
+    def physical_device_id(self, index: int) -> int:
+        """Return CANN's physical number, or where CANN is too old to report it, that of the visible list."""
+        get_user_device = getattr(ctypes.CDLL(_ACL_LIBRARY), "aclrtGetLogicDevIdByUserDevId", None)
         found = ctypes.c_int32(-1)
-        if ask is not None and ask(ctypes.c_int32(index), ctypes.byref(found)) == 0:
+        if get_user_device is not None and get_user_device(ctypes.c_int32(index), ctypes.byref(found)) == 0:
             return found.value
-        listed = entries(os.environ.get(NPU.variable))
-        return index if listed is None else physical_of_visible([int(entry) for entry in listed], index)
+        listed = split_entries(os.environ.get(NPU.variable))
+        return index if listed is None else visible_to_physical([int(entry) for entry in listed], index)
 
     def current_stream(self) -> Any:
-        """As torch.npu says, which makes a new object each time: 80 us on the machine on which all is tested."""
+        """Return what torch.npu.current_stream does, without making a new object each time, which takes 80 us."""
         import torch_npu
 
-        return _stream(torch_npu._C._npu_getCurrentStream(self.current_device()))
+        return _wrap_stream(torch_npu._C._npu_getCurrentStream(self.current_device()))
 
-    def free_streams(self) -> int | None:
-        """As CANN says, 8.5 and later."""
-        ask = getattr(ctypes.CDLL(_ACL), "aclrtGetStreamAvailableNum", None)
+    def count_free_streams(self) -> int | None:
+        """Return CANN's count, which CANN 8.5 and later have."""
+        get_available = getattr(ctypes.CDLL(_ACL_LIBRARY), "aclrtGetStreamAvailableNum", None)
         found = ctypes.c_uint32()
-        return found.value if ask is not None and ask(ctypes.byref(found)) == 0 else None
+        return found.value if get_available is not None and get_available(ctypes.byref(found)) == 0 else None
 
-    def check_transfer(self, work: Any) -> None:
-        """An operation whose peer has died counts as completed in torch_npu 2.13, its ``wait()`` raises nothing, and
-        the stream that waits for it goes on: HCCL alone knows, and the device."""
-        if work.is_success():
-            return
-        self.synchronise()  # which says what happened
-        raise RuntimeError("HCCL says that an operation has failed, and the device does not say why")
-
-    def plain(self, tensor: torch.Tensor) -> torch.Tensor:
-        """In the format that torch knows as well: vllm-ascend keeps some weights in a private one of the NPU."""
+    def to_plain_format(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensor in a format that torch knows as well: vllm-ascend keeps some weights in a private one."""
         import torch_npu
 
         if torch_npu.get_npu_format(tensor) not in _PLAIN_FORMATS:
             tensor = torch_npu.npu_format_cast(tensor, _PLAIN_FORMATS[0])
         return tensor.contiguous()
 
-    def leave_groups(self) -> None:
-        """vllm-ascend's own groups (MC2, FlashComm, ...), which it has a function to destroy and never calls it."""
+    def destroy_platform_groups(self) -> None:
+        """Destroy vllm-ascend's own groups (MC2, FlashComm, ...): it has a function for that, and never calls it."""
         from vllm_ascend.distributed.parallel_state import destroy_ascend_model_parallel
 
         destroy_ascend_model_parallel()
 
-    def _drop_graphs(self, model_runner: Any) -> None:
-        """By what vllm-ascend's sleep mode has for it, in 0.23 to 0.33, and with a new pool of graph memory.
+    def _clear_graphs(self, model_runner: Any) -> None:
+        """Clear graphs as vllm-ascend's sleep mode does, in 0.23 to 0.33, and set a new pool of graph memory.
 
-        Each graph is reset as well: else it lives for as long as an error or an output holds on to it.
-        A capture that could not begin, for want of a stream, leaves torch_npu's pool as if it went on: every later one
-        in that pool fails with "already recording to mempool_id" (seen with torch_npu 2.13).
+        Each graph is reset as well: else it lives for as long as an error or an output refers to it.
+        A capture that could not begin, because streams ran out, leaves torch_npu's pool in the state of a capture in
+        progress: every later one in that pool fails with "already recording to mempool_id" (seen with torch_npu 2.13).
         """
         from vllm.platforms import current_platform
         from vllm_ascend.compilation import acl_graph
         from vllm_ascend.device_allocator.sleep_mem_optimized import AclGraphSleepWakeupManager
 
-        for graph in _graphs(acl_graph, model_runner):
+        for graph in _iterate_graphs(acl_graph, model_runner):
             graph.reset()
         AclGraphSleepWakeupManager.clear_all_attention_workspaces()
         AclGraphSleepWakeupManager.reset_all_graph_params()
         AclGraphSleepWakeupManager.reset_model_runner_graph_manager(model_runner)
-        breakable = getattr(sys.modules.get(_BREAKABLE), "BreakableCUDAGraphWrapper", None)  # since vLLM 0.28
+        breakable = getattr(sys.modules.get(_BREAKABLE_MODULE), "BreakableCUDAGraphWrapper", None)  # since vLLM 0.28
         if breakable is not None:
             breakable.clear_all_graphs()
         encoder: Any = getattr(model_runner, "encoder_cudagraph_manager", None)
@@ -132,28 +138,52 @@ class Npu(Accelerator):
         for wrapper in (*acl_graph._acl_graph_wrappers, *(breakable._all_instances if breakable else ())):
             wrapper.graph_pool = pool
 
-    def _leave_pool(self, pool: Any) -> None:
-        """Else that memory is never given back: torch_npu releases the pool only where a capture began and ended."""
+    def _release_capture_pool(self, pool: Any) -> None:
+        """Release the pool: torch_npu does so only where a capture began and ended, else its memory is never freed.
+
+        torch_npu 2.10 does not even end allocation where the end of a capture fails: no later capture can begin then.
+        """
         import torch_npu
 
         device = self.current_device()
-        ways = (getattr(torch_npu._C, name, None) for name in ("_npu_endAllocateToPool", "_npu_releasePool"))
-        for undo in filter(None, ways):
+        for function in find_pool_functions(torch_npu._C):
             with contextlib.suppress(RuntimeError):  # allocation has ended already, where the capture did begin
-                undo(device, pool)
+                function(device, pool)
+
+
+def find_pool_functions(bindings: Any) -> Sequence[Callable[[int, Any], None]]:
+    """Return the functions of _POOL_FUNCTIONS that torch_npu's ``bindings`` have. One that is gone is reported once."""
+    found = []
+    for names in _POOL_FUNCTIONS:
+        function = next((getattr(bindings, name) for name in names if hasattr(bindings, name)), None)
+        if function is None:
+            _report_missing(names)
+        else:
+            found.append(function)
+    return found
 
 
 @cache
-def _stream(found: tuple[int, int, int]) -> Any:
-    """torch's object for a stream: its number, its device and the type of that."""
+def _report_missing(names: tuple[str, ...]) -> None:
+    logger.warning(
+        "VRA-190: torch_npu._C no longer has %s, which releases the memory of a failed capture: further captures may "
+        "fail as well. Install a torch_npu from 2.10 to 2.14 or a newer vllm-ray-ascend, or start with "
+        "--enforce-eager.",
+        " or ".join(names),
+    )
+
+
+@cache
+def _wrap_stream(found: tuple[int, int, int]) -> Any:
+    """Return torch's object for a stream, given as its id, its device's index and its device's type."""
     import torch_npu
 
     number, index, kind = found
     return torch_npu.npu.Stream(stream_id=number, device_index=index, device_type=kind)
 
 
-def _graphs(acl_graph: Any, model_runner: Any) -> Iterator[Any]:
-    """All that vllm-ascend holds: its wrappers', and those of its second model runner's manager."""
+def _iterate_graphs(acl_graph: Any, model_runner: Any) -> Iterator[Any]:
+    """Yield all graphs that vllm-ascend holds: its wrappers', and those of its second model runner's manager."""
     for wrapper in list(acl_graph._acl_graph_wrappers):
         yield from (entry.aclgraph for entry in wrapper.concrete_aclgraph_entries.values() if entry.aclgraph)
     yield from getattr(getattr(model_runner, "cudagraph_manager", None), "graphs", {}).values()

@@ -1,0 +1,1 @@
+"""The command `vllm-ray-ascend`, one file for each subcommand."""

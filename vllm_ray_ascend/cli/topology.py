@@ -1,4 +1,4 @@
-"""``vllm-ray-ascend topology``: which engine's ranks have which NPUs of a Ray cluster."""
+"""``vllm-ray-ascend topology``: which NPUs of a Ray cluster the ranks of each engine have, and who has the others."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import argparse
 
 import msgspec
 
-from vllm_ray_ascend.cluster.connect import join
-from vllm_ray_ascend.cluster.probe import probe
-from vllm_ray_ascend.cluster.registry import running
-from vllm_ray_ascend.cluster.topology import NodeInput, lines, topology
-from vllm_ray_ascend.compat.ray_state import available_per_node
+from vllm_ray_ascend.cluster.connect import connect_as_observer
+from vllm_ray_ascend.cluster.probe import probe_cluster
+from vllm_ray_ascend.cluster.registry import running_engines
+from vllm_ray_ascend.cluster.topology import NodeInput, Topology, build_topology, format_lines
+from vllm_ray_ascend.compat.ray_state import available_resources_per_node, living_actors, running_tasks
 from vllm_ray_ascend.devices.kind import GPU, NPU
-from vllm_ray_ascend.devices.visible import parse
+from vllm_ray_ascend.devices.visible import usable_physical_ids
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -27,38 +27,53 @@ def run(args: argparse.Namespace) -> int:
     """Print the topology. Exit code 2 where there is no Ray cluster."""
     import ray
 
-    join(args.address)
+    connect_as_observer(args.address)
     try:
-        found = topology(_nodes(), running(), ray.util.placement_group_table())
+        topology = _collect_topology()
     finally:
         ray.shutdown()
-    print(msgspec.json.format(msgspec.json.encode(found)).decode() if args.json else "\n".join(lines(found)))
+    if args.json:
+        print(msgspec.json.format(msgspec.json.encode(topology)).decode())
+    else:
+        print("\n".join(format_lines(topology)))
     return 0
 
 
-def _nodes() -> list[NodeInput]:
+def _collect_topology() -> Topology:
     import ray
 
-    facts = {each.address: each for each in probe()}
-    available = available_per_node()
+    nodes, groups = _collect_nodes(), ray.util.placement_group_table()
+    actors, engines = living_actors(), running_engines()
+    topology = build_topology(nodes, engines, groups, actors)
+    if not topology.has_unknown_owners:  # the table of tasks is long
+        return topology
+    return build_topology(nodes, engines, groups, actors, running_tasks())
+
+
+def _collect_nodes() -> list[NodeInput]:
+    import ray
+
+    facts = probe_cluster()
+    available = available_resources_per_node()
     nodes = []
-    for row in sorted(ray.nodes(), key=lambda row: str(row["NodeManagerAddress"])):
+    for row in sorted(ray.nodes(), key=lambda row: (str(row["NodeManagerAddress"]), str(row["NodeID"]))):
         if not row["Alive"]:
             continue
-        address = str(row["NodeManagerAddress"])
-        fact = facts.get(address)
-        count = fact.cann_devices if fact else None
-        kind = GPU if row["Resources"].get("GPU") and not row["Resources"].get("NPU") and not count else NPU
+        fact = facts.get(row["NodeID"])
+        npu_count = fact.cann_devices if fact else None
+        kind = GPU if row["Resources"].get("GPU") and not row["Resources"].get("NPU") and not npu_count else NPU
+        usable_ids = usable_physical_ids(fact.visible_devices, npu_count) if fact and npu_count is not None else None
         nodes.append(
             NodeInput(
-                address=address,
+                address=str(row["NodeManagerAddress"]),
                 hostname=str(row["NodeManagerHostname"]),
                 declared=float(row["Resources"].get(kind.key, 0)),
                 free=float(available.get(row["NodeID"], {}).get(kind.key, 0)),
-                visible=fact.visible if fact and kind is NPU else None,
+                visible_devices=fact.visible_devices if fact and kind is NPU else None,
                 dies=fact.dies if fact else (),
-                usable=tuple(parse(fact.visible, count)) if fact and count is not None else None,
+                usable_ids=None if usable_ids is None else tuple(usable_ids),
                 kind=kind,
+                node_id=str(row["NodeID"]),
             )
         )
     return nodes

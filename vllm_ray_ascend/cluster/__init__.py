@@ -1,0 +1,1 @@
+"""Ray's nodes, NPUs and placement groups: collected, checked, planned."""

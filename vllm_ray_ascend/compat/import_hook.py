@@ -14,57 +14,57 @@ Callback = Callable[[ModuleType], None]
 
 
 def when_imported(name: str, callback: Callback) -> None:
-    """Call ``callback(module)`` once module ``name`` was imported; at once where it already was.
+    """Call ``callback(module)`` once module ``name`` was imported; immediately where it already was.
 
-    The callback runs inside the import, so what it raises, the importer sees. One callback per module and function: a
-    second request for the same is ignored.
+    The callback runs inside the import, so that the importer gets what it raises. A second request for the same module
+    and callback is ignored.
     """
     module = sys.modules.get(name)
-    if module is not None and not _is_half_imported(module):
+    if module is not None and not _is_being_imported(module):
         callback(module)
-    elif not any(isinstance(finder, _Finder) and finder.waits_for(name, callback) for finder in sys.meta_path):
+    elif not any(isinstance(finder, _Finder) and finder.is_for(name, callback) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder(name, callback))
 
 
-def _is_half_imported(module: ModuleType) -> bool:
+def _is_being_imported(module: ModuleType) -> bool:
     return bool(getattr(module.__spec__, "_initializing", False))
 
 
 class _Finder(MetaPathFinder):
     """Finds ``name`` by the other finders and wraps its loader; leaves sys.meta_path once the module was executed.
 
-    Not when it was found: many packages only ask whether another is there.
+    Finding alone does not remove it: many packages only check whether another is installed.
     """
 
     def __init__(self, name: str, callback: Callback) -> None:
         self._name = name
         self._callback = callback
-        self._looking = False
+        self._searching = False
 
-    def waits_for(self, name: str, callback: Callback) -> bool:
+    def is_for(self, name: str, callback: Callback) -> bool:
         return (self._name, self._callback) == (name, callback)
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self._name or self._looking:
+        if fullname != self._name or self._searching:
             return None
-        self._looking = True
+        self._searching = True
         try:
             spec = importlib.util.find_spec(fullname)
         finally:
-            self._looking = False
+            self._searching = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self._executed)
+            spec.loader = _Loader(spec.loader, self._run_callback)
         return spec
 
-    def _executed(self, module: ModuleType) -> None:
+    def _run_callback(self, module: ModuleType) -> None:
         sys.meta_path.remove(self)
         self._callback(module)
 
 
 class _Loader(Loader):
-    """Loads as the wrapped loader does, then calls back. Anything else asked of it, the wrapped loader answers."""
+    """Loads as the wrapped loader does, then calls back. Every other attribute is the wrapped loader's."""
 
     def __init__(self, wrapped: Loader, callback: Callback) -> None:
         self._wrapped = wrapped

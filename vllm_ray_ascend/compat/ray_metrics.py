@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from types import ModuleType
 
+from vllm_ray_ascend import patches
 
-def without_serve(module: ModuleType) -> None:
+
+def allow_without_serve(module: ModuleType) -> None:
     """Let vLLM's module of Ray metrics, just imported, work where Ray is installed without its extra `serve`.
 
-    vLLM 0.23 to 0.33 import Ray Serve and Ray's metrics in one breath, and where the former fails they refuse both:
-    "RayPrometheusMetric requires Ray to be installed". Serve only names a replica, and that it is missing they allow.
+    vLLM 0.23 to 0.33 import Ray Serve and Ray's metrics in one statement, and where the former fails they refuse both:
+    "RayPrometheusMetric requires Ray to be installed". Serve only names a replica, and may be missing for that.
     """
     if getattr(module, "ray_metrics", None) is not None:
         return
@@ -17,4 +19,5 @@ def without_serve(module: ModuleType) -> None:
         from ray.util import metrics
     except ImportError:
         return
-    module.ray_metrics, module.Metric = metrics, metrics.Metric  # type: ignore[attr-defined]
+    patches.apply("vllm.v1.metrics.ray_wrappers.ray_metrics", metrics, module)
+    patches.apply("vllm.v1.metrics.ray_wrappers.Metric", metrics.Metric, module)

@@ -1,4 +1,4 @@
-"""Versions of what runs together, read from the installed packages' metadata."""
+"""Versions of the packages that run together, read from their metadata."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PACKAGES: Mapping[str, tuple[str, ...]] = {
 
 
 def installed(package: str) -> str | None:
-    """Version of an installed distribution, or None."""
+    """Return the version of an installed distribution, or None."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -28,7 +28,7 @@ def installed(package: str) -> str | None:
 
 
 def stack() -> dict[str, str]:
-    """Versions of vLLM, vllm-ascend, Ray and torch-npu by their names; "not installed" where one is not."""
+    """Return the versions of vLLM, vllm-ascend, Ray and torch-npu by name; "not installed" where one is not."""
     found = {name: next(filter(None, map(installed, packages)), None) for name, packages in _PACKAGES.items()}
     return {name: number or "not installed" for name, number in found.items()}
 
@@ -37,10 +37,12 @@ def require_ray(found: str | None) -> None:
     """Raise RayVersionError where Ray is missing (None) or older than RAY_MINIMUM. Unreadable versions pass."""
     remedy = f"pip install 'ray>={RAY_MINIMUM}' on every node, then restart the cluster (`ray stop`, `ray start ...`)."
     if found is None:
-        raise RayVersionError(f"--distributed-executor-backend ray needs Ray, which is not installed: {remedy}")
+        raise RayVersionError(
+            "VRA-111", f"--distributed-executor-backend ray needs Ray, which is not installed: {remedy}"
+        )
     try:
         too_old = Version(found).release < Version(RAY_MINIMUM).release
-    except InvalidVersion:  # a build of one's own
+    except InvalidVersion:  # a private build
         return
     if too_old:
-        raise RayVersionError(f"Ray {found} is too old, {RAY_MINIMUM} is the oldest that works: {remedy}")
+        raise RayVersionError("VRA-112", f"Ray {found} is too old, {RAY_MINIMUM} is the oldest that works: {remedy}")

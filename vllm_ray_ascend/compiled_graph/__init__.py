@@ -1,0 +1,1 @@
+"""`CompiledGraphExecutor`: steps as a Ray compiled graph."""

@@ -2,127 +2,148 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from concurrent.futures import Future
 from typing import Any
 
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 
-from vllm_ray_ascend.compiled_graph.graph import Faults, Graph
-from vllm_ray_ascend.compiled_graph.news import says_nothing
-from vllm_ray_ascend.compiled_graph.receipts import Post
-from vllm_ray_ascend.compiled_graph.refusal import refuse
-from vllm_ray_ascend.compiled_graph.shape import Shape, shape_of
+from vllm_ray_ascend.compiled_graph.dag import FailureCallbacks, PipelineDag
+from vllm_ray_ascend.compiled_graph.flow_control import ACK, AckRouter
+from vllm_ray_ascend.compiled_graph.layout import PipelineLayout, create_layout
+from vllm_ray_ascend.compiled_graph.validation import validate
 from vllm_ray_ascend.compiled_graph.worker import CompiledGraphWorkerProc
+from vllm_ray_ascend.control.timeouts import GRAPH, STEPS
 from vllm_ray_ascend.executor.executor import RayAscendExecutor
-from vllm_ray_ascend.executor.start import Start
-from vllm_ray_ascend.lifecycle.deadlines import GRAPH, STEPS
+from vllm_ray_ascend.executor.supervisor import run_each
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import load
 
 logger = get_logger(__name__)
 
+_IGNORED_FIELDS = {"num_common_prefix_blocks"}
+"""It describes the requests that are scheduled: where there are none, it is a list of zeros."""
+
 
 class CompiledGraphExecutor(RayAscendExecutor):
     """RayAscendExecutor, whose steps are executions of a Ray compiled graph; all else is as there.
 
-    vLLM asks twice for a step, for the forward pass and for its tokens; the graph runs both when the second comes.
+    vLLM makes two calls for a step, for the forward pass and for its tokens; the graph runs both at the second one.
     """
 
     _worker_class = CompiledGraphWorkerProc
-    _graph: Graph | None = None
+    _dag: PipelineDag | None = None
 
     @classmethod
     def supports_async_scheduling(cls) -> bool:
-        """No: a graph gives its answers when they are complete. vLLM then switches it off, or refuses it if asked."""
+        """Return False: a graph returns complete responses. vLLM then disables it, or rejects it if requested."""
         return False
 
     def _init_executor(self) -> None:
-        refuse(self.vllm_config, load())
+        validate(self.vllm_config, load())
         self._scheduled: Any = None
         super()._init_executor()
 
-    def _new_start(self) -> Start:
-        return Start(self._life, before_run=self._compile)
-
-    def _compile(self) -> None:
-        """Ray compiles a graph with calls of its actors, which they answer as long as vLLM has not got their main
-        threads."""
+    def _before_run(self) -> None:
+        """Compile the graph. Ray does so by calls of its actors, whose main threads are free until vLLM's busy loop."""
         handles = sorted(self.ray_worker_handles, key=lambda handle: handle.rank)
-        shape = shape_of(len(handles), self.parallel_config.pipeline_parallel_size)
-        # vLLM 0.25 and later say so; before, there are as many as stages.
-        in_flight = getattr(self.vllm_config, "max_concurrent_batches", len(shape.stages))
-        faults = Faults(functools.partial(self._late, STEPS[0], "", self._hang_s), self._life.wait_for_loss)
-        actors = [handle.actor for handle in handles]
-        make = functools.partial(Graph, actors, shape, in_flight, self._hang_s, faults, self._post(shape))
-        with self._start.phase(GRAPH):
-            self._graph = self._start.watched(make, GRAPH)
+        layout = create_layout(len(handles), self.parallel_config.pipeline_parallel_size)
+        # vLLM 0.25 and later have the number; before, there are as many as stages.
+        max_in_flight = getattr(self.vllm_config, "max_concurrent_batches", len(layout.stages))
+        compile_dag = functools.partial(
+            PipelineDag,
+            [handle.actor for handle in handles],
+            layout,
+            max_in_flight,
+            self._hang_s,
+            FailureCallbacks(
+                functools.partial(self._fail_late, STEPS[0], "", self._hang_s), self._supervisor.wait_for_failure
+            ),
+            self._create_ack_router(layout),
+        )
+        with self._startup.track_phase(GRAPH):
+            self._dag = self._startup.run_supervised(compile_dag, GRAPH)
 
-    def _post(self, shape: Shape) -> Post | None:
-        """Where the graph is on one node, its channels are shared memory, and nothing stands still."""
+    def _create_ack_router(self, layout: PipelineLayout) -> AckRouter | None:
+        """Return None where all workers are on this node: its channels are shared memory, and block no raylet."""
         import ray
 
-        peers = self._life.peers()
-        if {peer.node for peer in peers} == {str(ray.util.get_node_ip_address())}:
+        here = ray.get_runtime_context().get_node_id()
+        if all(handle.node_id == here for handle in self.ray_worker_handles):
             return None
-        post = Post(shape, self._life.was_read)
-        if self._life.connect_post(sum(map(len, shape.stages)), post.read_by):
-            return post
-        logger.warning(
-            "Not all ranks could connect to this node, so none can say what it has read: a worker that dies may leave "
-            "its node's raylet waiting for it (ray-project/ray#49044). See that no firewall stands between the nodes."
-        )
-        return None
+        workers = self._supervisor.connected_workers()
+        if len(workers) < sum(map(len, layout.stages)):
+            logger.warning(
+                "VRA-453: not all ranks could connect to this node, so none can acknowledge what it has read: a worker "
+                "that dies may leave its node's raylet waiting for it (ray-project/ray#49044). Check that no firewall "
+                "stands between the nodes."
+            )
+            return None
+        router = AckRouter(layout, lambda rank: self._supervisor.send_extension(rank, ACK))
+        self._supervisor.set_extension_handler(lambda rank, name: router.on_ack(rank) if name == ACK else None)
+        return router
 
     def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
-        """Keep what is to be computed until `sample_tokens`; at once where there is nothing to sample."""
-        self._life.check()
+        """Keep what is to be computed until `sample_tokens`; run it immediately where there is nothing to sample."""
+        self._supervisor.raise_if_failed()
         if self._scheduled is not None:
-            raise RuntimeError("sample_tokens() has to follow an execute_model() that returned None")
-        if says_nothing(scheduler_output):
-            return _done(EMPTY_MODEL_RUNNER_OUTPUT) if non_block else EMPTY_MODEL_RUNNER_OUTPUT
+            raise RuntimeError("VRA-454: sample_tokens() has to follow an execute_model() that returned None")
+        if is_empty_step(scheduler_output):
+            return _completed_future(EMPTY_MODEL_RUNNER_OUTPUT) if non_block else EMPTY_MODEL_RUNNER_OUTPUT
         if not scheduler_output.total_num_scheduled_tokens or self.model_config.runner_type == "pooling":
-            return self._step(scheduler_output, None, non_block)
+            return self._execute_step(scheduler_output, None, non_block)
         self._scheduled = scheduler_output
-        return _done(None) if non_block else None
+        return _completed_future(None) if non_block else None
 
     def sample_tokens(self, grammar_output: Any, non_block: bool = False) -> Any:
         """Run the step that `execute_model` was given."""
         scheduled, self._scheduled = self._scheduled, None
         if scheduled is None:
-            return _done(None) if non_block else None
-        return self._step(scheduled, grammar_output, non_block)
+            return _completed_future(None) if non_block else None
+        return self._execute_step(scheduled, grammar_output, non_block)
 
     def collective_rpc(self, method: Any, *args: Any, **kwargs: Any) -> Any:
-        """As RayAscendExecutor's, after the steps that are under way: they run in another thread of the workers."""
-        if self._graph is not None:
-            self._graph.drain()
+        """Call a method of all workers after the steps in flight, which run in another thread of the workers."""
+        if self._dag is not None:
+            self._dag.drain()
         return super().collective_rpc(method, *args, **kwargs)
 
-    def wake(self, cause: BaseException) -> None:
-        """Of the graph as well."""
-        if self._graph is not None:
-            self._graph.cancel(cause)
-        super().wake(cause)
+    def cancel_waits(self, cause: BaseException) -> None:
+        """End every wait for a response with ``cause``, those for the graph included."""
+        cancels = [super().cancel_waits] if self._dag is None else [self._dag.cancel, super().cancel_waits]
+        run_each(*(functools.partial(cancel, cause) for cancel in cancels))
 
     def shutdown(self) -> None:
-        """End the graph with its workers, in order where all is well: after the steps that are under way."""
-        graph, self._graph = self._graph, None
-        if graph is not None and getattr(self, "_life", None) is not None and self._life.cause is None:
-            graph.drain(load().stop_grace_s)
+        """End the graph with its workers; without a failure gracefully, after the steps in flight."""
+        dag, self._dag = self._dag, None
+        supervisor = getattr(self, "_supervisor", None)
+        if dag is not None and supervisor is not None and supervisor.wait_for_failure(0) is None:
+            dag.drain(load().stop_grace_s)
         super().shutdown()
-        if graph is not None:
-            graph.close()
+        if dag is not None:
+            dag.close()
 
-    def _step(self, scheduler_output: Any, grammar_output: Any, non_block: bool) -> Any:
-        self._life.check()
-        assert self._graph is not None
-        execute = functools.partial(self._graph.execute, scheduler_output, grammar_output)
-        step = self._life.pulse.during(execute)
+    def _execute_step(self, scheduler_output: Any, grammar_output: Any, non_block: bool) -> Any:
+        self._supervisor.raise_if_failed()
+        assert self._dag is not None
+        execute = functools.partial(self._dag.execute, scheduler_output, grammar_output)
+        step = self._supervisor.health_check.track(execute)
         return step if non_block else step.result()
 
 
-def _done(answer: Any) -> Future[Any]:
-    done: Future[Any] = Future()
-    done.set_result(answer)
-    return done
+def _completed_future(result: Any) -> Future[Any]:
+    completed: Future[Any] = Future()
+    completed.set_result(result)
+    return completed
+
+
+def is_empty_step(scheduled: Any) -> bool:
+    """Return whether a SchedulerOutput (vLLM 0.23 to 0.33) has no tokens, finished requests or connector metadata.
+
+    Such a step need not be sent to the workers.
+    """
+    if dataclasses.is_dataclass(scheduled):
+        names = (field.name for field in dataclasses.fields(scheduled))
+        return all(is_empty_step(getattr(scheduled, name)) for name in names if name not in _IGNORED_FIELDS)
+    return not scheduled

@@ -1,0 +1,1 @@
+"""Lists, numbers and ranges of NPUs, and who owns which; pure functions."""

@@ -1,8 +1,8 @@
-"""ASCEND_RT_VISIBLE_DEVICES: which NPUs a process sees, and what CANN makes of a wrong list.
+"""ASCEND_RT_VISIBLE_DEVICES: which NPUs a process sees, and how CANN reads a wrong list.
 
-A list that is set but blank names no NPU for CANN, and is as good as unset for vLLM. Ray writes such a list into actors
-without NPUs (RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=1). `parse` and `rejected` read it as CANN does, `entries` and
-`complaint` as vLLM does.
+A list that is set but blank selects no NPU for CANN, and counts as unset for vLLM. Ray writes such a list into actors
+without NPUs (RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=1). `usable_physical_ids` and `invalid_entry` read it as CANN does,
+`split_entries` and `visibility_error` as vLLM does.
 """
 
 from __future__ import annotations
@@ -10,80 +10,83 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise, takewhile
 
-VARIABLE = "ASCEND_RT_VISIBLE_DEVICES"
+VISIBLE_DEVICES = "ASCEND_RT_VISIBLE_DEVICES"
 
 
-def entries(visible: str | None) -> list[str] | None:
-    """The list's entries, or None where it is unset or empty, which lets a process see every NPU of its node."""
-    if not visible or not visible.strip():
+def split_entries(visible_devices: str | None) -> list[str] | None:
+    """Return the list's entries, or None where it is unset or blank, which lets a process see every NPU of its node."""
+    if not visible_devices or not visible_devices.strip():
         return None
-    return [entry.strip() for entry in visible.split(",")]
+    return [entry.strip() for entry in visible_devices.split(",")]
 
 
-def parse(visible: str | None, count: int) -> list[int]:
-    """Physical numbers of the NPUs that CANN makes usable of a list, in its order, on a node with ``count`` NPUs.
+def usable_physical_ids(visible_devices: str | None, npu_count: int) -> list[int]:
+    """Return the physical ids that CANN makes usable of a list, in its order, on a node with ``npu_count`` NPUs.
 
-    An unset list means all of them, a blank one none. CANN stops at the first entry that is no number of an NPU of the
-    node, or that came before, and drops it and all after it without a word. Newer CANN is stricter: see `caution`.
+    An unset list means all of them, a blank one none. CANN stops at the first entry that is not the id of an NPU of the
+    node, or is a duplicate, and silently drops it and all after it. Newer CANN is stricter: see `warning_for`.
     """
-    return list(range(count)) if visible is None else _read(visible, count)[0]
+    return list(range(npu_count)) if visible_devices is None else _read_as_cann(visible_devices, npu_count)[0]
 
 
-def rejected(visible: str | None, count: int) -> str | None:
-    """What is wrong with the entry at which CANN stops, such as "names NPU 4 twice"; None where all are usable."""
-    return None if visible is None else _read(visible, count)[1]
+def invalid_entry(visible_devices: str | None, npu_count: int) -> str | None:
+    """Return what is wrong with the entry at which CANN stops, such as "names NPU 4 twice"; None: all are usable."""
+    return None if visible_devices is None else _read_as_cann(visible_devices, npu_count)[1]
 
 
-def caution(visible: str | None, count: int) -> str | None:
-    """What CANN since 8.0 refuses of a list that CANN before, and the software NPU, take; None where nothing.
+def warning_for(visible_devices: str | None, npu_count: int) -> str | None:
+    """Return what CANN 8.0 and later reject of a list that older CANN and the software NPU accept; None: nothing.
 
     Upstream: Runtime::GetVisibleDevices in CANN's runtime, and CANN's page on the variable.
     """
-    if visible is None:
+    if visible_devices is None:
         return None
-    if any(character.isspace() for character in visible):
+    if any(character.isspace() for character in visible_devices):
         return "has a space: CANN since 8.0 stops reading there"
-    named = [int(entry) for entry in takewhile(lambda entry: not _wrong(entry, count, ()), visible.split(","))]
-    if any(left >= right for left, right in pairwise(named)):
+    valid = takewhile(lambda entry: not _entry_error(entry, npu_count, ()), visible_devices.split(","))
+    if any(left >= right for left, right in pairwise(map(int, valid))):
         return "does not name its NPUs in ascending order, each once: CANN since 8.0 then lets the process see no NPU"
     return None
 
 
-def listed(physical: Sequence[int]) -> str:
-    """The list that names these NPUs, in this order."""
-    return ",".join(map(str, physical))
+def format_ids(physical_ids: Sequence[int]) -> str:
+    """Return the list that names these NPUs, in this order."""
+    return ",".join(map(str, physical_ids))
 
 
-def complaint(visible: str | None, seen: int) -> str | None:
-    """What is wrong with the list of a process that sees ``seen`` NPUs, or None.
+def visibility_error(visible_devices: str | None, visible_count: int) -> str | None:
+    """Return what is wrong with the list of a process that sees ``visible_count`` NPUs, or None.
 
-    CANN drops the first entry that it does not know, and all after it, without a word: such a process sees fewer NPUs
-    than its list names.
+    CANN silently drops the first entry that it does not know and all after it: such a process sees fewer NPUs than its
+    list names.
     """
-    found = entries(visible)
-    if found is None or seen >= len(found):
+    entries = split_entries(visible_devices)
+    if entries is None or visible_count >= len(entries):
         return None
-    if len(set(found)) < len(found):
-        return f"{VARIABLE}={visible} names an NPU twice"
-    return f"{VARIABLE}={visible} names NPU {found[seen]!r}, which is not there: {seen} of its {len(found)} are usable"
+    if len(set(entries)) < len(entries):
+        return f"{VISIBLE_DEVICES}={visible_devices} names an NPU twice"
+    return (
+        f"{VISIBLE_DEVICES}={visible_devices} names NPU {entries[visible_count]!r}, which does not exist: "
+        f"{visible_count} of its {len(entries)} are usable"
+    )
 
 
-def _read(visible: str, count: int) -> tuple[list[int], str | None]:
-    """The usable NPUs of a list that is set, and what is wrong with the entry that ends them."""
-    usable: list[int] = []
-    for entry in entries(visible) or [""]:
-        wrong = _wrong(entry, count, usable)
-        if wrong:
-            return usable, wrong
-        usable.append(int(entry))
-    return usable, None
+def _read_as_cann(visible_devices: str, npu_count: int) -> tuple[list[int], str | None]:
+    """Return the usable physical ids of a list that is set, and what is wrong with the entry at which CANN stops."""
+    usable_ids: list[int] = []
+    for entry in split_entries(visible_devices) or [""]:
+        error = _entry_error(entry, npu_count, usable_ids)
+        if error:
+            return usable_ids, error
+        usable_ids.append(int(entry))
+    return usable_ids, None
 
 
-def _wrong(entry: str, count: int, earlier: Sequence[int]) -> str | None:
+def _entry_error(entry: str, npu_count: int, earlier_ids: Sequence[int]) -> str | None:
     if not entry:
-        return "has a blank where an NPU should be" if earlier else "names no NPU"
+        return "has an empty entry" if earlier_ids else "names no NPU"
     if not (entry.isascii() and entry.removeprefix("-").isdigit()):
-        return f"names {entry!r}, which is no number"
-    if not 0 <= int(entry) < count:
-        return f"names NPU {entry!r}, which is not there"
-    return f"names NPU {int(entry)} twice" if int(entry) in earlier else None
+        return f"names {entry!r}, which is not a number"
+    if not 0 <= int(entry) < npu_count:
+        return f"names NPU {entry!r}, which does not exist"
+    return f"names NPU {int(entry)} twice" if int(entry) in earlier_ids else None

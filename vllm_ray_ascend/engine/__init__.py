@@ -1,0 +1,1 @@
+"""Engine cores: data parallel ranks as Ray actors, shutdown, recovery."""

@@ -1,4 +1,4 @@
-"""vLLM's functions that say which NPUs a data parallel rank has, without guesses that Ray contradicts."""
+"""Replacements of vLLM's functions that assign NPUs to a data parallel rank: over Ray, only Ray assigns them."""
 
 from __future__ import annotations
 
@@ -8,35 +8,24 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from vllm_ray_ascend.compat.rebind import replace, upstream
+from vllm_ray_ascend import patches
 from vllm_ray_ascend.devices.kind import GPU, NPU, Kind
-from vllm_ray_ascend.devices.ranges import RankRequest, local_range
-from vllm_ray_ascend.devices.visible import VARIABLE
-from vllm_ray_ascend.errors import DeviceMappingError
+from vllm_ray_ascend.devices.owners import reject_device_ids
+from vllm_ray_ascend.devices.ranges import RankRequest, physical_ids_of_rank
+from vllm_ray_ascend.devices.visible import VISIBLE_DEVICES
 
 
-def refuse_device_ids(parallel_config: Any, kind: Kind = NPU) -> None:
-    """Raise DeviceMappingError where --device-ids is given: over Ray it cannot be had, and vLLM only warns of it."""
-    ids = getattr(parallel_config, "assigned_physical_gpu_ids", None)
-    if ids is not None:
-        listed = ",".join(map(str, ids))
-        raise DeviceMappingError(
-            f"--device-ids ({kind.key}s {listed}) cannot choose {kind.key}s over Ray, which assigns them itself. "
-            f"Leave --device-ids out, give Ray the list on that node: `ray stop`, then "
-            f"`{kind.variable}={listed} ray start ...`."
-        )
+def replace_functions(modules: Sequence[ModuleType], kind: Kind = NPU) -> None:
+    """Replace the functions in vllm.v1.engine.utils and .core, and vllm-ascend's patches of them, in whatever order.
 
-
-def select(modules: Sequence[ModuleType], kind: Kind = NPU) -> None:
-    """Put our functions into vllm.v1.engine.utils and .core, over vllm-ascend's patch of them, whichever came first.
-
-    Engine cores that are processes and use Ray's workers are assigned nothing, since Ray does that; whoever else asks
-    for a rank's range gets one that never wraps round to NPUs of another rank. On GPUs that one is vLLM's own.
+    Engine cores that are processes and use Ray's workers are assigned no NPUs, since Ray assigns them. Other callers
+    get a rank's range that never wraps around to another rank's NPUs; on GPUs the range is vLLM's own.
     """
     for module in modules:
-        for name, make in (_REPLACEMENTS if kind is NPU else _REPLACEMENTS_ON_GPUS).items():
-            if hasattr(module, name):
-                replace(module, name, make(upstream(module, name)))
+        for target, make in (_REPLACEMENTS if kind is NPU else _REPLACEMENTS_ON_GPUS).items():
+            holder, _, name = target.rpartition(".")
+            if holder == module.__name__ and hasattr(module, name):
+                patches.apply(target, make(patches.original(target, module)), module)
 
 
 def physical_ids_of_dp_rank(
@@ -47,35 +36,35 @@ def physical_ids_of_dp_rank(
     user_assigned_gpu_ids: list[int] | None = None,
     ranks_here: int | None = None,
 ) -> list[int]:
-    """Physical NPUs of one data parallel rank of this node, by this node's list; all but the last is vLLM's signature.
+    """Return the physical NPUs of one data parallel rank of this node, from this node's visible list.
 
-    ``ranks_here`` is the number of ranks that this process has: where it is 1, the list may have been cut for that one.
-    Raises DeviceMappingError where the list does not have them.
+    The signature is vLLM's, with ``ranks_here`` added: the number of ranks that this process starts. Where it is 1, the
+    list may be that rank's alone. Raises DeviceMappingError where the list does not have enough NPUs.
     """
     request = RankRequest(
         local_dp_rank=local_dp_rank,
         world_size=world_size,
         local_world_size=world_size if local_world_size is None else local_world_size,
-        visible=os.environ.get(device_control_env_var) or None,
-        device_ids=user_assigned_gpu_ids,
-        ranks_here=ranks_here,
+        visible_devices=os.environ.get(device_control_env_var) or None,
+        requested_physical_ids=user_assigned_gpu_ids,
+        ranks_in_process=ranks_here,
     )
-    return local_range(request)
+    return physical_ids_of_rank(request)
 
 
 def set_assigned_physical_gpu_ids_for_dp_rank(
     vllm_config: Any, local_dp_rank: int, user_assigned_gpu_ids: list[int] | None = None
 ) -> None:
-    """vLLM's function of this name for engine cores that are processes: over Ray, nothing is assigned.
+    """Assign NPUs to an engine core that is a process, as vLLM's function of this name; over Ray, assign none.
 
     Upstream's fails there with `local range: [8, 12) base value "0,1,2,3,4,5,6,7"` (vllm-ascend #2879).
     """
     config = vllm_config.parallel_config
     if config.use_ray:
-        refuse_device_ids(config)
+        reject_device_ids(config.assigned_physical_gpu_ids)
         return
     config.assigned_physical_gpu_ids = physical_ids_of_dp_rank(
-        VARIABLE,
+        VISIBLE_DEVICES,
         local_dp_rank,
         config.world_size,
         config.local_world_size,
@@ -84,36 +73,39 @@ def set_assigned_physical_gpu_ids_for_dp_rank(
     )
 
 
-def isolating_nothing_over_ray(own: Callable[..., Any]) -> Callable[..., Any]:
-    """vLLM 0.23's set_device_control_env_var, ``own``, for whatever does not run over Ray."""
+def skip_isolation_over_ray(upstream_function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return vLLM 0.23's set_device_control_env_var, ``upstream_function``, limited to engines without Ray."""
 
     def set_device_control_env_var(vllm_config: Any, local_dp_rank: int) -> contextlib.AbstractContextManager[None]:
         if vllm_config.parallel_config.use_ray:
             return contextlib.nullcontext()
-        isolated: contextlib.AbstractContextManager[None] = own(vllm_config, local_dp_rank)
+        isolated: contextlib.AbstractContextManager[None] = upstream_function(vllm_config, local_dp_rank)
         return isolated
 
     return set_device_control_env_var
 
 
-def assigning_nothing_over_ray(own: Callable[..., None]) -> Callable[..., None]:
-    """vLLM's set_assigned_physical_gpu_ids_for_dp_rank, ``own``, on GPUs for whatever does not run over Ray."""
+def skip_assignment_over_ray(upstream_function: Callable[..., None]) -> Callable[..., None]:
+    """Return vLLM's set_assigned_physical_gpu_ids_for_dp_rank for GPUs, limited to engines without Ray."""
 
     def set_assigned(vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         if vllm_config.parallel_config.use_ray:
-            refuse_device_ids(vllm_config.parallel_config, GPU)
+            reject_device_ids(vllm_config.parallel_config.assigned_physical_gpu_ids, GPU)
         else:
-            own(vllm_config, *args, **kwargs)
+            upstream_function(vllm_config, *args, **kwargs)
 
     return set_assigned
 
 
 _REPLACEMENTS: Mapping[str, Callable[[Any], Any]] = {
-    "set_assigned_physical_gpu_ids_for_dp_rank": lambda _: set_assigned_physical_gpu_ids_for_dp_rank,  # vLLM 0.24 on
-    "get_physical_gpu_ids_for_local_dp_rank": lambda _: physical_ids_of_dp_rank,  # vLLM 0.24 and later
-    "set_device_control_env_var": isolating_nothing_over_ray,  # vLLM 0.23
+    "vllm.v1.engine.utils.set_assigned_physical_gpu_ids_for_dp_rank": (
+        lambda _: set_assigned_physical_gpu_ids_for_dp_rank
+    ),
+    "vllm.v1.engine.utils.get_physical_gpu_ids_for_local_dp_rank": lambda _: physical_ids_of_dp_rank,
+    "vllm.v1.engine.core.get_physical_gpu_ids_for_local_dp_rank": lambda _: physical_ids_of_dp_rank,
+    "vllm.v1.engine.utils.set_device_control_env_var": skip_isolation_over_ray,
 }
 _REPLACEMENTS_ON_GPUS: Mapping[str, Callable[[Any], Any]] = {
-    "set_assigned_physical_gpu_ids_for_dp_rank": assigning_nothing_over_ray,
-    "set_device_control_env_var": isolating_nothing_over_ray,
+    "vllm.v1.engine.utils.set_assigned_physical_gpu_ids_for_dp_rank": skip_assignment_over_ray,
+    "vllm.v1.engine.utils.set_device_control_env_var": skip_isolation_over_ray,
 }

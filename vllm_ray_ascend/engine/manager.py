@@ -1,168 +1,228 @@
-"""The driver's side of data parallelism over Ray: where each engine core goes, and which variables go with it."""
+"""The driver's side of data parallelism over Ray: where each engine core is placed, and which variables it receives."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from vllm import envs
 from vllm.v1.engine.utils import CoreEngineActorManager, get_env_vars_to_copy
 from vllm.v1.executor.ray_utils import WORKER_SPECIFIC_ENV_VARS
 
-from vllm_ray_ascend.accelerators.choose import current
-from vllm_ray_ascend.cluster.connect import audit_nodes, connect
-from vllm_ray_ascend.cluster.groups import Wanted, free_npus, release, reserve
-from vllm_ray_ascend.cluster.placement import DpRequest, Placed, RankPlacement, plan, plan_scale_up
-from vllm_ray_ascend.cluster.registry import running, unheeded_list
-from vllm_ray_ascend.cluster.waiting import until
-from vllm_ray_ascend.compat.rebind import with_globals
+from vllm_ray_ascend import patches
+from vllm_ray_ascend.accelerators.choose import current_accelerator
+from vllm_ray_ascend.cluster.connect import audit_nodes, connect, npu_wait_s
+from vllm_ray_ascend.cluster.dp_placement import (
+    PlacedRank,
+    RankPlacement,
+    RankPlacementDemand,
+    growth_demand,
+    placed_ranks,
+    plan_placement,
+    plan_scale_up,
+)
+from vllm_ray_ascend.cluster.growth import place_with_growth
+from vllm_ray_ascend.cluster.placement_groups import (
+    PlacementGroupSpec,
+    create_placement_groups,
+    current_nodes,
+    free_npus_per_node,
+    nodes_of_bundles,
+    pin_to_nodes,
+    remove_placement_groups,
+)
+from vllm_ray_ascend.cluster.registry import ignored_list_warning, running_engines
+from vllm_ray_ascend.control.protocol import STOP
+from vllm_ray_ascend.control.server import ControlServer, PeerLost
+from vllm_ray_ascend.control.timeouts import stop_grace_s
 from vllm_ray_ascend.devices.kind import NPU, Kind
-from vllm_ray_ascend.engine.device_ids import refuse_device_ids
-from vllm_ray_ascend.engine.process import Confided, driver_variable, node_address, variables_that_stay
-from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, is_secret, travelling
-from vllm_ray_ascend.lifecycle.hub import Hub, Loss
-from vllm_ray_ascend.lifecycle.messages import STOP
+from vllm_ray_ascend.devices.owners import reject_device_ids
+from vllm_ray_ascend.engine.data_parallel import allowed_addresses, check_master_address, placement_request
+from vllm_ray_ascend.engine.process import (
+    EngineLaunchContext,
+    driver_settings_value,
+    node_address,
+    node_id,
+    node_local_variables,
+)
+from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, is_secret, names_to_copy
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import load
 
 logger = get_logger(__name__)
 
 _GRANT_LIMIT_S = 60.0
-_ENGINE_GRACE_S = 3.0
-"""Seconds that an engine core may take beside its workers' end."""
+_ACTOR_EXIT_EXTRA_S = 3.0
+"""Seconds that an engine core in an actor may take in addition to the grace period of its workers."""
 
 
 class RayAscendEngineActorManager(CoreEngineActorManager):
-    """vLLM's manager of engine core actors, with our placement and our rule for variables."""
+    """vLLM's manager of engine core actors, with our placement and our selection of variables."""
+
+    _given_groups: Sequence[Any] = ()
+    """Placement groups that the caller made, of the first ranks: it removes them itself."""
+    _given_local_ranks: Sequence[int] = ()
 
     def __init__(self, vllm_config: Any, addresses: Any, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(super().__init__).bind(vllm_config, addresses, *args, **kwargs).arguments
+        self._given_groups = given.get("placement_groups") or ()
+        self._given_local_ranks = given.get("local_dp_ranks") or ()
         self.placements: list[RankPlacement] = []
-        self._kind = current().kind
+        self._kind = current_accelerator().kind
         names = _variables_to_copy()
         secrets = {name: os.environ[name] for name in names if is_secret(name) and name in os.environ}
-        start = with_globals(
+        start = patches.with_globals(
+            "vllm.v1.engine.utils.CoreEngineActorManager.__init__",
             CoreEngineActorManager.__init__,
             get_env_vars_to_copy=lambda **options: names - secrets.keys(),
             CoreEngineActorManager=SimpleNamespace(create_dp_placement_groups=self.create_dp_placement_groups),
         )
         connect(vllm_config.parallel_config)
-        self._hub = Hub(node_address(), load().silence_s, _lost)
+        self._world_size: int = vllm_config.parallel_config.world_size
+        self._server = ControlServer(
+            node_address(),
+            load().silence_s,
+            _log_engine_exit,
+            processes=vllm_config.parallel_config.data_parallel_size,
+            on_error=self._handle_server_error,
+        )
         try:
-            addresses.confided = Confided(self._hub.text(), secrets)
-            with _variables({DRIVER_VARIABLE: driver_variable()}):
+            addresses.launch_context = EngineLaunchContext(self._server.address_json(), secrets)
+            with _environment({DRIVER_VARIABLE: driver_settings_value()}):
                 start(self, vllm_config, addresses, *args, **kwargs)
         except BaseException:
-            self._undo_start()
+            self._undo_startup()
             raise
-        self._compare_own_list(vllm_config)
+        self._warn_of_unused_list(vllm_config)
 
     def shutdown(self, timeout: float | None = None) -> None:
-        """End the engine cores in order, and kill what is left as upstream does, which kills at once."""
+        """Stop the engine cores gracefully, then kill what is left, as upstream does immediately."""
         self.manager_stopped.set()
-        self._hub.order(STOP)
-        late = self._hub.wait_until_gone(load().stop_grace_s + _ENGINE_GRACE_S)
+        self._server.broadcast(STOP)
+        grace_s = stop_grace_s(load().stop_grace_s, self._world_size)
+        late = self._server.wait_for_exit(grace_s + _ACTOR_EXIT_EXTRA_S)
         if late:
-            logger.warning("engine cores %s did not end in time and are killed", late)
-        self._hub.close()
+            logger.warning(
+                "VRA-305: engine cores of data parallel ranks %s did not exit in time and are killed; raise "
+                "VLLM_RAY_ASCEND_STOP_GRACE_S (now %g s)",
+                late,
+                load().stop_grace_s,
+            )
+        self._server.close()
         super().shutdown(timeout)
 
     def add_dp_placement_groups(self, old_vllm_config: Any, new_data_parallel_size: int) -> tuple[list[Any], list[int]]:
-        """Groups of ranks that elastic scale-up adds, each pinned to the node for which its local rank was computed.
+        """Return groups and local ranks for the ranks that elastic scale-up adds.
 
-        Raises PlacementError where they do not fit; then none is made.
+        Ranks that run keep their groups, whoever made these. Each new group is pinned to the node for which its local
+        rank was computed. Raises PlacementError where they do not fit; then none is made.
         """
         config = old_vllm_config.parallel_config
+        created = self.placements[: len(self.created_placement_groups)]
         current = [
-            Placed(placement.dp_rank, placement.local_dp_rank, placement.control_address)
-            for placement in self.placements[: len(self.created_placement_groups)]
+            *placed_ranks([nodes_of_bundles(group) for group in self._given_groups], self._given_local_ranks),
+            *(PlacedRank(each.dp_rank, each.local_dp_rank, each.bundle_nodes[0]) for each in created),
         ]
-        added = plan_scale_up(
-            current,
-            new_data_parallel_size,
-            config.world_size,
-            config.data_parallel_master_ip,
-            free_npus(self._kind),
-            _allowed_addresses(),
-            self._kind,
+        allowed = allowed_addresses()
+        missing = [] if allowed else [RankPlacementDemand(config.world_size, 1, "STRICT_PACK")]
+        added = place_with_growth(
+            lambda demand: plan_scale_up(
+                current,
+                new_data_parallel_size,
+                config.world_size,
+                node_id(),
+                free_npus_per_node(self._kind, demand),
+                allowed,
+                self._kind,
+            ),
+            lambda: self._demand(old_vllm_config, missing * (new_data_parallel_size - len(current))),
+            lambda: 0.0,
         )
-        groups = reserve(_wanted(old_vllm_config, added, self._kind), _GRANT_LIMIT_S)
-        self.placements[len(current) :] = added
+        groups = create_placement_groups(_wanted_groups(old_vllm_config, added, self._kind), _GRANT_LIMIT_S)
+        self.placements[len(created) :] = added
         return groups, [placement.local_dp_rank for placement in added]
 
     def create_dp_placement_groups(self, vllm_config: Any) -> tuple[list[Any], list[int]]:
-        """Groups of all ranks and their local ranks, as vLLM's static method of this name; who replaces it is heeded.
+        """Return groups and local ranks of all ranks, as vLLM's static method of this name does.
 
-        Raises PlacementError where they do not fit; then none is made.
+        A method that replaces this one is used. Raises PlacementError where the ranks do not fit; then none is made.
         """
         config = vllm_config.parallel_config
-        refuse_device_ids(config, self._kind)
-        request = _request(config, self._kind)
-        self.placements = until(lambda: plan(request, free_npus(self._kind)), load().npu_wait_s)
+        reject_device_ids(getattr(config, "assigned_physical_gpu_ids", None), self._kind)
+        check_master_address(config.data_parallel_master_ip)
+        request = placement_request(config, self._kind)
+        self.placements = place_with_growth(
+            lambda demand: plan_placement(request, free_npus_per_node(self._kind, demand)),
+            lambda: self._demand(vllm_config, growth_demand(request, free_npus_per_node(self._kind))),
+            lambda: npu_wait_s(request.dp_size * request.world_size, self._kind),
+        )
         if self._kind is NPU:
-            audit_nodes({address for placement in self.placements for address in placement.bundle_addresses})
-        groups = reserve(_wanted(vllm_config, self.placements, self._kind), _GRANT_LIMIT_S)
+            audit_nodes({node for placement in self.placements for node in placement.bundle_nodes})
+        groups = create_placement_groups(_wanted_groups(vllm_config, self.placements, self._kind), _GRANT_LIMIT_S)
         return groups, [placement.local_dp_rank for placement in self.placements]
 
-    def _compare_own_list(self, vllm_config: Any) -> None:
-        """Say so where this process's visible list is not what its engines on this node have."""
-        import ray
+    def _demand(self, vllm_config: Any, demand: Collection[RankPlacementDemand]) -> list[PlacementGroupSpec]:
+        """Return the placement groups that ask an autoscaler for nodes."""
+        name = f"{vllm_config.instance_id}_demand"
+        return [
+            PlacementGroupSpec(f"{name}{number}", each.bundles(self._kind.key), each.strategy)
+            for number, each in enumerate(demand)
+        ]
 
-        if not self.placements:  # groups that the caller made
+    def _handle_server_error(self, error: Exception) -> None:
+        """End the engine cores, which nobody could stop any more: each loses its connection. vLLM learns of that."""
+        logger.error(
+            "VRA-338: the control server of the engine cores failed, which ends them: %s: %s",
+            type(error).__name__,
+            error,
+            exc_info=error,
+        )
+        self._server.close()
+
+    def _warn_of_unused_list(self, vllm_config: Any) -> None:
+        """Log a warning where this process's visible list is not what its engines on this node use."""
+        if not self.placements:  # the caller made the groups
             return
         ours = {f"{vllm_config.instance_id}{suffix}" for suffix in ("", *(f"_dp{p.dp_rank}" for p in self.placements))}
-        records = [record for record in running() if record.engine in ours]
-        note = unheeded_list(os.environ.get(self._kind.variable), ray.util.get_node_ip_address(), records, self._kind)
+        records = [record for record in running_engines() if record.engine in ours]
+        note = ignored_list_warning(os.environ.get(self._kind.variable), node_address(), records, self._kind, node_id())
         if note:
             logger.warning("%s", note)
 
-    def _undo_start(self) -> None:
-        """Kill the engine cores that were started, whose workers die with them, and give their NPUs back."""
+    def _undo_startup(self) -> None:
+        """Kill the engine cores that were started, whose workers die with them, and release their NPUs."""
         import ray
 
-        self._hub.close()
+        self._server.close()
         for actor in [*getattr(self, "local_engine_actors", ()), *getattr(self, "remote_engine_actors", ())]:
             ray.kill(actor)
-        release(getattr(self, "created_placement_groups", ()))
+        remove_placement_groups(getattr(self, "created_placement_groups", ()))
 
 
-def _request(config: Any, kind: Kind) -> DpRequest:
-    return DpRequest(
-        dp_size=config.data_parallel_size,
-        dp_size_local=config.data_parallel_size_local,
-        world_size=config.world_size,
-        master_address=config.data_parallel_master_ip,
-        strategy=getattr(envs, "VLLM_RAY_DP_PACK_STRATEGY", "strict"),
-        allowed_addresses=_allowed_addresses(),
-        all2all_backend=config.all2all_backend,
-        kind=kind,
-    )
+def _wanted_groups(vllm_config: Any, placements: Collection[RankPlacement], kind: Kind) -> list[PlacementGroupSpec]:
+    nodes = current_nodes(kind)
 
+    def pinned(placement: RankPlacement) -> PlacementGroupSpec:
+        name = f"{vllm_config.instance_id}_dp{placement.dp_rank}"
+        spec = PlacementGroupSpec(name, placement.bundles(kind.key), placement.strategy)
+        return pin_to_nodes(spec, placement.pins, nodes)
 
-def _allowed_addresses() -> frozenset[str]:
-    text = getattr(envs, "VLLM_RAY_DP_PLACEMENT_NODE_IPS", "")
-    return frozenset(filter(None, map(str.strip, text.split(","))))
-
-
-def _wanted(vllm_config: Any, placements: Collection[RankPlacement], kind: Kind) -> list[Wanted]:
-    return [
-        Wanted(f"{vllm_config.instance_id}_dp{placement.dp_rank}", placement.bundles(kind.key), placement.strategy)
-        for placement in placements
-    ]
+    return [pinned(placement) for placement in placements]
 
 
 def _variables_to_copy() -> set[str]:
-    """vLLM's choice of variables for engine core actors, less the node's, plus those of the NPU stack that travel."""
-    stay = WORKER_SPECIFIC_ENV_VARS | variables_that_stay()
+    """Return the variables for engine core actors: vLLM's without the node's own, plus those of the NPU stack."""
+    stay = WORKER_SPECIFIC_ENV_VARS | node_local_variables()
     names: set[str] = get_env_vars_to_copy(exclude_vars=stay, destination="engine cores")
-    return names | travelling(os.environ) | {DRIVER_VARIABLE}
+    return names | names_to_copy(os.environ) | {DRIVER_VARIABLE}
 
 
 @contextlib.contextmanager
-def _variables(values: Mapping[str, str]) -> Iterator[None]:
-    """Have ``values`` in the environment, from which upstream copies."""
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set ``values`` in the environment, from which upstream copies, while the context lasts."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -175,6 +235,6 @@ def _variables(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _lost(loss: Loss) -> None:
-    """Ray tells vLLM of it, which ends the others; the log says which one it was."""
-    logger.info("the engine core of data parallel rank %d (process %d, %s) ended", loss.rank, loss.pid, loss.where)
+def _log_engine_exit(loss: PeerLost) -> None:
+    """Log which engine core has exited. vLLM, which learns of it from Ray, ends the others."""
+    logger.info("the engine core of data parallel rank %d (process %d, %s) exited", loss.rank, loss.pid, loss.location)

@@ -1,4 +1,4 @@
-"""What every process of an engine does on its node first: take the node's variables, not the driver's."""
+"""What each process of an engine does first: set the variables of its own node, not the driver's."""
 
 from __future__ import annotations
 
@@ -9,63 +9,89 @@ import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from vllm_ray_ascend.accelerators.choose import current
+from vllm_ray_ascend.accelerators.choose import current_accelerator
 from vllm_ray_ascend.devices.kind import NPU
-from vllm_ray_ascend.environment.driver import GROUPS, driver_settings, parse_driver_settings
-from vllm_ray_ascend.environment.node import prepare
-from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, NEVER_COPIED, of_the_node, on_request
+from vllm_ray_ascend.environment.driver import NETWORK_SETTINGS, encode_driver_settings, parse_driver_settings
+from vllm_ray_ascend.environment.node import apply_network_settings
+from vllm_ray_ascend.environment.table import (
+    DRIVER_VARIABLE,
+    NEVER_COPIED,
+    kept_prefixes_warning,
+    names_copied_on_request,
+    names_kept_on_node,
+)
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import load
 
 logger = get_logger(__name__)
 
 
-class Confided(NamedTuple):
-    """What an engine core that is a Ray actor is told beside its addresses: Ray writes the variables of a runtime_env
-    to its logs, so that these are none."""
+class EngineLaunchContext(NamedTuple):
+    """What an engine core that is a Ray actor receives with its addresses, and not through a runtime_env.
 
-    lifeline: str
-    """Where the driver is."""
+    Ray writes the variables of a runtime_env to its logs.
+    """
+
+    control_address: str
+    """Address of the driver's control server, as JSON."""
     secrets: Mapping[str, str]
-    """Variables."""
+    """Environment variables."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.secrets)} secrets)"  # neither token nor secret is logged
 
 
 @functools.cache
-def end_without_collecting() -> None:
-    """Skip the interpreter's last search for cycles, once this process exits: it takes seconds on a heap such as
-    vLLM's, all of which the process's end gives back. vLLM does so on ROCm."""
+def skip_final_gc() -> None:
+    """Skip the interpreter's last garbage collection when this process exits.
+
+    It takes seconds on a heap such as vLLM's, all of which the exit frees anyway. vLLM does so on ROCm.
+    """
     atexit.register(gc.freeze)
 
 
 def prepare_process() -> None:
-    """Set the network variables of this node that nobody set; called in a Ray worker process."""
-    end_without_collecting()
+    """Set the network variables of this node that the user has not set. Called in a Ray worker process."""
+    skip_final_gc()
     if load().node_env == "off":
         return
-    groups = [group for group in GROUPS if current().kind is NPU or not group[0].startswith("HCCL_")]
-    for note in prepare(node_address(), parse_driver_settings(os.environ.get(DRIVER_VARIABLE)), groups=groups).notes:
+    groups = [
+        group for group in NETWORK_SETTINGS if current_accelerator().kind is NPU or not group[0].startswith("HCCL_")
+    ]
+    for note in apply_network_settings(
+        node_address(), parse_driver_settings(os.environ.get(DRIVER_VARIABLE)), groups=groups
+    ).warnings:
         logger.warning("%s", note)
 
 
-def driver_variable() -> str:
-    """The value of DRIVER_VARIABLE for processes that this one starts. Ray must be joined."""
-    return driver_settings(node_address(), os.environ)
+def driver_settings_value() -> str:
+    """Return the value of DRIVER_VARIABLE for processes that this one starts. Ray must be initialized."""
+    return encode_driver_settings(node_address(), os.environ)
 
 
-def variables_that_stay() -> set[str]:
-    """This process's variables that are its node's and go nowhere, unless the user wants some copied."""
-    wanted = on_request(os.environ)
+def node_local_variables() -> set[str]:
+    """Return the names of variables that stay on this node, except those that the user wants copied."""
+    wanted = names_copied_on_request(os.environ)
     for name in sorted(wanted & NEVER_COPIED):
         logger.warning(
-            "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY names %s, which is not copied: Ray counts by the list of each node. Set "
-            "it before `ray start` there.",
+            "VRA-306: VLLM_RAY_EXTRA_ENV_VARS_TO_COPY names %s, which is not copied: Ray assigns devices by the list "
+            "of each node. Set it before `ray start` there.",
             name,
         )
-    return of_the_node(os.environ, wanted)
+    if warning := kept_prefixes_warning(os.environ):
+        logger.warning("%s", warning)
+    return names_kept_on_node(os.environ, wanted)
 
 
 def node_address() -> str:
-    """The address by which Ray knows this node."""
+    """Return the address by which Ray knows this node."""
     import ray
 
     return str(ray.util.get_node_ip_address())
+
+
+def node_id() -> str:
+    """Return Ray's id of this node: several nodes, as containers of one host, may have one address."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())

@@ -1,0 +1,1 @@
+"""Scope of each environment variable (node or copied), and derivation of HCCL's variables."""

@@ -1,4 +1,4 @@
-"""The driver's own network settings, as every process of its engines gets them in one internal variable."""
+"""The driver's own network settings, which every process of its engines gets in one internal variable."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import msgspec
 
-from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, on_request
+from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, names_copied_on_request
 
-GROUPS: tuple[tuple[str, ...], ...] = (
+NETWORK_SETTINGS: tuple[tuple[str, ...], ...] = (
     ("HCCL_IF_IP", "HCCL_SOCKET_IFNAME"),
     ("GLOO_SOCKET_IFNAME",),
     ("TP_SOCKET_IFNAME",),
@@ -16,32 +16,33 @@ GROUPS: tuple[tuple[str, ...], ...] = (
     ("HCCL_HOST_SOCKET_PORT_RANGE", "HCCL_IF_BASE_PORT"),
     ("HCCL_NPU_SOCKET_PORT_RANGE",),
 )
-"""Network settings of a node. In a group the first goes before the others, so a group has only one author."""
+"""Network settings of a node, in groups. In a group the first overrides the others, so all come from one source."""
 
 
 class DriverSettings(msgspec.Struct, frozen=True):
-    """Ray's address of the driver's node, the network settings found there, and those that shall go to every node."""
+    """Ray's address of the driver's node, the network settings there, and the names to copy to every node."""
 
     address: str
     variables: dict[str, str]
     everywhere: list[str] = []
 
 
-def driver_settings(address: str, environ: Mapping[str, str]) -> str:
-    """The value of DRIVER_VARIABLE for processes that this one starts. Ask before `prepare` sets anything here.
+def encode_driver_settings(address: str, environ: Mapping[str, str]) -> str:
+    """Return the value of DRIVER_VARIABLE for processes that this one starts.
 
-    An engine actor starts workers in turn, with an environment that was partly derived: it passes on what it was given.
+    Call it before `apply_network_settings` sets anything here. An engine actor starts workers in turn, with an
+    environment that was partly derived: it passes on the value that it was given.
     """
     inherited = environ.get(DRIVER_VARIABLE)
     if inherited is not None and parse_driver_settings(inherited) is not None:
         return inherited
-    variables = {name: environ[name] for group in GROUPS for name in group if environ.get(name)}
-    everywhere = sorted(on_request(environ) & variables.keys())
+    variables = {name: environ[name] for group in NETWORK_SETTINGS for name in group if environ.get(name)}
+    everywhere = sorted(names_copied_on_request(environ) & variables.keys())
     return msgspec.json.encode(DriverSettings(address, variables, everywhere)).decode()
 
 
 def parse_driver_settings(text: str | None) -> DriverSettings | None:
-    """What `driver_settings` wrote; None for anything else, never an exception."""
+    """Return what `encode_driver_settings` wrote; None for any other text, never an exception."""
     try:
         return msgspec.json.decode(text, type=DriverSettings) if text else None
     except (msgspec.MsgspecError, ValueError, RecursionError):

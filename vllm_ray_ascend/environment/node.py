@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import MutableMapping, Sequence
+from pathlib import Path
 
-from vllm_ray_ascend.environment.derive import Derived, Interface, derive
-from vllm_ray_ascend.environment.driver import GROUPS, DriverSettings
+from vllm_ray_ascend.environment.derive import DerivedSettings, Interface, derive_network_settings
+from vllm_ray_ascend.environment.driver import NETWORK_SETTINGS, DriverSettings
+from vllm_ray_ascend.environment.ports import first_port_of_hccl
 
 
-def interfaces() -> list[Interface]:
-    """Name and address of every network interface here, IPv4 and IPv6."""
+def list_interfaces() -> list[Interface]:
+    """Return name and address of every network interface here, IPv4 and IPv6."""
     import psutil  # type: ignore[import-untyped]
 
     internet = (socket.AF_INET, socket.AF_INET6)
@@ -23,17 +25,31 @@ def interfaces() -> list[Interface]:
     ]
 
 
-def prepare(
+def read_first_port() -> int:
+    """Return the first port for HCCL on this node."""
+    return first_port_of_hccl(
+        _read_kernel_setting("ip_local_port_range"), _read_kernel_setting("ip_local_reserved_ports")
+    )
+
+
+def _read_kernel_setting(name: str) -> str:
+    try:
+        return Path(f"/proc/sys/net/ipv4/{name}").read_text()
+    except OSError:  # a container may hide it
+        return ""
+
+
+def apply_network_settings(
     address: str,
     driver: DriverSettings | None = None,
     environ: MutableMapping[str, str] | None = None,
-    groups: Sequence[tuple[str, ...]] = GROUPS,
-) -> Derived:
-    """Sets in ``environ`` (default: this process's) what it lacks of `derive`; what it set, and notes for the log.
+    groups: Sequence[tuple[str, ...]] = NETWORK_SETTINGS,
+) -> DerivedSettings:
+    """Set the derived network settings that ``environ`` (default: this process's) lacks, and return them.
 
     Call it before HCCL, gloo or vLLM's network functions are used, and before variables of the driver are applied.
     """
     environ = os.environ if environ is None else environ
-    derived = derive(address, interfaces(), environ, driver, groups)
+    derived = derive_network_settings(address, list_interfaces(), environ, driver, groups)
     environ.update(derived.variables)
     return derived

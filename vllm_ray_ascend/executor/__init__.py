@@ -1,0 +1,1 @@
+"""`RayAscendExecutor`: starts, supervises, restarts and stops the workers."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
+import pickle
 import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -14,130 +17,308 @@ from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
 from vllm.v1.executor.ray_utils import (
     WORKER_SPECIFIC_ENV_VARS,
     build_actor_name,
-    get_bundles_sorted_by_node,
+    get_bundles_for_indices,
     initialize_ray_cluster,
 )
 
-from vllm_ray_ascend import __version__
-from vllm_ray_ascend.accelerators.choose import current
-from vllm_ray_ascend.cluster.groups import release
-from vllm_ray_ascend.cluster.registry import EngineRecord, publish, unheeded_list, withdraw
-from vllm_ray_ascend.compat.rebind import with_globals
+from vllm_ray_ascend import __version__, patches
+from vllm_ray_ascend.accelerators.choose import current_accelerator
+from vllm_ray_ascend.cluster.placement_groups import remove_placement_groups
+from vllm_ray_ascend.cluster.registry import EngineRecord, ignored_list_warning, publish_record, remove_record
 from vllm_ray_ascend.compat.versions import stack
-from vllm_ray_ascend.engine.ending import end_with_server
-from vllm_ray_ascend.engine.process import driver_variable, end_without_collecting, variables_that_stay
+from vllm_ray_ascend.control.timeouts import PAIRS, STEPS, step_limit_s
+from vllm_ray_ascend.engine.process import driver_settings_value, node_id, node_local_variables, skip_final_gc
+from vllm_ray_ascend.engine.shutdown import exit_with_parent
+from vllm_ray_ascend.environment.paths import absolute_if_here
 from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, early_variables
-from vllm_ray_ascend.errors import VllmRayAscendError, WorkerLateError
-from vllm_ray_ascend.executor.answers import AnsweringExecutor
-from vllm_ray_ascend.executor.life import Life
-from vllm_ray_ascend.executor.placing import place
-from vllm_ray_ascend.executor.queues import CancellableQueue, queues_of
-from vllm_ray_ascend.executor.ranks import Rank, ready_line, report
-from vllm_ray_ascend.executor.record import check_owners, record_of
-from vllm_ray_ascend.executor.recovery import Recovery, refuse_unrecoverable
-from vllm_ray_ascend.executor.start import Start, hung_text, late_text
-from vllm_ray_ascend.executor.worker import RayAscendWorkerProc
-from vllm_ray_ascend.lifecycle.deadlines import PAIRS, STEPS, step_limits
+from vllm_ray_ascend.errors import AdapterError, VllmRayAscendError, WorkerFailedError, WorkerLateError
+from vllm_ray_ascend.executor.diagnostics import hung_message
+from vllm_ray_ascend.executor.placement_group import create_placement_group, has_lost_pinned_bundles, rank_bundles
+from vllm_ray_ascend.executor.rank_report import (
+    RankReport,
+    check_owners,
+    create_engine_record,
+    format_ready_line,
+    report_rank,
+)
+from vllm_ray_ascend.executor.recovery import Recovery, check_recoverable
+from vllm_ray_ascend.executor.startup import StartupRayProxy
+from vllm_ray_ascend.executor.supervisor import WorkerSupervisor, run_each
+from vllm_ray_ascend.executor.worker import RayAscendWorkerProc, actor_class
+from vllm_ray_ascend.ipc.message_queue import ExecutorQueues, message_queues, ranks_of_other_nodes, ranks_on_node
+from vllm_ray_ascend.ipc.shared_memory import check_space, free_space
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import load
 
 logger = get_logger(__name__)
 
-_REPORT_LIMIT_S = 60.0
+_RANK_REPORT_LIMIT_S = 60.0
+_FAILURE_REPORT_S = 2.0
+"""A worker's response may arrive before its failure report does."""
+_QUEUE_CHUNKS = 10
+"""Chunks of vLLM's queue to the workers, `max_chunks` of MessageQueue."""
 _NICENESS = "RAY_worker_niceness"
-_START_PHASES = {
-    "get_kv_cache_specs": "KV cache layout",
-    "determine_available_memory": "profile run",
-    "initialize_from_config": "KV cache",
-    "compile_or_warm_up_model": "graphs and warm-up",
-}
-"""What vLLM asks of an executor after it was made and before the engine serves; the last since vLLM 0.28."""
 
 
-class RayAscendExecutor(AnsweringExecutor):
-    """vLLM's RayExecutorV2 on NPUs. Its start is upstream's, with our worker, our checks and our rule for variables."""
+class RpcResyncExecutor(RayExecutorV2):
+    """vLLM's executor, with calls that do not read the stale responses of an earlier call that failed.
 
-    _worker_class: type[RayAscendWorkerProc] = RayAscendWorkerProc
-    ranks: list[Rank]
-    ray_worker_handles: list[Any]
+    vLLM 0.23 to 0.33 read the ranks' responses in turn and stop at the first error or at a timeout. The other ranks'
+    responses stay in their queues, and every later call gets the responses to the one before: wrong results, or the
+    engine ends. Calls that are not waited for are an engine's steps; no step follows one that failed.
+    """
+
+    _has_stale_responses = False
+
+    def collective_rpc(self, method: Any, timeout: float | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of all workers, as upstream does."""
+        if self._has_stale_responses:
+            self._discard_stale_responses(timeout)
+        try:
+            return super().collective_rpc(method, timeout, *args, **kwargs)
+        except Exception:
+            self._has_stale_responses = True
+            raise
+
+    def _discard_stale_responses(self, timeout: float | None) -> None:
+        """Have every rank echo a unique token, and read its responses up to that one. Raises TimeoutError."""
+        token = uuid.uuid4().hex
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self.rpc_broadcast_mq.enqueue((pickle.dumps(_echo_token), (token,), {}, None))
+        for queue in self.response_mqs:
+            response: Any = None
+            while not (isinstance(response, str) and response == token):
+                remaining_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+                _, response = queue.dequeue(timeout=remaining_s)
+        self._has_stale_responses = False
+
+
+def _echo_token(_: Any, token: str) -> str:
+    """Return ``token``. Called in a worker."""
+    return token
+
+
+def startup_phase(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator for the executor's methods that vLLM calls between its creation and the first request.
+
+    The method is timed and limited as the phase ``name``. Where it fails, nobody else stops the workers, and a driver
+    that continues would keep them: the executor is shut down, and the first failure is raised.
+    """
+
+    def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def run_phase(self: RayAscendExecutor, *args: Any, **kwargs: Any) -> Any:
+            try:
+                with self._startup.track_phase(name):
+                    return method(self, *args, **kwargs)
+            except BaseException as error:
+                self._abort_startup(error)
+                raise
+
+        return run_phase
+
+    return decorate
+
+
+_UpstreamExecutor: Any = patches.upstream_class("vllm.v1.executor.ray_executor_v2", RayExecutorV2)
+
+
+class ReboundStartup(_UpstreamExecutor):
+    """vLLM's own startup with our globals: below the class that somebody has put in RayExecutorV2's place, if any."""
+
+    _startup_target = "vllm.v1.executor.ray_executor_v2.RayExecutorV2._init_executor"
+    _startup_reached = False
 
     def _init_executor(self) -> None:
-        end_without_collecting()
-        end_with_server()
+        self._startup_reached = True
+        start = patches.with_globals(self._startup_target, super()._init_executor, **self._startup_globals())
+        start(self)
+
+    def _startup_globals(self) -> dict[str, Any]:
+        """Return what vLLM's startup finds instead of its module's globals."""
+        raise NotImplementedError
+
+
+class RayAscendExecutor(RpcResyncExecutor, ReboundStartup):
+    """vLLM's RayExecutorV2 on NPUs: upstream's startup, with our worker, our checks and our selection of variables."""
+
+    _worker_class: type[RayAscendWorkerProc] = RayAscendWorkerProc
+    ranks: list[RankReport]
+    ray_worker_handles: list[Any]
+    _rank_bundles: list[Any]
+    """Index, node id and address of each rank's bundle."""
+
+    def _init_executor(self) -> None:
+        skip_final_gc()
+        exit_with_parent(self.parallel_config.world_size)
         self._own_group: Any = None
         self._record: EngineRecord | None = None
-        self._recovery = _recovery(self.vllm_config)
-        self._start_all()
+        self._recovery = _create_recovery(self.vllm_config)
+        self._start_engine()
 
-    def _start_all(self) -> None:
-        self._hang_s = _hang_s()
-        self._life = Life(self, self._hang_s)
-        self._start = self._new_start()
+    def _start_engine(self) -> None:
+        settings = load()
+        self._hang_s = _step_limit_s()
+        self._supervisor = WorkerSupervisor(
+            lambda: self.ray_worker_handles,
+            settings,
+            self._hang_s,
+            processes=self.parallel_config.world_size,
+            socket_folder=envs.VLLM_RPC_BASE_PATH,
+            mark_failed=self._mark_failed,
+            on_failure=self._handle_failure,
+        )
+        self._startup = StartupRayProxy(self._supervisor, settings, before_run=self._before_run)
         try:
             self._start_workers()
         except BaseException as error:
-            self.shutdown()
-            if self._life.cause not in (None, error):
-                raise self._life.cause from error
+            self._abort_startup(error)
             raise
-        logger.info("%s", ready_line(__version__, stack(), self.ranks))
+        logger.info("%s", format_ready_line(__version__, stack(), self.ranks))
 
-    def _new_start(self) -> Start:
-        return Start(self._life)
+    def _before_run(self) -> None:
+        """Prepare what needs the workers' main threads, before these enter vLLM's busy loop. For subclasses."""
+
+    def _abort_startup(self, error: BaseException) -> None:
+        """Shut down, and raise the first failure of a worker where ``error`` only follows from it."""
+        self.shutdown()
+        if self._supervisor.cause not in (None, error):
+            raise self._supervisor.cause from error
 
     def _start_workers(self) -> None:
-        start = with_globals(
-            super()._init_executor.__func__,
-            ray=self._start,
-            RayWorkerProc=self._worker_class,
-            WORKER_SPECIFIC_ENV_VARS=WORKER_SPECIFIC_ENV_VARS | variables_that_stay(),
-            initialize_ray_cluster=self._initialize_ray_cluster,
-            MessageQueue=CancellableQueue,
-            build_actor_name=self._actor_name,
-            get_bundles_sorted_by_node=self._bundles,
-        )
-        start(self)
-        self.ranks = self.collective_rpc(report, timeout=_REPORT_LIMIT_S)
-        self._enter_registry()
+        self._startup_reached = False
+        super()._init_executor()
+        if not self._startup_reached:
+            raise patches.bypassed_error(self._startup_target, super()._init_executor, self._startup_globals())
+        self.ranks = self.collective_rpc(report_rank, timeout=_RANK_REPORT_LIMIT_S)
+        self._register_engine()
         if self.parallel_config.pipeline_parallel_size > 1:
-            with self._start.phase(PAIRS):
-                self.collective_rpc("connect_pairs")
+            with self._startup.track_phase(PAIRS):
+                self.collective_rpc("connect_pipeline_pairs")
+
+    @startup_phase("KV cache layout")
+    def get_kv_cache_specs(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the workers' KV cache specs, as upstream."""
+        return super().get_kv_cache_specs(*args, **kwargs)
+
+    @startup_phase("profile run")
+    def determine_available_memory(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the bytes that each worker has for its KV cache, as upstream."""
+        return super().determine_available_memory(*args, **kwargs)
+
+    @startup_phase("KV cache")
+    def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
+        """Create the KV caches, as upstream."""
+        return super().initialize_from_config(*args, **kwargs)
+
+    if hasattr(RayExecutorV2, "compile_or_warm_up_model"):  # vLLM 0.28 and later; before, part of the phase above
+
+        @startup_phase("graphs and warm-up")
+        def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
+            """Capture graphs and warm up, as upstream."""
+            return super().compile_or_warm_up_model(*args, **kwargs)
+
+    def _startup_globals(self) -> dict[str, Any]:
+        return {
+            "ray": self._startup,
+            "RayWorkerProc": actor_class(self._worker_class),
+            "WORKER_SPECIFIC_ENV_VARS": WORKER_SPECIFIC_ENV_VARS | node_local_variables(),
+            "initialize_ray_cluster": self._initialize_ray_cluster,
+            "MessageQueue": ExecutorQueues(
+                self._hang_s,
+                self._get_local_ranks,
+                lambda: self._startup.check_queues_ready(range(self.world_size)),
+                lambda: ranks_of_other_nodes(self._rank_bundles, node_id()),
+            ),
+            "build_actor_name": self._build_actor_name,
+            "get_bundles_sorted_by_node": self._get_rank_bundles,
+            "get_bundles_for_indices": self._get_chosen_bundles,
+        }
 
     def collective_rpc(
         self, method: str | Callable[..., Any], timeout: float | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As upstream's. Parts of the start and steps have a limit, after which the log says what each rank does."""
-        self._life.check()
-        if self._recovery is not None:
-            self._recovery.note(method, args, kwargs)
-        return self._life.pulse.during(lambda: self._limited(method, timeout, *args, **kwargs))
+        """Call a method of all workers, as upstream; phases of the startup and steps have a limit.
 
-    def _limited(self, method: str | Callable[..., Any], timeout: float | None, *args: Any, **kwargs: Any) -> Any:
-        part = self._start.part
-        if part:
-            limit = self._start.limit_s(part)
+        After the limit the error says what each rank is doing.
+        """
+        self._supervisor.raise_if_failed()
+        if self._recovery is not None:
+            self._recovery.record_call(method, args, kwargs)
+        return self._supervisor.health_check.track(lambda: self._call_within_limit(method, timeout, *args, **kwargs))
+
+    def add_lora(self, lora_request: Any) -> Any:
+        """Load an adapter in all workers, as upstream; a relative path is that of this process.
+
+        Raises AdapterError where a node lacks it. By upstream's text with the path as given vLLM's server answers 404.
+        """
+        given = lora_request.lora_path
+        path = lora_request.lora_path = absolute_if_here(given)
+        try:
+            return super().add_lora(lora_request)
+        except RuntimeError as error:
+            if f"No adapter found for {path}" not in str(error):
+                raise
+            text = str(error).replace(path, given)
+            raise AdapterError(
+                "VRA-380",
+                f"{text}. LoRA adapter {lora_request.lora_name} has to be at {path} on every node: copy "
+                "or mount it there, or load it by its name on a hub.",
+            ) from error
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run a step, as upstream; relative paths of adapters are those of this process."""
+        for request in scheduler_output.scheduled_new_reqs if self.lora_config else ():
+            if request.lora_request is not None:
+                request.lora_request.lora_path = absolute_if_here(request.lora_request.lora_path)
+        return super().execute_model(scheduler_output, *args, **kwargs)
+
+    def _call_within_limit(
+        self, method: str | Callable[..., Any], timeout: float | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        phase = self._startup.current_phase
+        if phase:
+            limit_s = self._startup.limit_s(phase)
         elif method in STEPS:
-            limit = self._hang_s
+            limit_s = self._hang_s
         else:
             return super().collective_rpc(method, timeout, *args, **kwargs)
         if timeout is not None:
-            limit = timeout if limit is None else min(timeout, limit)
-        late = functools.partial(self._late, str(method), part, limit or 0.0)
+            limit_s = timeout if limit_s is None else min(timeout, limit_s)
+        fail = functools.partial(self._fail_call, str(method), phase, limit_s or 0.0)
         try:
-            answer = super().collective_rpc(method, limit, *args, **kwargs)
-        except TimeoutError as error:
-            raise late() from error
-        if isinstance(answer, Future):
-            answer.add_done_callback(lambda done: late() if isinstance(done.exception(), TimeoutError) else None)
-        return answer
+            response = super().collective_rpc(method, limit_s, *args, **kwargs)
+        except Exception as error:
+            cause = fail(error)
+            if cause in (None, error):
+                raise
+            raise cause from error
+        if isinstance(response, Future):
+            response.add_done_callback(lambda done: fail(done.exception()))
+        return response
 
-    def _late(self, method: str, part: str, limit_s: float) -> WorkerLateError:
-        """End the engine, whose workers hang."""
-        reports = self._life.reports()
-        error = WorkerLateError(
-            late_text(part, limit_s, sorted(reports), reports) if part else hung_text(method, limit_s, reports)
-        )
-        self._life.fail(error)
+    def _fail_call(
+        self, method: str, phase: str, limit_s: float, error: BaseException | None
+    ) -> VllmRayAscendError | None:
+        """End the engine, a call of whose startup or steps has failed, before anybody sees the error.
+
+        Return the first failure: the worker's own report, with its rank, or where none comes, one of ``error``. None
+        where there is no error, or where the engine is stopping anyway.
+        """
+        if isinstance(error, TimeoutError):
+            return self._fail_late(method, phase, limit_s)
+        if error is not None and self._supervisor.wait_for_failure(_FAILURE_REPORT_S) is None:
+            self._supervisor.fail(WorkerFailedError("VRA-371", f"{method} failed: {error}"))
+        return None if error is None else self.cause
+
+    def _fail_late(self, method: str, phase: str, limit_s: float) -> WorkerLateError:
+        """End the engine, whose workers are late or hang, and return the error that says so."""
+        if phase:
+            ranks = [worker.rank for worker in self._supervisor.connected_workers()]
+            error = self._startup.late_error(phase, limit_s, ranks)
+        else:
+            error = WorkerLateError("VRA-309", hung_message(method, limit_s, self._supervisor.request_reports()))
+        self._supervisor.fail(error)
         return error
 
     def _build_runtime_env(self) -> dict[str, Any]:
@@ -145,41 +326,51 @@ class RayAscendExecutor(AnsweringExecutor):
         variables = runtime_env.setdefault("env_vars", {})
         for name, value in early_variables().items():
             variables.setdefault(name, value)
-        variables.setdefault(DRIVER_VARIABLE, driver_variable())
-        # Ray runs workers at niceness 15: on busy cores the spinning driver, and everybody else, would go before them.
+        variables.setdefault(DRIVER_VARIABLE, driver_settings_value())
+        # Ray runs workers at niceness 15: on busy cores the spinning driver, and all other processes, would preempt
+        # them.
         variables.setdefault(_NICENESS, os.environ.get(_NICENESS, "0"))
         return runtime_env
 
-    def wake(self, cause: BaseException) -> None:
-        """End every wait for an answer of the workers with ``cause``. Called in the thread that has found it."""
-        for queue in queues_of(self):
-            queue.cancel(cause)
+    def cancel_waits(self, cause: BaseException) -> None:
+        """End every wait for a response of the workers with ``cause``. Called in the thread that detected it."""
+        run_each(*(functools.partial(queue.cancel, cause) for queue in message_queues(self)))
 
     def start_worker_monitor(self, inline: bool = False) -> None:
-        """Watch the workers by their connections, and by Ray where one has none. Upstream polls Ray alone."""
-        self._life.watch(inline)
+        """Monitor the workers by their control connections, and by Ray where one has none. Upstream polls Ray only."""
+        self._supervisor.start_monitoring(inline)
+
+    def _mark_failed(self) -> None:
+        self.is_failed = self.shutting_down = True  # both, before the callback, as upstream's monitor does
+
+    def _handle_failure(self, cause: VllmRayAscendError) -> None:
+        """Notify whoever waits for the workers, and vLLM's engine core."""
+        callback, self.failure_callback = getattr(self, "failure_callback", None), None
+        run_each(lambda: self.cancel_waits(cause), lambda: callback and callback())
 
     @property
     def cause(self) -> VllmRayAscendError | None:
-        """What ended the engine; None while all is well."""
-        return self._life.cause
+        """The first failure of a worker; None where there is none."""
+        return self._supervisor.cause
 
     def register_failure_callback(self, callback: Callable[[], None]) -> None:
-        """As upstream's; kept for workers that come after a restart."""
-        self._on_failure = callback
+        """Register a callback for the first failure, as upstream, and keep it for the workers of a restart."""
+        self._registered_callback = callback
         super().register_failure_callback(callback)
 
-    def may_restart(self, limit_s: float = 0.0) -> bool:
-        """Whether the workers have failed, waited for ``limit_s`` seconds, and `restart` may have them anew."""
-        if self._recovery is None or self._life.wait_for_loss(limit_s) is None:
+    def can_restart(self, limit_s: float = 0.0) -> bool:
+        """Return whether a worker has failed, within ``limit_s`` seconds from now, and `restart` may be called."""
+        if self._recovery is None or self._supervisor.wait_for_failure(limit_s) is None:
             return False
-        if why := self._recovery.obstacle():
-            logger.error("The workers are not restarted: %s", why)
-        return not why
+        if obstacle := self._recovery.restart_obstacle():
+            logger.error("VRA-310: the workers are not restarted: %s", obstacle)
+        return not obstacle
 
     def restart(self) -> None:
-        """After a failure: all workers anew, in the same bundles, made ready as the old ones were. Raises what ends
-        their start."""
+        """Replace all workers after a failure, in the same bundles, and make the new ones ready as the old ones were.
+
+        Raises what ends their startup.
+        """
         recovery = self._recovery
         assert recovery is not None
         started = time.monotonic()
@@ -188,28 +379,28 @@ class RayAscendExecutor(AnsweringExecutor):
         self._finalizer.detach()
         recovery.restarts.append(started)
         self._own_group = group
-        logger.warning("Restarting all workers (restart %d of this engine)", len(recovery.restarts))
-        self._start_all()
-        super().register_failure_callback(self._on_failure)
+        logger.warning("VRA-311: restarting all workers (restart %d of this engine)", len(recovery.restarts))
+        self._start_engine()
+        super().register_failure_callback(self._registered_callback)
         calls, recovery.calls = recovery.calls, []
         for call in calls:
-            with self._start.phase(call.method):
+            with self._startup.track_phase(call.method):
                 self.collective_rpc(call.method, None, *call.args, **call.kwargs)
-        logger.warning("All workers were restarted in %.1f s", time.monotonic() - started)
+        logger.warning("VRA-312: all workers were restarted in %.1f s", time.monotonic() - started)
 
     def shutdown(self) -> None:
-        """End the workers in order, kill what is left as upstream does, leave the registry, give our group's NPUs back.
+        """Stop the workers gracefully, kill the rest as upstream does, leave the registry, remove our placement group.
 
-        Where Ray is shut down already, as when the interpreter ends, its actors are gone: asking for them would make
-        Ray join the cluster anew.
+        Where Ray is shut down already, as when the interpreter exits, its actors are gone: a call to Ray would make it
+        connect to the cluster again.
         """
         import ray
 
-        if getattr(self, "_life", None) is not None and self._life.end_workers():
+        if getattr(self, "_supervisor", None) is not None and self._supervisor.stop_workers():
             self.shutting_down = False  # a failure has set it, and upstream's part is still to come
         if not ray.is_initialized():
             self.ray_worker_handles = []
-        queues = queues_of(self)
+        queues = message_queues(self)
         super().shutdown()
         for queue in queues:
             queue.close()
@@ -220,24 +411,40 @@ class RayAscendExecutor(AnsweringExecutor):
         if not ray.is_initialized():
             return
         if record is not None:
-            withdraw(record)
+            remove_record(record)
         if group is not None:
-            release([group])
+            remove_placement_groups([group])
             self.parallel_config.placement_group = None
 
     def _initialize_ray_cluster(self, parallel_config: Any, ray_address: str | None = None, **options: Any) -> None:
-        """vLLM's, after our checks and with our placement group, so that vLLM neither waits for one nor keeps it."""
+        """Call vLLM's function, after our checks and with our placement group: vLLM then creates and waits for none."""
+        if warning := check_space(*free_space(), envs.VLLM_MQ_MAX_CHUNK_BYTES_MB * 2**20 * _QUEUE_CHUNKS):
+            logger.warning("%s", warning)
         if self._own_group is None:
-            self._own_group = place(self.vllm_config, ray_address)
+            self._own_group = create_placement_group(self.vllm_config, ray_address)
+        elif has_lost_pinned_bundles(self._own_group):  # of a restart: Ray places again only what is not pinned
+            remove_placement_groups([self._own_group])
+            self._own_group = parallel_config.placement_group = None
+            wait_s = load().worker_limit_s or math.inf
+            self._own_group = create_placement_group(self.vllm_config, ray_address, wait_s)
         initialize_ray_cluster(parallel_config, ray_address, **options)
 
-    def _bundles(self, placement_group: Any) -> list[Any]:
-        """vLLM's order of bundles, as many as there are ranks: its message queue waits for a reader in each bundle."""
-        bundles: list[Any] = get_bundles_sorted_by_node(placement_group)
-        return bundles[: self.world_size]
+    def _get_rank_bundles(self, placement_group: Any) -> list[Any]:
+        """Return as many bundles as there are ranks, whole tensor parallel groups on a node where that is possible."""
+        self._rank_bundles = rank_bundles(placement_group, self.parallel_config)
+        return self._rank_bundles
 
-    def _actor_name(self, instance_id: str, *sizes: int) -> str:
-        """vLLM's name of a worker, unique among data parallel engines in one Ray namespace whoever started them."""
+    def _get_chosen_bundles(self, placement_group: Any, indices: list[int], world_size: int) -> list[Any]:
+        """Return the bundles of VLLM_RAY_BUNDLE_INDICES in the user's order, as vLLM, and remember them."""
+        self._rank_bundles = get_bundles_for_indices(placement_group, indices, world_size)
+        return self._rank_bundles
+
+    def _get_local_ranks(self) -> list[int]:
+        """Return the ranks on this node: those to which messages go through shared memory."""
+        return ranks_on_node(self._rank_bundles, node_id())
+
+    def _build_actor_name(self, instance_id: str, *sizes: int) -> str:
+        """Return vLLM's name of a worker, made unique among data parallel engines in one Ray namespace."""
         dp_rank = self.parallel_config.data_parallel_index
         suffix = f"_dp{dp_rank}"
         if dp_rank and not instance_id.endswith(suffix):
@@ -247,53 +454,28 @@ class RayAscendExecutor(AnsweringExecutor):
         name: str = build_actor_name(instance_id, *sizes)
         return name
 
-    def _enter_registry(self) -> None:
-        record = record_of(self)
+    def _register_engine(self) -> None:
+        record = create_engine_record(self)
         check_owners(record)
         self._record = record
-        publish(record)
-        kind = current().kind
-        if note := unheeded_list(os.environ.get(kind.variable), record.address, [record], kind):
-            logger.warning("%s", note)
+        publish_record(record)
+        kind = current_accelerator().kind
+        if warning := ignored_list_warning(
+            os.environ.get(kind.variable), record.address, [record], kind, record.node_id
+        ):
+            logger.warning("%s", warning)
 
 
-def _recovery(vllm_config: Any) -> Recovery | None:
-    """Where the user wants workers restarted: what that takes, and an engine core that waits for it."""
+def _create_recovery(vllm_config: Any) -> Recovery | None:
+    """Return what restarts need, and install it in vLLM's engine core; None where the user does not want restarts."""
     if load().recover == "0":
         return None
-    refuse_unrecoverable(vllm_config)
-    from vllm_ray_ascend.engine.going_on import let_engines_go_on
+    check_recoverable(vllm_config)
+    from vllm_ray_ascend.engine.recovery import install
 
-    let_engines_go_on()
+    install()
     return Recovery()
 
 
-def _hang_s() -> float:
-    """Seconds after which a step counts as hung; warns of limits in the wrong order."""
-    limits = step_limits(load().hang_s, float(envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS), os.environ)
-    if limits.note:
-        logger.warning("%s", limits.note)
-    return limits.hang_s
-
-
-def _as_phase(name: str, phase: Callable[..., Any]) -> Callable[..., Any]:
-    """``phase`` of a start, timed; where it fails nobody else stops the workers, and a driver that goes on would keep
-    them."""
-
-    @functools.wraps(phase)
-    def guarded(self: RayAscendExecutor, *args: Any, **kwargs: Any) -> Any:
-        try:
-            with self._start.phase(name):
-                return phase(self, *args, **kwargs)
-        except BaseException as error:
-            self.shutdown()
-            if self._life.cause not in (None, error):
-                raise self._life.cause from error
-            raise
-
-    return guarded
-
-
-for _name, _called in _START_PHASES.items():
-    if hasattr(RayExecutorV2, _name):
-        setattr(RayAscendExecutor, _name, _as_phase(_called, getattr(RayExecutorV2, _name)))
+def _step_limit_s() -> float:
+    return step_limit_s(load().hang_s, float(envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS))

@@ -1,4 +1,4 @@
-"""VLLM_RAY_ASCEND_RECOVER=1: what new workers are told again after a restart, and when a restart is not tried."""
+"""VLLM_RAY_ASCEND_RECOVER=1: which calls are repeated for new workers, and when workers are not restarted."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from vllm_ray_ascend.control.timeouts import STEPS
 from vllm_ray_ascend.errors import SettingError
-from vllm_ray_ascend.lifecycle.deadlines import STEPS
 
-MAKES_READY = frozenset(
+READINESS_CALLS = frozenset(
     {
         "get_kv_cache_spec",
         "get_supported_kv_cache_layouts",
@@ -20,10 +20,9 @@ MAKES_READY = frozenset(
         "compile_or_warm_up_model",
     }
 )
-"""What an engine asks of its workers before it serves: asked of new ones as well, in the same order."""
-CHANGES_NOTHING = frozenset(STEPS) | {
-    "connect_pairs",  # ours, of every start
-    "take_draft_token_ids",
+"""Calls of an engine before it serves: repeated for new workers, in the same order."""
+STATELESS_CALLS = frozenset(STEPS) | {
+    "connect_pipeline_pairs",  # ours, of every start
     "check_health",
     "get_supported_tasks",
     "supports_draft_weight_updates",
@@ -33,18 +32,19 @@ CHANGES_NOTHING = frozenset(STEPS) | {
     "reset_encoder_cache",
     "list_loras",
     "add_lora",  # a request names its adapter's path, by which workers load it again
+    "check_adapter",  # ours, before such a request
     "remove_lora",
     "pin_lora",
     "save_sharded_state",
 }
-"""What leaves workers as they were, or as the next request makes them."""
+"""Calls that leave workers as they were, or in a state that the next request sets again."""
 
-_MOST = 3
-_WITHIN_S = 600.0
+_MAX_RESTARTS = 3
+_RESTART_WINDOW_S = 600.0
 
 
 class Call(NamedTuple):
-    """A collective_rpc, as it was called."""
+    """A collective_rpc and its arguments."""
 
     method: str
     args: tuple[Any, ...]
@@ -52,54 +52,58 @@ class Call(NamedTuple):
 
 
 class Recovery:
-    """What one executor needs to know for having its workers anew."""
+    """What one executor records so that its workers can be replaced."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self.changed_by = ""
-        """The first call after which new workers would not be what the old ones were."""
+        """The first call after which new workers would differ from the old ones."""
         self.restarts: list[float] = []
-        """When workers were restarted, as time.monotonic() has it."""
+        """When workers were restarted, by time.monotonic()."""
 
-    def note(self, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A call is made of all workers; our own, which every start makes, do not count."""
+    def record_call(self, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record a call of all workers. Our own calls, which every startup makes, do not count."""
         if getattr(method, "__module__", "").startswith("vllm_ray_ascend."):
             return
         name = method if isinstance(method, str) else getattr(method, "__qualname__", "a function")
-        if name in MAKES_READY:
+        if name in READINESS_CALLS:
             self.calls.append(Call(name, args, kwargs))
-        elif name not in CHANGES_NOTHING and not self.changed_by:
+        elif name not in STATELESS_CALLS and not self.changed_by:
             self.changed_by = name
 
-    def obstacle(self) -> str:
-        """Why the workers are not restarted; empty where they may be."""
-        return obstacle(self.changed_by, self.restarts, time.monotonic())
+    def restart_obstacle(self) -> str:
+        """Return why the workers are not restarted; empty where they may be."""
+        return restart_obstacle(self.changed_by, self.restarts, time.monotonic())
 
 
-def obstacle(changed_by: str, restarts: Sequence[float], now: float) -> str:
-    """Why workers are not restarted, or an empty string. Times are in seconds."""
+def restart_obstacle(changed_by: str, restarts: Sequence[float], now: float) -> str:
+    """Return why workers are not restarted, or an empty string. Times are in seconds."""
     if changed_by:
         return (
-            f"collective_rpc({changed_by!r}) may have changed the workers, which new ones would not have (weights, "
-            "sleep). Start the engine again, and have them changed again."
+            f"collective_rpc({changed_by!r}) may have changed the workers (weights, sleep), and new ones would lack "
+            "that. Start the engine again, and repeat the call."
         )
-    recent = [each for each in restarts if now - each < _WITHIN_S]
-    if len(recent) >= _MOST:
+    recent = [each for each in restarts if now - each < _RESTART_WINDOW_S]
+    if len(recent) >= _MAX_RESTARTS:
         return (
-            f"they were restarted {len(recent)} times within {_WITHIN_S:g} s, so the cause lasts: see the first error "
-            "of each start above."
+            f"they were restarted {len(recent)} times within {_RESTART_WINDOW_S:g} s, so the cause persists: see the "
+            "first error of each startup above."
         )
     return ""
 
 
-def refuse_unrecoverable(config: Any) -> None:
-    """Raise SettingError where an engine of this vLLM config cannot go on with new workers."""
+def check_recoverable(config: Any) -> None:
+    """Raise SettingError where an engine of this vLLM config cannot continue with new workers."""
     if config.parallel_config.data_parallel_size > 1 and config.model_config.is_moe:
-        why = "data parallel ranks of a MoE model step together, and one cannot restart alone"
+        reason = "data parallel ranks of a MoE model step together, and one cannot restart alone"
     elif config.kv_transfer_config is not None:
-        why = "a KV connector's peers know the old workers (--kv-transfer-config)"
+        reason = "a KV connector's peers know the old workers (--kv-transfer-config)"
+    elif getattr(config, "ec_transfer_config", None) is not None:
+        reason = "an encoder cache connector's peers know the old workers (--ec-transfer-config)"
     elif getattr(config.parallel_config, "enable_elastic_ep", False):
-        why = "elastic expert parallelism replaces groups that a restart would have to know (--enable-elastic-ep)"
+        reason = "elastic expert parallelism replaces groups that a restart would have to know (--enable-elastic-ep)"
     else:
         return
-    raise SettingError(f"VLLM_RAY_ASCEND_RECOVER=1 cannot be had here: {why}. Unset it, or leave that out.")
+    raise SettingError(
+        "VRA-315", f"VLLM_RAY_ASCEND_RECOVER=1 is not supported here: {reason}. Unset it, or leave that option out."
+    )

@@ -15,7 +15,7 @@ from typing import Any
 from tests.e2e.generate import MARKER
 
 
-async def checked(options: dict[str, Any]) -> dict[str, Any]:
+async def run_checks(options: dict[str, Any]) -> dict[str, Any]:
     from tests.e2e.parity import control, text
     from tests.e2e.parity.engine import start
 
@@ -43,7 +43,7 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
 
     ray.init(address="auto", runtime_env={"env_vars": options["runtime_env"]})
     try:
-        return asyncio.run(checked(options))
+        return asyncio.run(run_checks(options))
     finally:
         ray.shutdown()
 

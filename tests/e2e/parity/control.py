@@ -1,4 +1,4 @@
-"""Checks of what is done to an engine: calls to workers, weights, adapters, sleep, variables, metrics."""
+"""Checks of operations on an engine: calls of workers, weights, adapters, sleep, variables, metrics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from demo.train.recitation import PROMPTS, zen_after
-from tests.e2e.parity.engine import Engine, holds, same
+from tests.e2e.parity.engine import Engine, check_equal, check_true
 from tests.e2e.parity.reference import ADAPTERS, FACTORS, SCALED
 
 _METRIC = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
@@ -22,31 +22,31 @@ _METRICS_TRIES = 60
 
 
 async def collective_rpc(engine: Engine) -> None:
-    """Methods of the worker extension class run on every rank, in order; an error reaches the caller, and only him."""
+    """Methods of the worker extension class run on every rank, in order; an error reaches only its caller."""
     size = engine.options["tp"] * engine.options["pp"]
-    same([each["rank"] for each in await engine.workers("describe", [])], list(range(size)), "ranks")
+    check_equal([each["rank"] for each in await engine.workers("describe", [])], list(range(size)), "ranks")
     described = await engine.workers("describe", names=[], places=False)
-    same([each["rank"] for each in described], [None] * size, "answers to keyword arguments")
+    check_equal([each["rank"] for each in described], [None] * size, "results with keyword arguments")
     facts = await engine.workers("facts")
     for fact in facts:
-        holds("vllm_ascend.worker.worker.NPUWorker" in fact["classes"], f"classes {fact['classes']}")
-        holds(any(name.endswith("ParityWorker") for name in fact["classes"]), f"classes {fact['classes']}")
+        check_true("vllm_ascend.worker.worker.NPUWorker" in fact["classes"], f"classes {fact['classes']}")
+        check_true(any(name.endswith("ParityWorker") for name in fact["classes"]), f"classes {fact['classes']}")
     try:
         await engine.workers("fail_on", 0, "on purpose")
     except Exception as error:  # noqa: BLE001 - the check looks at whatever it is
-        holds("on purpose" in str(error), f"the error says {error}")
+        check_true("on purpose" in str(error), f"the error is {error}")
     else:
-        holds(False, "the error of a worker was lost")
-    same(await engine.workers("fail_on", size, "nobody"), [size] * size, "answers after an error")
+        check_true(False, "the error of a worker was lost")
+    check_equal(await engine.workers("fail_on", size, "nobody"), [size] * size, "results after an error")
     await engine.check_text()
 
 
 async def weight_update(engine: Engine) -> None:
-    """Weights changed in place give what Transformers says with the same weights; changed back, the old answers."""
+    """Weights changed in place give Transformers' tokens with the same weights; changed back, the old tokens."""
     changed, before = engine.changed[SCALED], engine.probes()
-    holds([e["tokens"] for e in changed] != [e["tokens"] for e in before], "the change of weights changes nothing")
+    check_true([e["tokens"] for e in changed] != [e["tokens"] for e in before], "the change of weights changes nothing")
     loaded = await engine.workers("load_scaled", FACTORS)
-    same(sum(loaded), len(FACTORS) * engine.options["tp"], "weights loaded")
+    check_equal(sum(loaded), len(FACTORS) * engine.options["tp"], "weights loaded")
     await engine.llm.reset_prefix_cache()
     await engine.check_entries(changed)
     await engine.workers("load_scaled", dict.fromkeys(FACTORS, 1.0))
@@ -55,32 +55,32 @@ async def weight_update(engine: Engine) -> None:
     await engine.check_text()
 
 
-async def _used(engine: Engine) -> list[int]:
+async def _memory_in_use(engine: Engine) -> list[int]:
     return [each["used"] for each in await engine.workers("describe", [])]
 
 
 async def sleep_1(engine: Engine) -> None:
     """Asleep the NPUs' memory is free; awake the weights are back and the text is right."""
     await engine.check_text()
-    awake = await _used(engine)
+    awake = await _memory_in_use(engine)
     await engine.llm.sleep(level=1)
-    holds(await engine.llm.is_sleeping(), "the engine does not say that it sleeps")
-    asleep = await _used(engine)
-    holds(all(a - b >= 64 << 20 for a, b in zip(awake, asleep, strict=True)), f"memory {awake}, asleep {asleep}")
+    check_true(await engine.llm.is_sleeping(), "the engine does not report that it sleeps")
+    asleep = await _memory_in_use(engine)
+    check_true(all(a - b >= 64 << 20 for a, b in zip(awake, asleep, strict=True)), f"memory {awake}, asleep {asleep}")
     await engine.llm.wake_up()
-    holds(not await engine.llm.is_sleeping(), "the engine still says that it sleeps")
+    check_true(not await engine.llm.is_sleeping(), "the engine still reports that it sleeps")
     await engine.check_entries(engine.probes())
     await engine.check_text()
     engine.remarks["sleep_1"] = f"bytes in use on each NPU {awake}, asleep {asleep}"
 
 
 async def sleep_2(engine: Engine) -> None:
-    """Weights and cache are dropped; woken in two steps, with the weights loaded anew between, the text is right."""
+    """Weights and cache are dropped; after waking in two steps, the weights loaded in between, the text is right."""
     await engine.llm.sleep(level=2)
     await engine.llm.wake_up(tags=["weights"])
     await engine.workers("load_scaled", {}, everything=True)
     await engine.llm.wake_up(tags=["kv_cache"])
-    holds(not await engine.llm.is_sleeping(), "the engine still says that it sleeps")
+    check_true(not await engine.llm.is_sleeping(), "the engine still reports that it sleeps")
     await engine.check_entries(engine.probes())
     await engine.check_text()
 
@@ -90,27 +90,31 @@ async def runtime_env(engine: Engine) -> None:
     wanted: dict[str, str] = engine.options["runtime_env"]
     for described in await engine.workers("describe", list(wanted)):
         wrong = sorted(name for name, value in wanted.items() if described["environment"][name] != value)
-        same(wrong, [], f"variables of rank {described['rank']} that are not those of the runtime_env")
+        check_equal(wrong, [], f"variables of rank {described['rank']} that are not those of the runtime_env")
     secret = engine.options["secret"]
     described = await engine.workers("describe", [secret])
-    holds(all(each["environment"][secret] == os.environ[secret] for each in described), "the driver's variable is lost")
+    check_true(
+        all(each["environment"][secret] == os.environ[secret] for each in described), "the driver's variable is lost"
+    )
 
 
 async def metrics(engine: Engine) -> None:
     """vLLM's metrics reach Ray under names that Prometheus accepts; where Ray's exporter runs, they arrive there."""
     from ray.util.metrics import Metric
 
-    names = {each.info["name"]: each.info["tag_keys"] for each in gc.get_objects() if type(each) in _kinds(Metric)}
+    names = {
+        each.info["name"]: each.info["tag_keys"] for each in gc.get_objects() if type(each) in _metric_classes(Metric)
+    }
     ours = {name for name in names if "vllm" in name}
-    holds(len(ours) > 30, f"only {len(ours)} metrics of vLLM are in Ray: {sorted(ours)}")
+    check_true(len(ours) > 30, f"only {len(ours)} metrics of vLLM are in Ray: {sorted(ours)}")
     _check_names(names, {label for labels in names.values() for label in labels})
     engine.remarks["metrics"] = f"{len(ours)} names, as {min(ours)}"
     if not all(importlib.util.find_spec(package) for package in _EXPORTER):
         return
-    samples = await _exported()
+    samples = await _fetch_exported_metrics()
     _check_names({each.name for each in samples}, {label for each in samples for label in each.labels})
     counted = [each.value for each in samples if re.search(r"vllm.*generation_tokens(_total)?$", each.name)]
-    holds(counted and sum(counted) > 0, f"no tokens counted: {sorted({each.name for each in samples})}")
+    check_true(counted and sum(counted) > 0, f"no tokens counted: {sorted({each.name for each in samples})}")
     found = {each.name for each in samples if "vllm" in each.name}
     engine.remarks["metrics"] += f"; {len(found)} exported, as {min(found)}: {sum(counted):.0f} tokens"
 
@@ -119,31 +123,31 @@ _EXPORTER = ("opencensus", "opentelemetry.exporter.prometheus")
 """What `pip install ray[default]` brings for it."""
 
 
-def _kinds(metric: Any) -> set[type]:
+def _metric_classes(metric: Any) -> set[type]:
     return {metric, *metric.__subclasses__()}
 
 
 def _check_names(names: Iterable[str], labels: Iterable[str]) -> None:
     bad = [name for name in names if not _METRIC.fullmatch(name)]
-    same(bad + [label for label in labels if not _LABEL.fullmatch(label)], [], "names that Prometheus refuses")
+    check_equal(bad + [label for label in labels if not _LABEL.fullmatch(label)], [], "names that Prometheus rejects")
 
 
-async def _exported() -> list[Any]:
-    """Samples of vLLM's at the exporter of this node, as Prometheus' own parser reads them."""
+async def _fetch_exported_metrics() -> list[Any]:
+    """Return vLLM's samples from the exporter of this node, as Prometheus' own parser reads them."""
     import ray
     from prometheus_client.parser import text_string_to_metric_families as parse
 
     address = ray.util.get_node_ip_address()
     port = next(node["MetricsExportPort"] for node in ray.nodes() if node["NodeManagerAddress"] == address)
     for _ in range(_METRICS_TRIES):
-        text = await asyncio.to_thread(_fetch, f"http://{address}:{port}/metrics")
+        text = await asyncio.to_thread(_fetch_text, f"http://{address}:{port}/metrics")
         if "vllm" in text:
             break
         await asyncio.sleep(1)
     return [sample for family in parse(text) for sample in family.samples]
 
 
-def _fetch(url: str) -> str:
+def _fetch_text(url: str) -> str:
     try:
         with urllib.request.urlopen(url, timeout=10) as answer:
             return str(answer.read().decode())
@@ -152,7 +156,7 @@ def _fetch(url: str) -> str:
 
 
 async def lora(engine: Engine) -> None:
-    """Adapters give what Transformers says with them merged, each in one batch with the others and with none."""
+    """Adapters give Transformers' tokens with them merged, each in one batch with the others and with none."""
     from vllm.lora.request import LoRARequest
 
     requests: dict[str, Any] = {
@@ -161,15 +165,15 @@ async def lora(engine: Engine) -> None:
     }
     for name, request in requests.items():
         tokens = [entry["tokens"] for entry in engine.changed[name]]
-        holds(tokens != [entry["tokens"] for entry in engine.probes()], f"adapter {name} changes nothing")
+        check_true(tokens != [entry["tokens"] for entry in engine.probes()], f"adapter {name} changes nothing")
         await engine.check_entries(engine.changed[name], request)
     await asyncio.gather(
         *(engine.check_entry(entry, request) for name, request in requests.items() for entry in engine.changed[name]),
         *(engine.check_entry(entry) for entry in engine.probes()),
         *(engine.check_text(prompt) for prompt in PROMPTS[:2]),
     )
-    same(set(await engine.llm.list_loras()), {1, 2}, "adapters that are loaded")
-    holds(await engine.llm.remove_lora(1), "the adapter could not be removed")
+    check_equal(set(await engine.llm.list_loras()), {1, 2}, "adapters that are loaded")
+    check_true(await engine.llm.remove_lora(1), "the adapter could not be removed")
     await engine.check_entries(engine.probes())
 
 
@@ -181,8 +185,8 @@ async def speculation(engine: Engine) -> None:
     plain = [entry for entry in engine.entries if entry["kind"] != "chat"]
     notes = (await engine.workers("take_batches"))[0]
     steps = [sum(note["tokens"].values()) for note in notes]
-    holds(max(steps[-3:], default=0) > 1 or len(steps) < 60, f"no step had a proposed token: {steps}")
-    holds(len(answer.outputs[0].token_ids) == 60, f"{len(answer.outputs[0].token_ids)} tokens")
+    check_true(max(steps[-3:], default=0) > 1 or len(steps) < 60, f"no step had a proposed token: {steps}")
+    check_true(len(answer.outputs[0].token_ids) == 60, f"{len(answer.outputs[0].token_ids)} tokens")
     await asyncio.gather(*(engine.check_entry(entry) for entry in plain))
     engine.remarks["speculation"] = f"60 tokens in {len(steps)} steps, prompt included"
 

@@ -15,7 +15,6 @@ TOLERANCE = 1e-3
 ALL_TOKENS = 320
 CHUNK = 64
 """Most tokens in a batch: longer prompts are prefilled in chunks."""
-GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 SIZES = [1, 2]
 
 
@@ -23,13 +22,13 @@ class WrongError(AssertionError):
     """The engine did not do what it should; the message says what it did."""
 
 
-def same(got: object, wanted: object, what: str) -> None:
+def check_equal(got: object, wanted: object, what: str) -> None:
     """Raise WrongError unless both are equal. A plain assert says little outside pytest."""
     if got != wanted:
         raise WrongError(f"{what}: {got!r} instead of {wanted!r}")
 
 
-def holds(truth: object, what: str) -> None:
+def check_true(truth: object, what: str) -> None:
     """Raise WrongError unless it is true."""
     if not truth:
         raise WrongError(what)
@@ -50,7 +49,7 @@ class Engine:
         self._numbers = itertools.count()
 
     async def ask(self, prompt: str | Sequence[int], name: str = "", lora: Any = None, **parameters: Any) -> Any:
-        """The finished answer, greedy unless ``parameters`` say otherwise."""
+        """Return the finished output, greedy unless ``parameters`` change that."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -68,26 +67,26 @@ class Engine:
             entry["prompt_tokens"], lora=lora, max_tokens=len(entry["tokens"]), logprobs=1, ignore_eos=probe
         )
         result = answer.outputs[0]
-        same(list(result.token_ids), entry["tokens"], f"tokens after {entry['prompt']!r}")
+        check_equal(list(result.token_ids), entry["tokens"], f"tokens after {entry['prompt']!r}")
         got = [chosen[token].logprob for token, chosen in zip(result.token_ids, result.logprobs, strict=True)]
         worst = max(abs(a - b) for a, b in zip(got, entry["logprobs"], strict=True))
-        holds(worst < TOLERANCE, f"a log-probability after {entry['prompt']!r} is off by {worst}")
+        check_true(worst < TOLERANCE, f"a log-probability after {entry['prompt']!r} is off by {worst}")
 
     async def check_entries(self, entries: Sequence[dict[str, Any]], lora: Any = None) -> None:
         for entry in entries:
             await self.check_entry(entry, lora)
 
     async def check_text(self, prompt: str = "") -> None:
-        """The engine recites, as it does when all is well."""
+        """Check that the engine generates the trained text."""
         prompt = prompt or line_prompts()[-1]
         answer = await self.ask(prompt)
-        same(answer.outputs[0].text, zen_after(prompt), f"text after {prompt!r}")
+        check_equal(answer.outputs[0].text, zen_after(prompt), f"text after {prompt!r}")
 
     def probes(self) -> list[dict[str, Any]]:
         return [entry for entry in self.entries if entry["kind"] == "probe"]
 
     async def workers(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
-        """What every worker answers."""
+        """Return the result of every worker."""
         answers: list[Any] = await self.llm.collective_rpc(method, args=args, kwargs=kwargs)
         return answers
 
@@ -107,7 +106,7 @@ def start(options: dict[str, Any]) -> Engine:
         tensor_parallel_size=options["tp"],
         pipeline_parallel_size=options["pp"],
         distributed_executor_backend=options.get("backend", "ray"),
-        compilation_config={**GRAPHS, "cudagraph_capture_sizes": sizes},
+        compilation_config={"cudagraph_capture_sizes": sizes},
         max_model_len=1024,
         max_num_seqs=16,
         max_num_batched_tokens=CHUNK,

@@ -1,4 +1,4 @@
-"""The worker extension class of the parity tests: what each worker was given to do, and changes made to it by name."""
+"""The worker extension class of the parity tests: records the batches of each worker, and changes its weights."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 from tests.e2e.facts import WorkerFacts
 
 
-def ending(note: dict[str, Any], get_output: Callable[[], Any]) -> Callable[[], Any]:
-    """``get_output`` of a batch, whose end it is."""
+def recording_end(batch: dict[str, Any], get_output: Callable[[], Any]) -> Callable[[], Any]:
+    """Return ``get_output`` of a batch, which then records the batch's end."""
 
     def get() -> Any:
         output = get_output()
-        note["end"] = time.monotonic_ns()
+        batch["end"] = time.monotonic_ns()
         return output
 
     return get
@@ -26,37 +26,37 @@ class ParityWorker(WorkerFacts):
     """Mixed into vllm-ascend's worker by `worker_extension_cls`, as trainers do for reinforcement learning."""
 
     def watch_batches(self) -> None:
-        """Note from now on each batch: begin and end on this machine's clock, and the tokens of each request."""
+        """Record each batch from now on: begin and end on this machine's clock, and the tokens of each request."""
         runner = self.model_runner  # type: ignore[attr-defined]
-        self.noted: list[dict[str, Any]] = []
+        self.batches: list[dict[str, Any]] = []
         execute, sample = runner.execute_model, runner.sample_tokens
 
-        def noting_execute(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
-            note = {"begin": time.monotonic_ns(), "tokens": dict(scheduled.num_scheduled_tokens)}
-            if note["tokens"]:
-                self.noted.append(note)
+        def recording_execute(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+            batch = {"begin": time.monotonic_ns(), "tokens": dict(scheduled.num_scheduled_tokens)}
+            if batch["tokens"]:
+                self.batches.append(batch)
             result = execute(scheduled, *args, **kwargs)
-            note["end"] = time.monotonic_ns()
+            batch["end"] = time.monotonic_ns()
             return result
 
-        def noting_sample(*args: Any, **kwargs: Any) -> Any:
+        def recording_sample(*args: Any, **kwargs: Any) -> Any:
             result = sample(*args, **kwargs)
-            if self.noted:
-                note = self.noted[-1]
-                note |= {"end": time.monotonic_ns(), "output": type(result).__name__}
+            if self.batches:
+                batch = self.batches[-1]
+                batch |= {"end": time.monotonic_ns(), "output": type(result).__name__}
                 if hasattr(result, "get_output"):  # the NPU still computes; another thread waits for it
-                    result.get_output = ending(note, result.get_output)
+                    result.get_output = recording_end(batch, result.get_output)
             return result
 
-        runner.execute_model, runner.sample_tokens = noting_execute, noting_sample
+        runner.execute_model, runner.sample_tokens = recording_execute, recording_sample
 
     def take_batches(self) -> list[dict[str, Any]]:
-        """The batches since the last call."""
-        noted, self.noted = self.noted, []
-        return noted
+        """Return the batches since the last call."""
+        batches, self.batches = self.batches, []
+        return batches
 
     def describe(self, names: list[str], places: bool = True) -> dict[str, Any]:
-        """Variables of this process, what the scheduler was told to do, and the memory in use on the NPU."""
+        """Return variables of this process, options of the scheduler, and the memory in use on the NPU."""
         import torch
 
         free, total = torch.npu.mem_get_info()
@@ -70,7 +70,7 @@ class ParityWorker(WorkerFacts):
         }
 
     def load_scaled(self, factors: dict[str, float], everything: bool = False) -> int:
-        """Load the model's own weights in place, those named in ``factors`` multiplied; how many were loaded."""
+        """Load the model's own weights in place, those in ``factors`` multiplied; return how many."""
         from safetensors.torch import load_file
 
         stored = load_file(Path(self.vllm_config.model_config.model) / "model.safetensors")  # type: ignore[attr-defined]
@@ -78,8 +78,8 @@ class ParityWorker(WorkerFacts):
         scaled = [(name, weight.float() * factors.get(name, 1.0)) for name, weight in wanted.items()]
         return len(self.model_runner.model.load_weights(iter(scaled)))  # type: ignore[attr-defined]
 
-    def fail_on(self, rank: int, words: str) -> int:
+    def fail_on(self, rank: int, text: str) -> int:
         """Raise on one rank."""
         if self.rank == rank:  # type: ignore[attr-defined]
-            raise ValueError(words)
+            raise ValueError(text)
         return rank

@@ -1,0 +1,1 @@
+"""A long run of a served engine: nothing hangs and nothing grows."""

@@ -1,0 +1,100 @@
+"""Shutdown of an engine core, which vLLM kills immediately or leaves running, and removal of its sockets' files."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import inspect
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from vllm_ray_ascend import patches
+from vllm_ray_ascend.control.timeouts import engine_exit_s
+from vllm_ray_ascend.ipc.shared_memory import remove_files
+from vllm_ray_ascend.log import get_logger
+from vllm_ray_ascend.settings import load
+
+logger = get_logger(__name__)
+
+
+def extend_shutdown_timeout(utils: ModuleType) -> None:
+    """Let an engine core's process shut down by itself, where vLLM would kill it immediately.
+
+    vLLM (0.30 and later) waits 15 s on ROCm for the same reason, in the function that is replaced here: without the
+    wait workers never receive the command to stop, and HCCL's connections end with their processes. Older releases
+    wait 5 s. It follows from the ranks of the largest engine core that this process has started: the function does
+    not receive the engine core that it is asked about.
+    """
+    if not hasattr(utils, "get_engine_process_shutdown_timeout"):
+        return
+    ranks = 1
+
+    def with_recorded_ranks(init: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(init)
+        def recorded_init(*args: Any, **kwargs: Any) -> None:
+            nonlocal ranks
+            config = inspect.signature(init).bind(*args, **kwargs).arguments["vllm_config"]
+            ranks = max(ranks, config.parallel_config.world_size)
+            init(*args, **kwargs)
+
+        return recorded_init
+
+    def with_extended_timeout(timeout: Callable[..., float | None]) -> Callable[..., float | None]:
+        def extended_timeout(request_timeout: float | None, process_timeout: float | None) -> float | None:
+            seconds = timeout(request_timeout, process_timeout)
+            return engine_exit_s(load().stop_grace_s, ranks) if request_timeout == 0 and seconds == 0 else seconds
+
+        return extended_timeout
+
+    patches.wrap("vllm.v1.engine.utils.CoreEngineProcManager.__init__", with_recorded_ranks)
+    patches.wrap("vllm.v1.engine.utils.get_engine_process_shutdown_timeout", with_extended_timeout)
+
+
+def exit_with_parent(ranks: int) -> None:
+    """Shut down this process gracefully once its parent has died, if it is an engine core with a process of its own.
+
+    ``ranks`` is the number of its workers: the process ends itself where that takes longer than they may take.
+    A server that is killed with SIGKILL cannot notify anybody, and vLLM's engine core then holds its NPUs permanently.
+    """
+    server = multiprocessing.parent_process()
+    if server is not None and multiprocessing.current_process().name.startswith("EngineCore"):
+        threading.Thread(target=_exit_after, args=(server, ranks), daemon=True, name="RayAscendParentMonitor").start()
+
+
+def _exit_after(server: Any, ranks: int) -> None:
+    server.join()
+    logger.error("VRA-308: the server, process %d, has died: its engine shuts down", server.pid)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(engine_exit_s(load().stop_grace_s, ranks))
+    os._exit(1)
+
+
+def remove_ipc_sockets() -> None:
+    """Remove the files of the sockets between server and engine cores when the process exits that has named them.
+
+    The ZeroMQ of pyzmq 27 leaves a socket's file behind however it is closed.
+    """
+    paths: list[str] = []
+    owner = os.getpid()
+
+    def record_path(open_path: Callable[[], str]) -> Callable[[], str]:
+        def recorded_ipc_path() -> str:
+            address = open_path()
+            paths.append(address.removeprefix("ipc://"))
+            return address
+
+        return recorded_ipc_path
+
+    def remove_socket_files() -> None:
+        if os.getpid() == owner:  # not in a forked child, which exits earlier
+            remove_files(paths)
+
+    patches.wrap("vllm.v1.engine.utils.get_open_zmq_ipc_path", record_path)
+    patches.wrap("vllm.v1.utils.get_open_zmq_ipc_path", record_path)
+    atexit.register(remove_socket_files)

@@ -1,0 +1,1 @@
+"""HCCL through ctypes: communicator, stream, watchdog; without Ray and without vLLM."""

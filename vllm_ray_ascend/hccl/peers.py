@@ -1,0 +1,169 @@
+"""TCP connections between the ranks of a communicator, by which the end of a process is known at once.
+
+HCCL reports none: HcclGetCommAsyncError knows errors of RDMA only. All ranks are connected to rank 0, which
+notifies the others of each that is gone. Its address travels with the root info.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+import msgspec
+
+from vllm_ray_ascend.errors import HcclError
+from vllm_ray_ascend.hccl.library import HCCL_E_TCP_CONNECT, ROOT_INFO_BYTES
+from vllm_ray_ascend.ipc.authentication import AuthenticatingListener, connect_authenticated
+from vllm_ray_ascend.ipc.sockets import Address, JsonLines, keep_alive, shut_down
+
+GRACE_S = 0.5
+"""For which a transfer may still complete after its peer has gone: what that has sent before counts."""
+_LEFT = "has destroyed its communicator"
+_ENDED = "is gone: its process has ended, or the connection to it is lost"
+
+
+class _Notice(msgspec.Struct):
+    """A rank that has joined (``reason`` empty), or is gone."""
+
+    rank: int
+    process: str
+    reason: str = ""
+
+
+class _Lost(NamedTuple):
+    text: str
+    since: float
+
+
+_lines: JsonLines[_Notice] = JsonLines(_Notice)
+_roots: dict[str, PeerConnections] = {}
+"""Of this process, by token: those of a root info whose rank 0 does not exist yet."""
+
+
+class PeerConnections:
+    """This rank's connections: of rank 0 to all others, of the others to rank 0.
+
+    ``on_lost`` is called with the number of each rank that is gone, in a thread of its own.
+    """
+
+    def __init__(self, rank: int, silence_s: float) -> None:
+        self.on_lost: Callable[[int], None] = lambda rank: None
+        self._rank, self._silence_s = rank, silence_s
+        self._process = f"pid {os.getpid()} on {socket.gethostname()}"
+        self._changed = threading.Condition()
+        self._lost: dict[int, _Lost] = {}
+        self._sockets: list[socket.socket] = []
+        self._listener: AuthenticatingListener | None = None
+        self._left = False
+
+    def lost_peer(self, peers: Collection[int] | None, grace_s: float = 0.0) -> str:
+        """Return which of ``peers`` (None: of all) is gone for ``grace_s`` seconds or longer; empty where none is."""
+        latest = time.monotonic() - grace_s
+        with self._changed:
+            found = (lost for rank, lost in self._lost.items() if peers is None or rank in peers)
+            return next((lost.text for lost in found if lost.since <= latest), "")
+
+    def wait_lost(self, peers: Collection[int] | None, limit_s: float) -> str:
+        """Return what `lost_peer` does as soon as there is one, or after ``limit_s`` seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.lost_peer(peers), limit_s)
+            return self.lost_peer(peers)
+
+    def leave(self) -> None:
+        """Notify the others that this rank leaves, and close the connections; from any thread, any number of times."""
+        with self._changed:
+            self._left, sockets = True, list(self._sockets)
+        if self._listener is not None:
+            self._listener.close()
+        for each in sockets:
+            self._send(each, _Notice(self._rank, self._process, _LEFT))
+            shut_down(each)
+
+    def add(self, connection: socket.socket, peer: int | None) -> None:
+        """Watch a connection; ``peer`` is its rank where it is known. Returns immediately."""
+        keep_alive(connection, self._silence_s)
+        with self._changed:
+            self._sockets.append(connection)
+        threading.Thread(target=self._read, args=(connection, peer), daemon=True, name="RayAscendHcclPeer").start()
+
+    def join(self, connection: socket.socket) -> None:
+        """Watch the connection to rank 0, and identify this rank to it."""
+        self._send(connection, _Notice(self._rank, self._process))
+        self.add(connection, 0)
+
+    def listen(self, host: str) -> Address:
+        """Accept the other ranks, as rank 0; return where."""
+        listener = AuthenticatingListener(host, lambda each: self.add(each, None), thread_name="RayAscendHcclPeers")
+        self._listener = listener
+        return listener.address
+
+    def _read(self, connection: socket.socket, peer: int | None) -> None:
+        process, reason = "", ""
+        with contextlib.suppress(OSError), connection.makefile("rb") as lines:
+            for line in lines:
+                notice = _lines.decode(line)
+                if notice is None:
+                    break
+                if notice.reason and notice.rank != peer:
+                    self._report(notice)
+                    continue
+                peer, process, reason = notice.rank, notice.process, notice.reason
+        with self._changed:
+            self._sockets.remove(connection)
+        connection.close()
+        if peer is not None and not self._left:
+            self._report(_Notice(peer, process or "which rank 0 of this communicator was", reason or _ENDED))
+
+    def _report(self, notice: _Notice) -> None:
+        """Record that a rank is gone, once, and pass it on."""
+        with self._changed:
+            if notice.rank in self._lost:
+                return
+            text = f"rank {notice.rank} ({notice.process}) {notice.reason}"
+            self._lost[notice.rank] = _Lost(text, time.monotonic())
+            self._changed.notify_all()
+            others = list(self._sockets) if self._rank == 0 else []
+        for each in others:
+            self._send(each, notice)
+        self.on_lost(notice.rank)
+
+    @staticmethod
+    def _send(connection: socket.socket, notice: _Notice) -> None:
+        with contextlib.suppress(OSError):
+            connection.sendall(_lines.encode(notice))
+
+
+def add_address(root_info: bytes, host: str, silence_s: float) -> bytes:
+    """Return HCCL's root info and the address on ``host`` at which this process, to be rank 0, accepts the others."""
+    root = PeerConnections(0, silence_s)
+    address = root.listen(host)
+    _roots[address.token] = root
+    return root_info + msgspec.json.encode(address)
+
+
+def connect_peers(root_info: bytes, rank: int, limit_s: float, silence_s: float) -> PeerConnections:
+    """Return this rank's connections, by the address in ``root_info``; none where it has no address.
+
+    Raises HcclError where rank 0 is not there.
+    """
+    if len(root_info) <= ROOT_INFO_BYTES:
+        return PeerConnections(rank, silence_s)
+    address = msgspec.json.decode(root_info[ROOT_INFO_BYTES:], type=Address)
+    if rank == 0:
+        return _roots.pop(address.token, None) or PeerConnections(rank, silence_s)
+    connections = PeerConnections(rank, silence_s)
+    try:
+        connections.join(connect_authenticated(address, limit_s))
+    except OSError as error:
+        raise HcclError(
+            "VRA-546",
+            f"Rank {rank} of an HCCL communicator cannot connect to its rank 0 at {address}: {error}. That process has "
+            "ended, or its port is not open to this node: see its log.",
+            HCCL_E_TCP_CONNECT,
+        ) from error
+    return connections

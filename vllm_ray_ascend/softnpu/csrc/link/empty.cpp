@@ -1,2 +1,0 @@
-// A library that only has to be there: libtorch_npu.so names it and takes nothing from it at run time.
-extern "C" const char softnpu_empty_library[] = "part of the software NPU of vllm-ray-ascend";
