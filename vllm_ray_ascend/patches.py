@@ -53,6 +53,7 @@ class Patch(NamedTuple):
         return tuple(f"{self.module}.{name}" for name in self.names)
 
 
+_PLATFORM_LOAD = "import of the module, in every process that asks for vLLM's platform"
 _PLUGIN_LOAD = "plugin load, in every process of vLLM"
 _EXECUTOR = "import of vLLM's Ray executor, in the driver and the engine core"
 _ENGINE_UTILS = "import of vllm.v1.engine.utils, in the driver and the engine core"
@@ -66,6 +67,7 @@ _RAY_REGISTER = "vllm_ray_ascend.ray_transport.register(), in the driver of a co
 _RAY_ACTOR = "import of our communicator, in every actor of a compiled graph"
 
 _NO_REGISTRY = "vLLM has a registry of executors and of engine core managers"
+_RAY_KNOWS_NPUS = "Ray has a kind of accelerator for NPUs (ray #63617): patches/ray/0004"
 _NEVER = "never: it is what the plugin is for"
 
 PATCHES: tuple[Patch, ...] = (
@@ -152,6 +154,17 @@ PATCHES: tuple[Patch, ...] = (
         applied="import of vllm_ascend.patch.platform.patch_pp_mtp, in the engine core",
     ),
     # ---- vLLM: the executor ----
+    Patch(
+        "vllm.v1.executor.abstract",
+        ("Executor.get_class",),
+        kind="wrap",
+        by="compat/ray_llm.py",
+        what="vLLM's general plugins are loaded before an executor is chosen",
+        why="an engine whose configuration was made in another process, as in Ray Serve LLM, has vLLM's own executor",
+        releases="vllm",
+        removable="vLLM loads general plugins there: patches/ray/0004 does so in Ray Serve LLM",
+        applied=_PLATFORM_LOAD,
+    ),
     Patch(
         "vllm.v1.executor.ray_executor_v2",
         ("RayExecutorV2",),
@@ -708,6 +721,51 @@ PATCHES: tuple[Patch, ...] = (
         releases="ray",
         removable="Ray's channels between nodes do not block each other",
         applied=_RAY_ACTOR,
+    ),
+    # ---- Ray Serve LLM ----
+    Patch(
+        "ray.llm._internal.serve.core.configs.accelerators",
+        ("GPUAccelerator.default_bundles", "GPUAccelerator.get_remote_options"),
+        kind="wrap",
+        by="compat/ray_llm.py",
+        what="on the NPU platform: bundles that Ray makes by itself name NPUs, and so does the configuration's task",
+        why="a replica waits for GPUs (ray #62983, vllm-ascend #8156), or its start fails: no bundle fits",
+        releases="ray >=2.56",
+        removable=_RAY_KNOWS_NPUS,
+        applied=_PLATFORM_LOAD,
+    ),
+    Patch(
+        "ray.llm._internal.serve.core.configs.llm_config",
+        ("infer_hardware_kind_from_bundles",),
+        kind="wrap",
+        by="compat/ray_llm.py",
+        what="bundles with NPUs are accelerator bundles",
+        why="Ray takes them for a deployment on CPUs: executor mp, an explicit ray is overwritten",
+        releases="ray >=2.56",
+        removable=_RAY_KNOWS_NPUS,
+        applied=_PLATFORM_LOAD,
+    ),
+    Patch(
+        "ray.llm._internal.serve.core.configs.llm_config",
+        ("AcceleratorType",),
+        kind="replace",
+        by="compat/ray_llm.py",
+        what="Ray's accelerator types, and any name of an Ascend chip",
+        why="accelerator_type takes Ascend910B and Ascend910B4 alone, while nodes label themselves Ascend910B3",
+        releases="ray >=2.56",
+        removable="Ray accepts what its nodes report",
+        applied=_PLATFORM_LOAD,
+    ),
+    Patch(
+        "ray.llm._internal.serve.engines.vllm.vllm_models",
+        ("VLLMEngineConfig._detect_fractional_gpu_from_pg",),
+        kind="wrap",
+        by="compat/ray_llm.py",
+        what="parts of NPUs in bundles are the share of each worker, as parts of GPUs are",
+        why="a worker asks for a whole NPU, which a bundle with half of one never has",
+        releases="ray >=2.56",
+        removable=_RAY_KNOWS_NPUS,
+        applied=_PLATFORM_LOAD,
     ),
 )
 

@@ -56,6 +56,13 @@ def is_patched(platform: type) -> bool:
     return _MARK in vars(platform)
 
 
+def is_npu() -> bool:
+    """Whether vLLM's platform is that of NPUs, with our members. It resolves the platform, as `platform_is_ours`."""
+    from vllm.platforms import current_platform
+
+    return is_patched(type(current_platform))
+
+
 def platform_is_ours() -> bool:
     """Whether vLLM's platform has our members, or is that of CUDA and VLLM_RAY_ASCEND=1 asks for us there.
 
@@ -63,7 +70,7 @@ def platform_is_ours() -> bool:
     """
     from vllm.platforms import current_platform
 
-    return is_patched(type(current_platform)) or (current_platform.is_cuda() and load().active == "1")
+    return is_npu() or (current_platform.is_cuda() and load().active == "1")
 
 
 def workers_are_ours() -> bool:

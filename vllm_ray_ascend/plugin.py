@@ -18,6 +18,7 @@ from types import ModuleType
 
 from vllm_ray_ascend import patches
 from vllm_ray_ascend.accelerators.choose import current_accelerator, unsupported_platform_message
+from vllm_ray_ascend.compat import ray_llm
 from vllm_ray_ascend.compat.ascend import block_reschedule_until_token
 from vllm_ray_ascend.compat.import_hook import when_imported
 from vllm_ray_ascend.compat.ray_metrics import allow_without_serve
@@ -49,6 +50,10 @@ def platform() -> str | None:
     """Return the name of our platform class where it is to be the platform, else None (vllm.platform_plugins)."""
     if is_off() or not _has_vllm_ascend():
         return None
+    when_imported(ray_llm.EXECUTOR, ray_llm.load_plugins_before_choice)
+    when_imported(ray_llm.ACCELERATORS, _default_to_npus)
+    when_imported(ray_llm.LLM_CONFIG, ray_llm.accept_npus)
+    when_imported(ray_llm.VLLM_MODELS, ray_llm.accept_npu_shares)
     if is_sole_platform_plugin():
         return _PLATFORM
     when_imported("vllm_ascend.platform", _patch_platform)
@@ -109,6 +114,13 @@ def skipped_ascend_plugins(
 
 def _has_vllm_ascend() -> bool:
     return find_spec("vllm_ascend") is not None
+
+
+def _default_to_npus(module: ModuleType) -> None:
+    """Let Ray Serve LLM ask for NPUs by default, where they are what this process's platform has."""
+    from vllm_ray_ascend.platform_patch import is_npu
+
+    ray_llm.default_to_npus(is_npu, module)
 
 
 def _patch_platform(module: ModuleType) -> None:

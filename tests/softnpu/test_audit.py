@@ -172,7 +172,7 @@ def test_gpus_declared_for_npus(cluster: Cluster, raylet: Any) -> None:
         f"""
         short = message(require_npus, 8, {{"--tensor-parallel-size": 8}}, 0)
         there = [row for row in ray.nodes() if row["NodeManagerAddress"] == "{address}" and row["Alive"]]
-        node_id = next(row["NodeID"] for row in there if "GPU" in row["Resources"])  # the node's first raylet is there too
+        node_id = next(row["NodeID"] for row in there if "GPU" in row["Resources"])  # there is the first raylet too
         report([message(audit_nodes), message(audit_nodes, {{node_id}}), short])
         """,
     )

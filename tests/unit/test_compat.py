@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -26,6 +27,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     (tmp_path / name / "module.py").write_text("VALUE = 1\n")
     (tmp_path / name / "circle.py").write_text(f"import {name}.back\nDONE = True\n")
     (tmp_path / name / "back.py").write_text(f"import {name}.circle\n")
+    (tmp_path / name / "half.py").write_text("import builtins\nbuiltins.hook_by_test()\nDONE = True\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     finders = list(sys.meta_path)
     yield name
@@ -81,6 +83,65 @@ def test_two_callbacks_of_modules_that_import_each_other_run_when_each_is_whole(
     when_imported(f"{package}.back", lambda _: seen.append("back"))
     importlib.import_module(f"{package}.circle")
     assert seen == ["back", "circle True"]
+
+
+@pytest.fixture
+def hook_in_import(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], None]:
+    """Let the module `half` call a function from its middle, as a module that imports vLLM calls plugins."""
+    return lambda function: monkeypatch.setattr(builtins, "hook_by_test", function, raising=False)
+
+
+def test_a_callback_for_a_module_whose_import_has_begun_runs_once_at_its_end(
+    package: str, hook_in_import: Callable[[Callable[[], None]], None]
+) -> None:
+    seen: list[bool] = []
+
+    def callback(module: ModuleType) -> None:
+        seen.append(hasattr(module, "DONE"))
+
+    def request() -> None:
+        when_imported(f"{package}.half", callback)
+        when_imported(f"{package}.half", callback)
+        assert seen == []
+
+    hook_in_import(request)
+    importlib.import_module(f"{package}.half")
+    assert seen == [True]
+
+
+def test_a_second_callback_beside_one_whose_import_has_begun(
+    package: str, hook_in_import: Callable[[Callable[[], None]], None]
+) -> None:
+    seen: list[str] = []
+    when_imported(f"{package}.half", lambda _: seen.append("before"))
+    hook_in_import(lambda: when_imported(f"{package}.half", lambda _: seen.append("within")))
+    importlib.import_module(f"{package}.half")
+    assert seen == ["before", "within"]
+
+
+def test_an_import_that_fails_runs_no_callback_of_its_middle(
+    package: str, hook_in_import: Callable[[Callable[[], None]], None]
+) -> None:
+    def request_and_fail() -> None:
+        when_imported(f"{package}.half", lambda _: pytest.fail("called back"))
+        raise OSError("no")
+
+    hook_in_import(request_and_fail)
+    with pytest.raises(OSError, match="no"):
+        importlib.import_module(f"{package}.half")
+    assert f"{package}.half" not in sys.modules
+
+
+def test_the_importer_gets_what_a_callback_of_the_middle_raises(
+    package: str, hook_in_import: Callable[[Callable[[], None]], None]
+) -> None:
+    def refuse(module: ModuleType) -> None:
+        raise UpstreamChangedError("VRA-100", module.__name__)
+
+    hook_in_import(lambda: when_imported(f"{package}.half", refuse))
+    with pytest.raises(UpstreamChangedError):
+        importlib.import_module(f"{package}.half")
+    assert f"{package}.half" not in sys.modules
 
 
 def test_a_missing_module_stays_missing(package: str) -> None:

@@ -17,17 +17,56 @@ def when_imported(name: str, callback: Callback) -> None:
     """Call ``callback(module)`` once module ``name`` was imported; immediately where it already was.
 
     The callback runs inside the import, so that the importer gets what it raises. A second request for the same module
-    and callback is ignored.
+    and callback is ignored, while it waits.
     """
     module = sys.modules.get(name)
     if module is not None and not _is_being_imported(module):
         callback(module)
-    elif not any(isinstance(finder, _Finder) and finder.is_for(name, callback) for finder in sys.meta_path):
+    elif any(isinstance(finder, _Finder) and finder.is_for(name, callback) for finder in sys.meta_path):
+        return
+    elif module is None:
         sys.meta_path.insert(0, _Finder(name, callback))
+    else:
+        _call_after_import(module, callback)
 
 
 def _is_being_imported(module: ModuleType) -> bool:
     return bool(getattr(module.__spec__, "_initializing", False))
+
+
+def _call_after_import(module: ModuleType, callback: Callback) -> None:
+    """Call back when the import of ``module``, which has begun, ends: no finder is asked for it again.
+
+    A plugin that vLLM loads is called from the middle of the modules that import vLLM.
+    """
+    spec: Any = module.__spec__
+    spec.__class__ = _ObservedSpec
+    waiting: list[Callback] = vars(spec).setdefault("waiting", [])
+    if callback not in waiting:
+        waiting.append(callback)
+
+
+class _ObservedSpec(ModuleSpec):
+    """The spec of a module whose import has begun. Python writes there that it has ended, and this calls back."""
+
+    waiting: list[Callback]
+
+    @property
+    def _initializing(self) -> bool:
+        return bool(vars(self)["_initializing"])
+
+    @_initializing.setter
+    def _initializing(self, value: bool) -> None:
+        vars(self)["_initializing"] = value
+        module = sys.modules.get(self.name)
+        if value or module is None:  # it is not there where its import has failed
+            return
+        try:
+            while self.waiting:
+                self.waiting.pop(0)(module)
+        except BaseException:
+            sys.modules.pop(self.name, None)  # as where a loader raises
+            raise
 
 
 class _Finder(MetaPathFinder):

@@ -1,0 +1,177 @@
+"""Ray Serve LLM on NPUs: what its configuration (Ray 2.56 and later) says of GPUs alone holds for NPUs too.
+
+Ray knows kinds of accelerators; "gpu" is what it takes where no other is named. Here that kind means the accelerator of
+this process's platform: bundles that name NPUs are of it, the bundles that Ray makes by itself name NPUs, and the task
+that makes the engine's configuration asks for a part of an NPU. Bundles that name GPUs are left as they are. Where Ray
+has a kind for NPUs of its own, nothing is changed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from enum import Enum, EnumMeta
+from types import ModuleType
+from typing import Any
+
+from vllm_ray_ascend import patches
+from vllm_ray_ascend.errors import UpstreamChangedError
+from vllm_ray_ascend.log import get_logger
+
+ACCELERATORS = "ray.llm._internal.serve.core.configs.accelerators"
+LLM_CONFIG = "ray.llm._internal.serve.core.configs.llm_config"
+VLLM_MODELS = "ray.llm._internal.serve.engines.vllm.vllm_models"
+EXECUTOR = "vllm.v1.executor.abstract"
+
+_NPU, _GPU = "NPU", "GPU"
+_SOC_PREFIX = "Ascend"
+_CONFIG_TASK_SHARE = 0.001
+"""Of an NPU, as Ray takes it of a GPU: enough that the task runs on a node with one, beside the engine's workers."""
+
+logger = get_logger(__name__)
+
+
+def load_plugins_before_choice(module: ModuleType) -> None:
+    """Let `Executor.get_class` of ``module`` load vLLM's general plugins first.
+
+    Whoever builds EngineArgs has loaded them, but Ray Serve builds these in another process than the engine's.
+    """
+    patches.wrap("vllm.v1.executor.abstract.Executor.get_class", _loading_plugins, module.Executor)
+
+
+def _loading_plugins(get_class: Callable[[Any], Any]) -> staticmethod[[Any], Any]:
+    @functools.wraps(get_class)
+    def load_and_get_class(vllm_config: Any) -> Any:
+        from vllm.plugins import load_general_plugins
+
+        load_general_plugins()
+        return get_class(vllm_config)
+
+    return staticmethod(load_and_get_class)
+
+
+def default_to_npus(is_npu: Callable[[], bool], module: ModuleType) -> None:
+    """Let the GPU backend of ``module`` (ACCELERATORS) ask for NPUs where the platform ``is_npu``."""
+    if _knows_npus(module):
+        return
+
+    def bundles_of_platform(upstream: Any) -> Any:
+        @functools.wraps(upstream)
+        def default_bundles(*args: Any, **kwargs: Any) -> list[dict[str, float]]:
+            bundles: list[dict[str, float]] = upstream(*args, **kwargs)
+            return [_renamed(bundle, _GPU, _NPU) for bundle in bundles] if is_npu() else bundles
+
+        return default_bundles
+
+    def options_of_platform(upstream: Any) -> Any:
+        @functools.wraps(upstream)
+        def get_remote_options(*args: Any, **kwargs: Any) -> dict[str, Any]:
+            options: dict[str, Any] = upstream(*args, **kwargs)
+            if is_npu() and options.pop("num_gpus", None) is not None:
+                options["resources"] = {_NPU: _CONFIG_TASK_SHARE}
+            return options
+
+        return get_remote_options
+
+    _wrap(f"{ACCELERATORS}.GPUAccelerator.default_bundles", bundles_of_platform)
+    _wrap(f"{ACCELERATORS}.GPUAccelerator.get_remote_options", options_of_platform)
+
+
+def accept_npus(module: ModuleType) -> None:
+    """Let `LLMConfig` of ``module`` (LLM_CONFIG) take bundles with NPUs, and the names of Ascend's chips."""
+    if _knows_npus(module):
+        return
+    _wrap(f"{LLM_CONFIG}.infer_hardware_kind_from_bundles", _with_npus_as_gpus)
+    _wrap(f"{LLM_CONFIG}.AcceleratorType", with_soc_names)
+
+
+def accept_npu_shares(module: ModuleType) -> None:
+    """Let `VLLMEngineConfig` of ``module`` (VLLM_MODELS) take the share of a worker from bundles with parts of NPUs."""
+    if not _knows_npus(module):
+        _wrap(
+            f"{VLLM_MODELS}.VLLMEngineConfig._detect_fractional_gpu_from_pg",
+            lambda upstream: staticmethod(_with_npus_as_gpus(upstream)),
+        )
+
+
+def _knows_npus(module: ModuleType) -> bool:
+    """Return whether Ray has a kind of accelerator for NPUs (ray-project/ray#63617)."""
+    return any(hasattr(module, name) for name in ("NPUConfig", "NPUAccelerator"))
+
+
+def _wrap(target: str, decorator: Callable[[Any], Any]) -> None:
+    """Wrap a private name of Ray's; where it is gone, applications that name NPUs themselves may still work."""
+    try:
+        patches.wrap(target, decorator)
+    except UpstreamChangedError as error:
+        logger.warning(
+            "VRA-146: Ray Serve LLM of this Ray may not find NPUs: %s. Name them: placement_group_config="
+            '{"bundle_per_worker": {"CPU": 1, "NPU": 1}} in LLMConfig',
+            error,
+        )
+
+
+def _with_npus_as_gpus(upstream: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return ``upstream``, which reads a placement_group_config, such that it takes NPUs there for GPUs."""
+
+    @functools.wraps(upstream)
+    def read(placement_group_config: Mapping[str, Any] | None) -> Any:
+        return upstream(placement_group_config and npus_as_gpus(placement_group_config))
+
+    return read
+
+
+def npus_as_gpus(placement_group_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration with the resource NPU named GPU."""
+    named = dict(placement_group_config)
+    if bundle := named.get("bundle_per_worker"):
+        named["bundle_per_worker"] = _renamed(bundle, _NPU, _GPU)
+    if bundles := named.get("bundles"):
+        named["bundles"] = [_renamed(bundle, _NPU, _GPU) for bundle in bundles]
+    return named
+
+
+def _renamed(bundle: Mapping[str, float], old: str, new: str) -> dict[str, float]:
+    return {new if name == old else name: amount for name, amount in bundle.items()}
+
+
+class _SocName:
+    """Equal to each name that CANN could give a chip: nodes label themselves by it, and new ones come with CANN."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, str) and other.startswith(_SOC_PREFIX)
+
+    def __hash__(self) -> int:
+        return hash(_SOC_PREFIX)
+
+    def __repr__(self) -> str:
+        return f"{_SOC_PREFIX}..."
+
+
+class _OpenMeta(EnumMeta):
+    """Iterates over the members, and over one whose value stands for all names of chips."""
+
+    def __iter__(cls) -> Iterator[Any]:
+        yield from super().__iter__()
+        yield _AnySoc
+
+
+class _AnySoc:
+    value = _SocName()
+
+
+class _OpenEnum(Enum, metaclass=_OpenMeta):
+    @classmethod
+    def _missing_(cls, value: object) -> Any:
+        if _AnySoc.value != value:
+            return None
+        member: _OpenEnum = object.__new__(cls)
+        member._name_ = member._value_ = value
+        return member
+
+
+def with_soc_names(accelerator_type: EnumMeta) -> Any:
+    """Return Ray's enumeration of accelerator types, with every name of an Ascend chip besides."""
+    members = {name: member.value for name, member in accelerator_type.__members__.items()}
+    open_enum: Any = _OpenEnum
+    return open_enum(accelerator_type.__name__, members, module=accelerator_type.__module__)
