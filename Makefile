@@ -30,13 +30,13 @@ serve:
 	@$(RUN)/python -m demo.serve
 
 test:
-	@$(PYTHON) demo/install.py test
+	@$(PYTHON) demo/install.py test ray
 	@$(call suite,unit)
 	$(RUN)/python -m ci.check_patches
 	@$(call suite,patches softnpu integration e2e)
 
 test-matrix:
-	@$(PYTHON) demo/install.py test
+	@$(PYTHON) demo/install.py test ray
 	@$(call suite,e2e)
 	@$(call suite,slow)
 	@$(call suite,slow-softnpu)
@@ -112,4 +112,4 @@ soak:
 	@$(RUN)/python -m benchmarks.soak $(BENCH_ARGS)
 
 clean:
-	rm -rf .venv .demo build dist site ci-results *.egg-info softnpu/build softnpu/dist softnpu/src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .ray .demo build dist site ci-results *.egg-info softnpu/build softnpu/dist softnpu/src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

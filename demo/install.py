@@ -1,4 +1,4 @@
-"""Make .venv with all that is run here: `python demo/install.py [test] [lint] [docs] [bench] [upstream]`.
+"""Make .venv with all that is run here: `python demo/install.py [test] [ray] [lint] [docs] [bench] [upstream]`.
 
 Runs with the standard library of Python 3.10 to 3.12 alone.  A second run with unchanged requirement files does nothing
 and takes a moment.  Every package is pinned, dependencies included, and pip resolves nothing: otherwise torch would
@@ -20,7 +20,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements"
-GROUPS = ("demo", "test", "lint", "docs", "bench", "upstream")
+GROUPS = ("demo", "test", "ray", "lint", "docs", "bench", "upstream")
+RAY_PACKAGES = ROOT / ".ray"
+"""The folder of the group "ray", for PYTHONPATH, with its programs in bin/."""
 ALONE = frozenset({"docs"})
 """Groups that run without "demo"."""
 DISTRIBUTIONS = (ROOT, ROOT / "softnpu")
@@ -174,6 +176,9 @@ STEPS: dict[str, list[tuple[str, Callable[[Path], None]]]] = {
         ("vllm-ray-ascend and ascend-softnpu", install_distributions),
     ],
     "test": [("pytest and others", _from_file("test.txt", "--no-deps"))],
+    "ray": [
+        ("what Ray's libraries need", _from_file("ray.txt", "--no-deps", "--upgrade", "--target", str(RAY_PACKAGES)))
+    ],
     "lint": [("ruff, mypy and what checks files of others", _from_file("lint.txt", "--no-deps"))],
     "docs": [("mkdocs", _from_file("docs.txt", "--no-deps", "-c", str(REQUIREMENTS / "demo.txt")))],
     "bench": [("matplotlib", _from_file("bench.txt", "--no-deps"))],

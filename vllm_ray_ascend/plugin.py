@@ -116,11 +116,11 @@ def _has_vllm_ascend() -> bool:
     return find_spec("vllm_ascend") is not None
 
 
-def _default_to_npus(module: ModuleType) -> None:
+def _default_to_npus(_: ModuleType) -> None:
     """Let Ray Serve LLM ask for NPUs by default, where they are what this process's platform has."""
     from vllm_ray_ascend.platform_patch import is_npu
 
-    ray_llm.default_to_npus(is_npu, module)
+    ray_llm.default_to_npus(is_npu)
 
 
 def _patch_platform(module: ModuleType) -> None:

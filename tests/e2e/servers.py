@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import pytest
 from softnpu.cluster import manager
-from softnpu.cluster.plan import Cluster, make_shape
+from softnpu.cluster.plan import Cluster, Shape, make_shape
 
+from demo.install import RAY_PACKAGES, install_group
 from demo.options import Options
 from demo.place import place_in
-from demo.server import Server
+from demo.server import QUIET, Server
 from demo.train.recitation import PROMPTS, zen_after
 from tests.e2e.conftest import ROOT, run_on_head
 from tests.e2e.test_serve import find_free_port
@@ -50,6 +52,23 @@ def temporary_cluster(
         yield cluster
     finally:
         manager.down(name)
+
+
+@contextlib.contextmanager
+def cluster_with_dashboard(name: str, npus: int, cpus: int = 4) -> Iterator[Cluster]:
+    """Start two nodes with Ray's dashboard and what Ray's libraries need, there and in this process's environment."""
+    install_group("ray", Path(sys.prefix))
+    programs = os.pathsep.join([str(Path(sys.executable).parent), str(RAY_PACKAGES / "bin"), os.environ["PATH"]])
+    variables = {**QUIET, "PYTHONPATH": os.pathsep.join([str(ROOT), str(RAY_PACKAGES)]), "PATH": programs}
+    shape = Shape(nodes=2, npus_per_node=npus, cpus_per_node=cpus, kind=manager.choose_node_kind()[0], dashboard=True)
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in variables.items():
+            patch.setenv(variable, value)
+        cluster, _ = manager.up(name + os.environ.get("PYTEST_XDIST_WORKER", ""), shape)
+        try:
+            yield cluster
+        finally:
+            manager.down(cluster.name)
 
 
 def create_server(cluster: Cluster, model: Path, log: Path, *arguments: str, **variables: str) -> Server:

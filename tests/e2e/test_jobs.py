@@ -15,17 +15,14 @@ from typing import Any
 import httpx
 import pytest
 from softnpu.cluster import manager
-from softnpu.cluster.plan import Cluster, Shape
+from softnpu.cluster.plan import Cluster
 
-from demo.server import QUIET
 from demo.train.recitation import DENSE, zen_after
-from tests.e2e.conftest import ROOT
-from tests.e2e.servers import LEAN, SHORT, opened_npus, read_topology
+from tests.e2e.servers import LEAN, SHORT, cluster_with_dashboard, opened_npus, read_topology
 from tests.e2e.test_bad_input import check_nothing_left
 from tests.e2e.test_death import send_signal
 from tests.e2e.test_serve import find_free_port
 
-PACKAGES = ROOT / ".jobs"
 LIMIT_S = 600.0
 EXTENSION = """
 import os, marked_module
@@ -92,18 +89,8 @@ class Jobs:
 @pytest.fixture(scope="module")
 def jobs() -> Iterator[Jobs]:
     """Two nodes with an NPU each and Ray's dashboard."""
-    if not PACKAGES.is_dir():  # the command of docs/jobs.md
-        install = ["install", "--no-deps", "--target", str(PACKAGES), "-r", str(ROOT / "requirements/jobs.txt")]
-        subprocess.run([sys.executable, "-m", "pip", *install], check=True)
-    programs = os.pathsep.join([str(Path(sys.executable).parent), str(PACKAGES / "bin"), os.environ["PATH"]])
-    variables = {**QUIET, "PYTHONPATH": os.pathsep.join([str(ROOT), str(PACKAGES)]), "PATH": programs}
-    shape = Shape(nodes=2, npus_per_node=1, cpus_per_node=4, kind=manager.choose_node_kind()[0], dashboard=True)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in variables.items():
-            patch.setenv(name, value)
-        cluster, _ = manager.up("e2e-jobs", shape)
+    with cluster_with_dashboard("e2e-jobs", npus=1) as cluster:
         yield Jobs(cluster, f"http://{cluster.nodes[0].address}:8265", dict(os.environ))
-        manager.down(cluster.name)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum, EnumMeta
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -50,9 +51,9 @@ def _loading_plugins(get_class: Callable[[Any], Any]) -> staticmethod[[Any], Any
     return staticmethod(load_and_get_class)
 
 
-def default_to_npus(is_npu: Callable[[], bool], module: ModuleType) -> None:
-    """Let the GPU backend of ``module`` (ACCELERATORS) ask for NPUs where the platform ``is_npu``."""
-    if _knows_npus(module):
+def default_to_npus(is_npu: Callable[[], bool]) -> None:
+    """Let the GPU backend of ACCELERATORS ask for NPUs where the platform ``is_npu``."""
+    if _knows_npus():
         return
 
     def bundles_of_platform(upstream: Any) -> Any:
@@ -77,26 +78,26 @@ def default_to_npus(is_npu: Callable[[], bool], module: ModuleType) -> None:
     _wrap(f"{ACCELERATORS}.GPUAccelerator.get_remote_options", options_of_platform)
 
 
-def accept_npus(module: ModuleType) -> None:
-    """Let `LLMConfig` of ``module`` (LLM_CONFIG) take bundles with NPUs, and the names of Ascend's chips."""
-    if _knows_npus(module):
+def accept_npus(_: ModuleType) -> None:
+    """Let `LLMConfig` of LLM_CONFIG take bundles with NPUs, and the names of Ascend's chips."""
+    if _knows_npus():
         return
     _wrap(f"{LLM_CONFIG}.infer_hardware_kind_from_bundles", _with_npus_as_gpus)
     _wrap(f"{LLM_CONFIG}.AcceleratorType", with_soc_names)
 
 
-def accept_npu_shares(module: ModuleType) -> None:
-    """Let `VLLMEngineConfig` of ``module`` (VLLM_MODELS) take the share of a worker from bundles with parts of NPUs."""
-    if not _knows_npus(module):
+def accept_npu_shares(_: ModuleType) -> None:
+    """Let `VLLMEngineConfig` of VLLM_MODELS take the share of a worker from bundles with parts of NPUs."""
+    if not _knows_npus():
         _wrap(
             f"{VLLM_MODELS}.VLLMEngineConfig._detect_fractional_gpu_from_pg",
             lambda upstream: staticmethod(_with_npus_as_gpus(upstream)),
         )
 
 
-def _knows_npus(module: ModuleType) -> bool:
+def _knows_npus() -> bool:
     """Return whether Ray has a kind of accelerator for NPUs (ray-project/ray#63617)."""
-    return any(hasattr(module, name) for name in ("NPUConfig", "NPUAccelerator"))
+    return any(hasattr(import_module(ACCELERATORS), name) for name in ("NPUConfig", "NPUAccelerator"))
 
 
 def _wrap(target: str, decorator: Callable[[Any], Any]) -> None:
@@ -163,14 +164,17 @@ class _AnySoc:
 class _OpenEnum(Enum, metaclass=_OpenMeta):
     @classmethod
     def _missing_(cls, value: object) -> Any:
-        if _AnySoc.value != value:
-            return None
-        member: _OpenEnum = object.__new__(cls)
-        member._name_ = member._value_ = value
-        return member
+        return _soc_member(cls, value) if _AnySoc.value == value else None
 
 
-def with_soc_names(accelerator_type: EnumMeta) -> Any:
+def _soc_member(enum: type[Enum], value: Any) -> Enum:
+    member = object.__new__(enum)
+    member._name_ = value
+    member._value_ = value
+    return member
+
+
+def with_soc_names(accelerator_type: type[Enum]) -> Any:
     """Return Ray's enumeration of accelerator types, with every name of an Ascend chip besides."""
     members = {name: member.value for name, member in accelerator_type.__members__.items()}
     open_enum: Any = _OpenEnum

@@ -1,0 +1,40 @@
+"""What the tests of Ray Serve ask an application at port 8000 of this node: `python -m tests.e2e.serve_client`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import openai
+
+from demo.train.recitation import PROMPTS
+from tests.e2e.generate import MARKER
+
+URL = "http://127.0.0.1:8000/v1"
+CONCURRENT = 20
+
+
+async def ask() -> dict[str, object]:
+    """Return the models, and the texts of one completion, of one that is streamed, and of many simultaneously."""
+    async with openai.AsyncOpenAI(base_url=URL, api_key="none", timeout=300, max_retries=0) as client:
+        models = [model.id async for model in client.models.list()]
+
+        async def complete(prompt: str) -> str:
+            answer = await client.completions.create(model=models[0], prompt=prompt, temperature=0, max_tokens=200)
+            return answer.choices[0].text
+
+        async def stream(prompt: str) -> list[str]:
+            answer = await client.completions.create(
+                model=models[0], prompt=prompt, temperature=0, max_tokens=200, stream=True
+            )
+            return [chunk.choices[0].text async for chunk in answer]
+
+        return {
+            "models": models,
+            "streamed": await stream(PROMPTS[-1]),
+            "texts": await asyncio.gather(*(complete(PROMPTS[-1 - each % 2]) for each in range(CONCURRENT))),
+        }
+
+
+if __name__ == "__main__":
+    print(MARKER + json.dumps(asyncio.run(ask())))

@@ -1,0 +1,182 @@
+"""Ray Serve LLM and Ray Data LLM: the examples of the documents, on two nodes with two NPUs each."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from softnpu.cluster import manager
+from softnpu.cluster.plan import Cluster
+
+from demo.train.recitation import DENSE, MOE, PROMPTS, zen_after
+from tests.e2e.conftest import ROOT, run_on_head
+from tests.e2e.generate import MARKER
+from tests.e2e.serve_client import CONCURRENT
+from tests.e2e.servers import check_topology, cluster_with_dashboard, read_topology
+from tests.e2e.test_bad_input import check_nothing_left
+from tests.e2e.test_death import send_signal
+
+pytestmark = pytest.mark.e2e
+
+EXAMPLES = ROOT / "examples"
+MODEL_PATH = "/models/my-model"
+"""In the examples: where a user's model is on every node."""
+LIMIT_S = 600.0
+LEAN = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 8, "kv_cache_memory_bytes": 32 << 20}
+"""What fits this machine: examples say nothing of it."""
+EAGER = {**LEAN, "enforce_eager": True}
+SHUTDOWN = "import ray\nfrom ray import serve\nray.init(log_to_driver=False)\nserve.shutdown()\n"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with cluster_with_dashboard("e2e-ray-llm", npus=2, cpus=8) as cluster:
+        yield cluster
+
+
+@contextlib.contextmanager
+def started(cluster: Cluster, log: Path, *command: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a command on the head node; afterwards Serve is shut down, and nothing of it is left in the cluster."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            manager.node_command(cluster, 1, [sys.executable, *command]),
+            env=manager.command_environment(cluster, 1, os.environ),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            yield process
+        finally:
+            done = run_on_head(cluster, "-c", SHUTDOWN)
+            process.terminate()
+            process.wait(60)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_nothing_left(cluster)
+
+
+def wait_until(condition: Callable[[], Any], process: subprocess.Popen[bytes], log: Path) -> Any:
+    """Return what ``condition`` returns once that is true. Fails where the command fails or nothing comes in time."""
+    deadline = time.monotonic() + LIMIT_S
+    while not (found := condition()):
+        text = log.read_text(errors="replace")
+        assert process.poll() in (None, 0) and time.monotonic() < deadline, text[-6000:]
+        assert "DEPLOY_FAILED" not in text, text[-6000:]
+        time.sleep(2)
+    return found
+
+
+def engines_of(cluster: Cluster, count: int) -> list[dict[str, Any]]:
+    engines: list[dict[str, Any]] = read_topology(cluster)["engines"]
+    return engines if len(engines) == count else []
+
+
+def used_npus(engines: Sequence[Mapping[str, Any]]) -> set[tuple[str, int]]:
+    """Return the NPUs of all ranks: the address of the node, and the physical number."""
+    return {(rank["address"], rank["physical"]) for engine in engines for rank in engine["ranks"]}
+
+
+def ask(cluster: Cluster) -> dict[str, Any] | None:
+    """Return what the client has got, once the application answers."""
+    done = run_on_head(cluster, "-m", "tests.e2e.serve_client")
+    found = [line for line in done.stdout.splitlines() if line.startswith(MARKER)]
+    result: dict[str, Any] | None = json.loads(found[-1][len(MARKER) :]) if found else None
+    return result if result and result["models"] else None
+
+
+def check_answers(answers: Mapping[str, Any]) -> None:
+    assert "".join(answers["streamed"]) == zen_after(PROMPTS[-1]) and len(answers["streamed"]) > 10
+    assert answers["texts"] == [zen_after(PROMPTS[-1 - each % 2]) for each in range(CONCURRENT)]
+
+
+def deploy(tmp_path: Path, example: str, model: Path, engine_kwargs: Mapping[str, Any]) -> list[str]:
+    """Return the words of `serve run` with an example's YAML, whose model is ``model``."""
+    config = yaml.safe_load((EXAMPLES / "serve" / example).read_text().replace(MODEL_PATH, str(model)))
+    for llm_config in configs_of(config):
+        llm_config["engine_kwargs"] = {**engine_kwargs, **llm_config.get("engine_kwargs", {})}
+    path = tmp_path / example
+    path.write_text(yaml.safe_dump(config))
+    return [str(Path(sys.executable).parent / "serve"), "run", str(path)]
+
+
+def configs_of(value: Any) -> Iterator[dict[str, Any]]:
+    """Yield every LLMConfig in an application's YAML."""
+    if isinstance(value, dict) and "model_loading_config" in value:
+        yield value
+    elif isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from configs_of(each)
+
+
+def test_an_unchanged_script_serves_over_two_nodes_with_our_executor(cluster: Cluster, tmp_path: Path) -> None:
+    log = tmp_path / "app.log"
+    with started(cluster, log, str(EXAMPLES / "serve/app.py"), str(DENSE)) as process:
+        answers = wait_until(lambda: ask(cluster), process, log)
+        check_answers(answers)
+        assert answers["models"] == ["my-model"]
+        (engine,) = check_topology(cluster)
+        assert sorted((rank["address"], rank["physical"]) for rank in engine["ranks"]) == [
+            (node.address, physical) for node in cluster.nodes for physical in (0, 1)
+        ]
+        assert re.search(r"executor class: .*vllm_ray_ascend\.executor\.executor\.RayAscendExecutor", log.read_text())
+
+
+@pytest.mark.slow
+def test_replicas_on_npus_of_their_own_and_one_that_is_killed(cluster: Cluster, tmp_path: Path) -> None:
+    log = tmp_path / "replicas.log"
+    with started(cluster, log, *deploy(tmp_path, "replicas.yaml", DENSE, EAGER)) as process:
+        wait_until(lambda: engines_of(cluster, 2), process, log)
+        check_answers(wait_until(lambda: ask(cluster), process, log))
+        engines = check_topology(cluster)
+        assert len(used_npus(engines)) == 2
+        (rank,) = engines[0]["ranks"]
+        node = next(node.index for node in cluster.nodes if node.address == rank["address"])
+        send_signal(cluster, node, rank["pid"], signal.SIGKILL)
+        kept = engines[1]["ranks"][0]["actor"]
+
+        def replaced() -> bool:
+            now = engines_of(cluster, 2)
+            actors = {each["ranks"][0]["actor"] for each in now}
+            return kept in actors and rank["actor"] not in actors
+
+        wait_until(replaced, process, log)
+        check_answers(wait_until(lambda: ask(cluster), process, log))
+        assert len(used_npus(check_topology(cluster))) == 2
+
+
+@pytest.mark.slow
+def test_two_replicas_share_an_npu(cluster: Cluster, tmp_path: Path) -> None:
+    log = tmp_path / "shares.log"
+    with started(cluster, log, *deploy(tmp_path, "shares.yaml", DENSE, EAGER)) as process:
+        engines = wait_until(lambda: engines_of(cluster, 2), process, log)
+        check_answers(wait_until(lambda: ask(cluster), process, log))
+        assert len(used_npus(engines)) == 1
+
+
+@pytest.mark.slow
+def test_data_parallel_ranks_of_a_mixture_of_experts(cluster: Cluster, tmp_path: Path) -> None:
+    log = tmp_path / "dp.log"
+    with started(cluster, log, *deploy(tmp_path, "data_parallel.yaml", MOE, EAGER)) as process:
+        engines = wait_until(lambda: engines_of(cluster, 2), process, log)
+        check_answers(wait_until(lambda: ask(cluster), process, log))
+        assert sorted(len(engine["ranks"]) for engine in engines) == [2, 2]
+        check_topology(cluster)
+
+
+def test_a_batch_of_prompts_with_ray_data(cluster: Cluster) -> None:
+    done = run_on_head(cluster, str(EXAMPLES / "data/batch.py"), str(DENSE), "--dtype=float32")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for prompt in ("Beautiful is better than ugly.\n", "Explicit is better than implicit.\n"):
+        assert repr(prompt + zen_after(prompt))[:60] in done.stdout, done.stdout[-3000:]
+    assert "vllm-ray-ascend" in done.stdout + done.stderr
+    check_nothing_left(cluster)
