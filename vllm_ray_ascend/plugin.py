@@ -50,10 +50,8 @@ def platform() -> str | None:
     """Return the name of our platform class where it is to be the platform, else None (vllm.platform_plugins)."""
     if is_off() or not _has_vllm_ascend():
         return None
-    when_imported(ray_llm.EXECUTOR, ray_llm.load_plugins_before_choice)
-    when_imported(ray_llm.ACCELERATORS, _default_to_npus)
-    when_imported(ray_llm.LLM_CONFIG, ray_llm.accept_npus)
-    when_imported(ray_llm.VLLM_MODELS, ray_llm.accept_npu_shares)
+    for name, callback in ray_llm.hooks(_is_npu).items():
+        when_imported(name, callback)
     if is_sole_platform_plugin():
         return _PLATFORM
     when_imported("vllm_ascend.platform", _patch_platform)
@@ -116,11 +114,10 @@ def _has_vllm_ascend() -> bool:
     return find_spec("vllm_ascend") is not None
 
 
-def _default_to_npus(_: ModuleType) -> None:
-    """Let Ray Serve LLM ask for NPUs by default, where they are what this process's platform has."""
+def _is_npu() -> bool:
     from vllm_ray_ascend.platform_patch import is_npu
 
-    ray_llm.default_to_npus(is_npu)
+    return is_npu()
 
 
 def _patch_platform(module: ModuleType) -> None:

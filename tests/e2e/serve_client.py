@@ -1,9 +1,13 @@
-"""What the tests of Ray Serve ask an application at port 8000 of this node: `python -m tests.e2e.serve_client`."""
+"""What the tests of Ray Serve ask an application at port 8000 of this node.
+
+`python -m tests.e2e.serve_client [PROMPT]`: the text after a prompt of one's own, or after those of `ask`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import sys
 
 import openai
 
@@ -36,5 +40,15 @@ async def ask() -> dict[str, object]:
         }
 
 
+def complete(prompt: str) -> str:
+    """Return the text after one prompt, of the first model."""
+    client = openai.OpenAI(base_url=URL, api_key="none", timeout=300, max_retries=0)
+    model = client.models.list().data[0].id
+    return client.completions.create(model=model, prompt=prompt, temperature=0, max_tokens=200).choices[0].text
+
+
 if __name__ == "__main__":
-    print(MARKER + json.dumps(asyncio.run(ask())))
+    if sys.argv[1:]:
+        print(f"TEXT {complete(sys.argv[1])!r}")
+    else:
+        print(MARKER + json.dumps(asyncio.run(ask())))

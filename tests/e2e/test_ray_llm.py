@@ -19,7 +19,7 @@ import yaml
 from softnpu.cluster import manager
 from softnpu.cluster.plan import Cluster
 
-from demo.train.recitation import DENSE, MOE, PROMPTS, zen_after
+from demo.train.recitation import DENSE, MOE, PROMPTS, zen_after, zen_text
 from tests.e2e.conftest import ROOT, run_on_head
 from tests.e2e.generate import MARKER
 from tests.e2e.serve_client import CONCURRENT
@@ -171,6 +171,35 @@ def test_data_parallel_ranks_of_a_mixture_of_experts(cluster: Cluster, tmp_path:
         check_answers(wait_until(lambda: ask(cluster), process, log))
         assert sorted(len(engine["ranks"]) for engine in engines) == [2, 2]
         check_topology(cluster)
+
+
+@pytest.mark.slow
+def test_prefill_on_one_node_decode_on_the_other(cluster: Cluster, tmp_path: Path) -> None:
+    log, notes_file, store = tmp_path / "pd.log", tmp_path / "notes", tmp_path / "store"
+    store.mkdir()
+    run = deploy(tmp_path, "prefill_decode.yaml", DENSE, {**EAGER, "enable_prefix_caching": False})
+    config = yaml.safe_load(Path(run[-1]).read_text())
+    for llm_config in configs_of(config):  # Mooncake needs hardware
+        llm_config["engine_kwargs"]["kv_transfer_config"] |= {
+            "kv_connector": "FolderConnector",
+            "kv_connector_module_path": "tests.e2e.folder_connector",
+            "kv_connector_extra_config": {"shared_storage_path": str(store), "notes": str(notes_file)},
+        }
+        llm_config["placement_group_config"] = {"bundle_per_worker": {"CPU": 6, "NPU": 1}}  # no second one on a node
+    Path(run[-1]).write_text(yaml.safe_dump(config))
+    with started(cluster, log, *run) as process:
+        wait_until(lambda: engines_of(cluster, 2), process, log)
+        wait_until(lambda: ask(cluster), process, log)
+        prompt = zen_text().rpartition("\n")[0] + "\n"
+        done = run_on_head(cluster, "-m", "tests.e2e.serve_client", prompt)
+        assert f"TEXT {zen_after(prompt)!r}" in done.stdout, done.stdout + done.stderr[-3000:]
+    notes = {tuple(line.split()) for line in notes_file.read_text().splitlines()}
+    stored, loaded = (
+        {(layer, tokens): node for *found, layer, tokens, node in notes if found == wanted}
+        for wanted in (["kv_producer", "stored"], ["kv_consumer", "loaded"])
+    )
+    assert len(loaded) >= 4 and loaded.keys() <= stored.keys(), notes
+    assert not set(stored.values()) & set(loaded.values()), "on different nodes"
 
 
 def test_a_batch_of_prompts_with_ray_data(cluster: Cluster) -> None:

@@ -70,6 +70,20 @@ def detection() -> None:
     assert (manager.get_resource_name(), count) == ("GPU", 8), "what was declared still counts where nothing is found"
 
 
+def ray_llm() -> None:
+    from ray.llm._internal.serve.core.configs import accelerators
+
+    found = accelerators.infer_hardware_kind_from_bundles({"bundle_per_worker": {"CPU": 1, "NPU": 1}})
+    assert found == "npu", f"kind of bundles with NPUs: {found}"
+    assert accelerators.infer_hardware_kind_from_bundles({"bundles": [{"GPU": 1}, {"NPU": 1}]}) == "gpu"
+    npus: Any = accelerators.NPUAccelerator()
+    assert npus.default_bundles(num_devices=2) == [{"NPU": 1}, {"NPU": 1}]
+    assert npus.get_remote_options("Ascend910B3") == {
+        "resources": {"NPU": 0.001},
+        "accelerator_type": "Ascend910B3",
+    }
+
+
 if __name__ == "__main__":
     ray.init(
         address="local",
@@ -83,5 +97,5 @@ if __name__ == "__main__":
     )
     holder: Any = Holder
     holders = [holder.remote() for _ in range(2)]
-    run({"ray-0001": auto_transport, "ray-0002": devices, "ray-0003": detection})
+    run({"ray-0001": auto_transport, "ray-0002": devices, "ray-0003": detection, "ray-0004": ray_llm})
     ray.shutdown()

@@ -19,11 +19,15 @@ from vllm_ray_ascend import patches
 from vllm_ray_ascend.errors import UpstreamChangedError
 from vllm_ray_ascend.log import get_logger
 
-ACCELERATORS = "ray.llm._internal.serve.core.configs.accelerators"
-LLM_CONFIG = "ray.llm._internal.serve.core.configs.llm_config"
-VLLM_MODELS = "ray.llm._internal.serve.engines.vllm.vllm_models"
-EXECUTOR = "vllm.v1.executor.abstract"
+_ACCELERATORS = "ray.llm._internal.serve.core.configs.accelerators"
+_LLM_CONFIG = "ray.llm._internal.serve.core.configs.llm_config"
+_VLLM_MODELS = "ray.llm._internal.serve.engines.vllm.vllm_models"
+_KV_TRANSFER = "ray.llm._internal.serve.engines.vllm.kv_transfer.factory"
+_EXECUTOR = "vllm.v1.executor.abstract"
+_MOONCAKE_CONNECTORS = ("MooncakeConnectorV1", "MooncakeHybridConnector")
+"""Those of vllm-ascend's that follow Ray's default protocol: prefill answers with what decode needs to fetch."""
 
+_MOONCAKE_BACKEND = "vllm_ray_ascend.compat.mooncake:MooncakeBackend"
 _NPU, _GPU = "NPU", "GPU"
 _SOC_PREFIX = "Ascend"
 _CONFIG_TASK_SHARE = 0.001
@@ -32,7 +36,19 @@ _CONFIG_TASK_SHARE = 0.001
 logger = get_logger(__name__)
 
 
-def load_plugins_before_choice(module: ModuleType) -> None:
+@functools.cache
+def hooks(is_npu: Callable[[], bool]) -> Mapping[str, Callable[[ModuleType], None]]:
+    """Return what to do with each module once it was imported. ``is_npu`` says whether the platform has NPUs."""
+    return {
+        _EXECUTOR: _load_plugins_before_choice,
+        _ACCELERATORS: functools.partial(_default_to_npus, is_npu),
+        _LLM_CONFIG: _accept_npus,
+        _VLLM_MODELS: _accept_npu_shares,
+        _KV_TRANSFER: _add_mooncake,
+    }
+
+
+def _load_plugins_before_choice(module: ModuleType) -> None:
     """Let `Executor.get_class` of ``module`` load vLLM's general plugins first.
 
     Whoever builds EngineArgs has loaded them, but Ray Serve builds these in another process than the engine's.
@@ -51,8 +67,8 @@ def _loading_plugins(get_class: Callable[[Any], Any]) -> staticmethod[[Any], Any
     return staticmethod(load_and_get_class)
 
 
-def default_to_npus(is_npu: Callable[[], bool]) -> None:
-    """Let the GPU backend of ACCELERATORS ask for NPUs where the platform ``is_npu``."""
+def _default_to_npus(is_npu: Callable[[], bool], _: ModuleType) -> None:
+    """Let the GPU backend of _ACCELERATORS ask for NPUs where the platform ``is_npu``."""
     if _knows_npus():
         return
 
@@ -74,30 +90,43 @@ def default_to_npus(is_npu: Callable[[], bool]) -> None:
 
         return get_remote_options
 
-    _wrap(f"{ACCELERATORS}.GPUAccelerator.default_bundles", bundles_of_platform)
-    _wrap(f"{ACCELERATORS}.GPUAccelerator.get_remote_options", options_of_platform)
+    _wrap(f"{_ACCELERATORS}.GPUAccelerator.default_bundles", bundles_of_platform)
+    _wrap(f"{_ACCELERATORS}.GPUAccelerator.get_remote_options", options_of_platform)
 
 
-def accept_npus(_: ModuleType) -> None:
-    """Let `LLMConfig` of LLM_CONFIG take bundles with NPUs, and the names of Ascend's chips."""
+def _accept_npus(_: ModuleType) -> None:
+    """Let `LLMConfig` of _LLM_CONFIG take bundles with NPUs, and the names of Ascend's chips."""
     if _knows_npus():
         return
-    _wrap(f"{LLM_CONFIG}.infer_hardware_kind_from_bundles", _with_npus_as_gpus)
-    _wrap(f"{LLM_CONFIG}.AcceleratorType", with_soc_names)
+    _wrap(f"{_LLM_CONFIG}.infer_hardware_kind_from_bundles", _with_npus_as_gpus)
+    _wrap(f"{_LLM_CONFIG}.AcceleratorType", with_soc_names)
 
 
-def accept_npu_shares(_: ModuleType) -> None:
-    """Let `VLLMEngineConfig` of VLLM_MODELS take the share of a worker from bundles with parts of NPUs."""
+def _accept_npu_shares(_: ModuleType) -> None:
+    """Let `VLLMEngineConfig` of _VLLM_MODELS take the share of a worker from bundles with parts of NPUs."""
     if not _knows_npus():
         _wrap(
-            f"{VLLM_MODELS}.VLLMEngineConfig._detect_fractional_gpu_from_pg",
+            f"{_VLLM_MODELS}.VLLMEngineConfig._detect_fractional_gpu_from_pg",
             lambda upstream: staticmethod(_with_npus_as_gpus(upstream)),
         )
 
 
+def _add_mooncake(module: ModuleType) -> None:
+    """Register vllm-ascend's connectors with ``module`` (_KV_TRANSFER), unless they are.
+
+    Ray before 2.57 has no protocol of prefill and decode that they could follow.
+    """
+    if not hasattr(module, "DefaultConnectorBackend"):
+        return
+    factory = module.KVConnectorBackendFactory
+    for name in _MOONCAKE_CONNECTORS:
+        if not factory.is_registered(name):
+            factory.register_backend(name, _MOONCAKE_BACKEND)
+
+
 def _knows_npus() -> bool:
     """Return whether Ray has a kind of accelerator for NPUs (ray-project/ray#63617)."""
-    return any(hasattr(import_module(ACCELERATORS), name) for name in ("NPUConfig", "NPUAccelerator"))
+    return any(hasattr(import_module(_ACCELERATORS), name) for name in ("NPUConfig", "NPUAccelerator"))
 
 
 def _wrap(target: str, decorator: Callable[[Any], Any]) -> None:
