@@ -202,6 +202,65 @@ def test_prefill_on_one_node_decode_on_the_other(cluster: Cluster, tmp_path: Pat
     assert not set(stored.values()) & set(loaded.values()), "on different nodes"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("tensor", "pipeline", "engines"), [(1, 1, 2), (2, 1, 2), (1, 2, 1)])
+def test_datasets_with_engines_of_several_sizes(
+    cluster: Cluster, tmp_path: Path, tensor: int, pipeline: int, engines: int
+) -> None:
+    sizes = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline}
+    with dataset(cluster, tmp_path / "log", engines, **sizes) as (process, log):
+        if tensor * pipeline > 1:
+            found = wait_until(lambda: engines_of(cluster, engines), process, log)
+            assert [len(engine["ranks"]) for engine in found] == [tensor * pipeline] * engines
+        check_rows(process, log)
+    check_nothing_left(cluster)
+
+
+@pytest.mark.slow
+def test_a_dataset_whose_engine_dies_in_the_middle(cluster: Cluster, tmp_path: Path) -> None:
+    with dataset(cluster, tmp_path / "log", 1, tensor_parallel_size=2) as (process, log):
+        wait_until(lambda: MARKER in log.read_text(errors="replace"), process, log)
+        (engine,) = engines_of(cluster, 1)
+        rank = engine["ranks"][-1]
+        node = next(node.index for node in cluster.nodes if node.address == rank["address"])
+        send_signal(cluster, node, rank["pid"], signal.SIGKILL)
+        check_rows(process, log)
+        assert len(re.findall(r"vllm-ray-ascend \S+ ready: ", log.read_text(errors="replace"))) == 2, "a second engine"
+    check_nothing_left(cluster)
+
+
+DATASET = [prompt for prompt in PROMPTS for _ in range(8)]
+
+
+@contextlib.contextmanager
+def dataset(cluster: Cluster, log: Path, engines: int, **sizes: int) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """Start a dataset on the head node, with engines of these sizes; what it prints is in the log."""
+    options = {"model": str(DENSE), "prompts": DATASET, "concurrency": engines, **EAGER, **sizes}
+    command = [sys.executable, "-m", "tests.e2e.data_batch", json.dumps(options)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            manager.node_command(cluster, 1, command),
+            env={**manager.command_environment(cluster, 1, os.environ), "RAY_DEDUP_LOGS": "0"},
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            yield process, log
+        finally:
+            process.kill()
+            process.wait()
+
+
+def check_rows(process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait for the end, and check that every row came once, with the right text."""
+    code = process.wait(LIMIT_S)
+    text = log.read_text(errors="replace")
+    assert code == 0, text[-6000:]
+    rows = [json.loads(line[len(MARKER) :]) for line in text.splitlines() if line.startswith(MARKER)]
+    assert sorted(rows) == sorted([prompt, zen_after(prompt)] for prompt in DATASET)
+
+
 def test_a_batch_of_prompts_with_ray_data(cluster: Cluster) -> None:
     done = run_on_head(cluster, str(EXAMPLES / "data/batch.py"), str(DENSE), "--dtype=float32")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ray_ascend.cluster.bundles import BundleOrder, bundle_share, select_bundles
+from vllm_ray_ascend.cluster.bundles import BundleOrder, bundle_share, held_share, select_bundles
 from vllm_ray_ascend.errors import PlacementError
 
 pytestmark = pytest.mark.unit
@@ -14,6 +14,21 @@ pytestmark = pytest.mark.unit
 FOUR = [{"NPU": 1.0}] * 4
 MIXED = [{"CPU": 1.0}, {"NPU": 1.0}, {"NPU": 1.0, "CPU": 1.0}, {"CPU": 4.0}]
 MAKE = "`ray.util.placement_group([{'NPU': 1}] * 2)`"
+
+
+@pytest.mark.parametrize(
+    ("specs", "share"),
+    [
+        ([{"NPU": 0.5, "CPU": 1.0}, {"CPU": 4.0}], 0.5),
+        ([{"NPU": 0.25}] * 2, 0.25),
+        ([{"NPU": 0.5}, {"NPU": 1.0}], None),
+        (FOUR, None),
+        ([{"NPU": 2.0}], None),
+        ([{"GPU": 0.5}, {"CPU": 1.0}], None),
+    ],
+)
+def test_a_part_of_an_npu_that_all_bundles_hold(specs: list[dict[str, float]], share: float | None) -> None:
+    assert held_share(specs) == share
 
 
 @pytest.mark.parametrize(

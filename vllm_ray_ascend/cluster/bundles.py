@@ -21,6 +21,13 @@ def bundle_share(worker_share: float, world_size: int) -> float:
     return worker_share if world_size == 1 and 0 < worker_share < 1 else 1.0
 
 
+def held_share(bundle_specs: Iterable[Mapping[str, float]], kind: Kind = NPU) -> float | None:
+    """Return the part of a device that all bundles with one hold; None where it is a whole one, or differs."""
+    held = {amount for bundle in bundle_specs if (amount := bundle.get(kind.key, 0)) > 0}
+    (share,) = held if len(held) == 1 else (1.0,)
+    return share if share < 1 else None
+
+
 class BundleOrder(NamedTuple):
     """What bundles are chosen and ordered by: tensor parallel groups whole on a node, few nodes, the driver's first."""
 

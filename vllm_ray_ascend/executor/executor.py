@@ -33,7 +33,12 @@ from vllm_ray_ascend.environment.paths import absolute_if_here
 from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, early_variables
 from vllm_ray_ascend.errors import AdapterError, VllmRayAscendError, WorkerFailedError, WorkerLateError
 from vllm_ray_ascend.executor.diagnostics import hung_message
-from vllm_ray_ascend.executor.placement_group import create_placement_group, has_lost_pinned_bundles, rank_bundles
+from vllm_ray_ascend.executor.placement_group import (
+    create_placement_group,
+    has_lost_pinned_bundles,
+    rank_bundles,
+    take_share_of_bundles,
+)
 from vllm_ray_ascend.executor.rank_report import (
     RankReport,
     check_owners,
@@ -187,6 +192,7 @@ class RayAscendExecutor(RpcResyncExecutor, ReboundStartup):
 
     def _start_workers(self) -> None:
         self._startup_reached = False
+        take_share_of_bundles(self.parallel_config)
         super()._init_executor()
         if not self._startup_reached:
             raise patches.bypassed_error(self._startup_target, super()._init_executor, self._startup_globals())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from vllm import envs
 
 from vllm_ray_ascend.accelerators.choose import current_accelerator
-from vllm_ray_ascend.cluster.bundles import BundleOrder, bundle_share, select_bundles
+from vllm_ray_ascend.cluster.bundles import BundleOrder, bundle_share, held_share, select_bundles
 from vllm_ray_ascend.cluster.connect import audit_nodes, connect, parallel_sizes, require_npus
 from vllm_ray_ascend.cluster.dp_placement import is_tied_by_mp_backend
 from vllm_ray_ascend.cluster.node_address import resolve_rendezvous
@@ -25,7 +26,7 @@ from vllm_ray_ascend.cluster.placement_groups import (
 from vllm_ray_ascend.cluster.polling import poll_until
 from vllm_ray_ascend.cluster.probe import live_node_addresses
 from vllm_ray_ascend.cluster.rank_placement import order_bundles, place_groups, rate_placement, straddling_groups
-from vllm_ray_ascend.devices.kind import NPU, Kind
+from vllm_ray_ascend.devices.kind import NPU, SHARE_VARIABLE, Kind
 from vllm_ray_ascend.devices.owners import reject_device_ids
 from vllm_ray_ascend.engine.process import node_id
 from vllm_ray_ascend.errors import PlacementError
@@ -136,6 +137,20 @@ def _warn_of_straddling_groups(places: Sequence[tuple[str, str]], tp_size: int) 
             groups,
             tp_size,
         )
+
+
+def take_share_of_bundles(config: Any) -> None:
+    """Let each worker take the part of an NPU that a given group's bundles hold, unless the user has said how much.
+
+    Ray Serve LLM sets the variable in other processes than the engine's.
+    """
+    if SHARE_VARIABLE in os.environ or config.placement_group is None:
+        return
+    connect(config)
+    kind = current_accelerator().kind
+    if (share := held_share(config.placement_group.bundle_specs, kind)) is not None:
+        os.environ[SHARE_VARIABLE] = f"{share:g}"
+        logger.info("each worker takes %g %s, as its bundle holds (%s)", share, kind.key, SHARE_VARIABLE)
 
 
 def _given_group(config: Any) -> Any:
