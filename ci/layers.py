@@ -98,6 +98,7 @@ HEAVY = frozenset({"torch", "torch_npu", "ray", "vllm", "vllm_ascend"})
 """Packages that take seconds to import or may be missing: no file imports them at its top, but those of LATE."""
 
 LATE: tuple[str, ...] = (
+    "vllm_ray_ascend/compat/mooncake.py",
     "vllm_ray_ascend/compiled_graph/dag.py",
     "vllm_ray_ascend/compiled_graph/executor.py",
     "vllm_ray_ascend/compiled_graph/pp_communicator.py",

@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_ray_ascend import __version__, patches
 from vllm_ray_ascend.cluster.node_facts import NOSET
-from vllm_ray_ascend.compat.ascend import speculation_obstacle
+from vllm_ray_ascend.compat.ascend import speculation_obstacle, weight_nz_mode
 from vllm_ray_ascend.compat.start_method import force_spawn_after_ray_init
 from vllm_ray_ascend.compat.versions import installed, require_ray
 from vllm_ray_ascend.devices.numbering import physical_to_visible
@@ -98,6 +98,7 @@ def _with_checks(upstream: Any) -> classmethod[Any, [Any], None]:
             require_ray(installed("ray"))
             _check_speculation(vllm_config)
             _check_multimodal_cache(vllm_config)
+            _check_weight_format(vllm_config)
             _warn_of_older_executor()
             force_spawn_after_ray_init()
             use_absolute_paths(vllm_config)
@@ -125,6 +126,21 @@ def _check_multimodal_cache(vllm_config: Any) -> None:
             "--mm-processor-cache-type shm does not work with --distributed-executor-backend ray: the workers are no "
             "children of one process, and vLLM gives them no common lock for that cache. Leave it out, or use "
             "--mm-processor-cache-type lru.",
+        )
+
+
+def _check_weight_format(vllm_config: Any) -> None:
+    """Raise SettingError where weights are to change in place, which vllm-ascend refuses as late as then."""
+    wanted = {
+        "--enable-sleep-mode": vllm_config.model_config.enable_sleep_mode,
+        "--weight-transfer-config": vllm_config.weight_transfer_config is not None,
+    }
+    options = " and ".join(option for option, is_set in wanted.items() if is_set)
+    if options and (mode := weight_nz_mode()):
+        raise SettingError(
+            "VRA-147",
+            f"{options} cannot work with weight_nz_mode={mode}: vllm-ascend refuses to wake up and to update weights "
+            "in the format FRACTAL_NZ. Add --additional-config '{\"weight_nz_mode\": 0}'.",
         )
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.config import WeightTransferConfig
 from vllm.config.multimodal import MultiModalConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
@@ -52,6 +53,24 @@ def test_a_cache_of_inputs_in_shared_memory_is_refused_before_the_workers_do() -
         current_platform.check_and_update_config(config)
     config.model_config.multimodal_config = MultiModalConfig(mm_processor_cache_type="lru")
     current_platform.check_and_update_config(config)
+
+
+PYTORCH_WEIGHTS: dict[str, Any] = {"additional_config": {"weight_nz_mode": 0}}
+
+
+@pytest.mark.parametrize(
+    ("option", "options"),
+    [
+        ("--enable-sleep-mode", {"enable_sleep_mode": True}),
+        ("--weight-transfer-config", {"weight_transfer_config": WeightTransferConfig(backend="hccl")}),
+    ],
+)
+def test_weights_that_are_to_change_in_place_need_the_format_of_pytorch(option: str, options: dict[str, Any]) -> None:
+    """Where vllm-ascend accepts the other one, the refusal and its entry in docs/errors.md can go."""
+    with pytest.raises(SettingError, match=f"VRA-147: {option} cannot work with weight_nz_mode=1"):
+        create_config(**options)
+    assert create_config(**options, **PYTORCH_WEIGHTS).additional_config == PYTORCH_WEIGHTS["additional_config"]
+    assert create_config(**options, distributed_executor_backend="mp").parallel_config.world_size == 1
 
 
 def test_a_relative_path_is_absolute_in_the_config_only(monkeypatch: pytest.MonkeyPatch) -> None:

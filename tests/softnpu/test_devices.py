@@ -30,6 +30,18 @@ PHYSICAL_IDS = """
 """
 
 
+def test_an_npu_has_one_uuid_in_a_cluster() -> None:
+    code = """
+        import acl, ctypes
+        from tests.softnpu.runtime import runtime
+        uuid = ctypes.create_string_buffer(64)
+        assert runtime().aclrtDeviceGetUuid(0, uuid) == 0
+        print(uuid.value.decode())
+    """
+    same, again, other = (check_python(code, SOFTNPU_NODE=node) for node in ("uuid-a", "uuid-a", "uuid-b"))
+    assert same == again != other
+
+
 def physical_ids(visible: str | None, **environment: str | None) -> list[int]:
     text = check_python(PHYSICAL_IDS, ASCEND_RT_VISIBLE_DEVICES=visible, **environment)
     return [int(entry) for entry in text.strip(" []\n").split(",") if entry]

@@ -22,6 +22,13 @@ def has_port_ranges() -> bool:
     return bool(get_ascend_device_type() != AscendDeviceType.A2)
 
 
+def weight_nz_mode() -> int:
+    """Return how vllm-ascend stores weights: 0 as PyTorch does. Only once it has checked a configuration."""
+    from vllm_ascend.ascend_config import get_ascend_config
+
+    return int(get_ascend_config().weight_nz_mode)
+
+
 def block_reschedule_until_token(module: ModuleType) -> None:
     """Fix vllm-ascend's scheduling of pipelines, just imported as ``module``: patch/platform/patch_pp_mtp.py.
 

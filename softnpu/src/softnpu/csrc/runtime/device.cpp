@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <functional>
 #include <regex>
 
 #include "runtime/core.h"
@@ -169,7 +170,8 @@ aclError aclrtDeviceGetBareTgid(int32_t* pid) {
 aclError aclrtDeviceGetUuid(int32_t visible, aclrtUuid* uuid) {
   if (auto code = check_visible(visible, "aclrtDeviceGetUuid")) return code;
   memset(uuid, 0, sizeof *uuid);
-  snprintf(uuid->bytes, sizeof uuid->bytes, "softnpu-%d", visible_list()[visible]);
+  const auto node = static_cast<uint32_t>(std::hash<std::string>()(node_key()));  // one NPU, one UUID in the cluster
+  snprintf(uuid->bytes, sizeof uuid->bytes, "%08x-%d", node, visible_list()[visible]);
   return ACL_SUCCESS;
 }
 
