@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import os
@@ -259,6 +260,16 @@ def check_rows(process: subprocess.Popen[bytes], log: Path) -> None:
     assert code == 0, text[-6000:]
     rows = [json.loads(line[len(MARKER) :]) for line in text.splitlines() if line.startswith(MARKER)]
     assert sorted(rows) == sorted([prompt, zen_after(prompt)] for prompt in DATASET)
+
+
+@pytest.mark.slow
+def test_a_trainer_sends_new_weights_to_an_engine(cluster: Cluster) -> None:
+    done = run_on_head(cluster, str(EXAMPLES / "rl/weight_transfer.py"), str(DENSE))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    texts = [ast.literal_eval(text) for text in re.findall(r"^scale \d: (.*)$", done.stdout, re.MULTILINE)]
+    right = zen_after("Beautiful is better than ugly.\n")
+    assert [right.startswith(text) and len(text) > 100 for text in texts] == [True, False, True], texts
+    check_nothing_left(cluster)
 
 
 def test_a_batch_of_prompts_with_ray_data(cluster: Cluster) -> None:
