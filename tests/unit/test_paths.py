@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vllm_ray_ascend.environment.paths import absolute_if_here, missing_path, use_absolute_paths
+from vllm_ray_ascend.environment.paths import absolute_if_here, missing_extension, missing_path, use_absolute_paths
 from vllm_ray_ascend.errors import ClusterResourceError
 from vllm_ray_ascend.ipc.shared_memory import check_space, free_space
 
@@ -75,3 +75,24 @@ def test_space_for_the_queue() -> None:
         check_space(MIB // 2, 64 * MIB, 160 * MIB)
     free, total = free_space()
     assert 0 <= free <= total
+
+
+@pytest.mark.parametrize("missing", ["ours", "ours.extension"])
+def test_the_module_of_an_extension_class_that_a_node_lacks(missing: str) -> None:
+    error = ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+    reason = missing_extension("ours.extension.Facts", error, "10.0.0.2")
+    assert reason and reason.startswith(f"node 10.0.0.2 has no module {missing} for --worker-extension-cls ours.")
+
+
+@pytest.mark.parametrize(
+    ("extension", "error"),
+    [
+        ("ours.extension.Facts", ModuleNotFoundError("No module named 'numpy'", name="numpy")),
+        ("ours.extension.Facts", ModuleNotFoundError("No module named 'our'", name="our")),
+        ("ours.extension.Facts", ModuleNotFoundError("without a name")),
+        ("ours.extension.Facts", ValueError("ours")),
+        ("", ModuleNotFoundError("No module named 'ours'", name="ours")),
+    ],
+)
+def test_other_failures_are_not_those_of_an_extension_class(extension: str, error: Exception) -> None:
+    assert missing_extension(extension, error, "10.0.0.2") is None

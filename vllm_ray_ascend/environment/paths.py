@@ -37,3 +37,15 @@ def missing_path(model: str, address: str) -> str | None:
         f"node {address} has no {model}, from which the engine loads its model: copy or mount it there under the same "
         "path on every node, or serve a model by its name on a hub"
     )
+
+
+def missing_extension(class_name: str, error: Exception, address: str) -> str | None:
+    """Return that the module of a worker extension class is not on this node; None where ``error`` is about another."""
+    name = (error.name if isinstance(error, ModuleNotFoundError) else None) or ""
+    if not name or not f"{class_name}.".startswith(f"{name}."):
+        return None
+    return (
+        f"node {address} has no module {name} for --worker-extension-cls {class_name}: workers start in another folder "
+        'than the script, so send its folder along with ray.init(runtime_env={"working_dir": "."}) or `ray job submit '
+        "--working-dir .`, or install the module on every node"
+    )

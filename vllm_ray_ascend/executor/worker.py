@@ -30,9 +30,14 @@ from vllm_ray_ascend.devices.visible import VISIBLE_DEVICES, split_entries, visi
 from vllm_ray_ascend.engine.adapters import check_adapter
 from vllm_ray_ascend.engine.process import node_address, prepare_process
 from vllm_ray_ascend.environment.node import read_first_port
-from vllm_ray_ascend.environment.paths import missing_path
+from vllm_ray_ascend.environment.paths import missing_extension, missing_path
 from vllm_ray_ascend.environment.ports import port_variables
-from vllm_ray_ascend.errors import NotActiveError, VisibleDevicesError, VllmRayAscendError, WorkerFailedError
+from vllm_ray_ascend.errors import (
+    NotActiveError,
+    VisibleDevicesError,
+    VllmRayAscendError,
+    WorkerFailedError,
+)
 from vllm_ray_ascend.executor import memory_wait
 from vllm_ray_ascend.executor.pipeline_warmup import connect_pipeline_pairs
 from vllm_ray_ascend.ipc.message_queue import (
@@ -273,8 +278,11 @@ class RayAscendWorker(_Mixin):
         try:
             initialize(*args, **kwargs)
         except Exception as error:
-            if reason := missing_path(self._init_kwargs["vllm_config"].model_config.model, node_address()):
+            config = self._init_kwargs["vllm_config"]
+            if reason := missing_path(config.model_config.model, node_address()):
                 raise WorkerFailedError("VRA-357", reason) from error
+            if reason := missing_extension(config.parallel_config.worker_extension_cls, error, node_address()):
+                raise WorkerFailedError("VRA-393", reason) from error
             if current_accelerator().kind is not NPU:
                 raise
             # Only now: counting devices earlier would fix the list before vLLM 0.23 has set it.
