@@ -52,7 +52,7 @@ def started(cluster: Cluster, log: Path, *command: str) -> Iterator[subprocess.P
     with log.open("wb") as output:
         process = subprocess.Popen(
             manager.node_command(cluster, 1, [sys.executable, *command]),
-            env=manager.command_environment(cluster, 1, os.environ),
+            env={**manager.command_environment(cluster, 1, os.environ), "RAY_DEDUP_LOGS": "0"},
             stdout=output,
             stderr=subprocess.STDOUT,
         )
@@ -77,9 +77,14 @@ def wait_until(condition: Callable[[], Any], process: subprocess.Popen[bytes], l
     return found
 
 
-def engines_of(cluster: Cluster, count: int) -> list[dict[str, Any]]:
-    engines: list[dict[str, Any]] = read_topology(cluster)["engines"]
-    return engines if len(engines) == count else []
+def wait_for_application(process: subprocess.Popen[bytes], log: Path) -> None:
+    wait_until(lambda: "is ready at http" in log.read_text(errors="replace"), process, log)
+
+
+def wait_for_engines(count: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until so many engines have said that they are ready."""
+    ready = re.compile(r"vllm-ray-ascend \S+ ready: ")
+    wait_until(lambda: len(ready.findall(log.read_text(errors="replace"))) >= count, process, log)
 
 
 def used_npus(engines: Sequence[Mapping[str, Any]]) -> set[tuple[str, int]]:
@@ -87,15 +92,13 @@ def used_npus(engines: Sequence[Mapping[str, Any]]) -> set[tuple[str, int]]:
     return {(rank["address"], rank["physical"]) for engine in engines for rank in engine["ranks"]}
 
 
-def ask(cluster: Cluster) -> dict[str, Any] | None:
-    """Return what the client has got, once the application answers."""
+def check_answers(cluster: Cluster) -> None:
+    """Check the model's name, a text that is streamed, and those of many simultaneous requests."""
     done = run_on_head(cluster, "-m", "tests.e2e.serve_client")
     found = [line for line in done.stdout.splitlines() if line.startswith(MARKER)]
-    result: dict[str, Any] | None = json.loads(found[-1][len(MARKER) :]) if found else None
-    return result if result and result["models"] else None
-
-
-def check_answers(answers: Mapping[str, Any]) -> None:
+    assert found, done.stdout[-3000:] + done.stderr[-3000:]
+    answers = json.loads(found[-1][len(MARKER) :])
+    assert answers["models"] == ["my-model"]
     assert "".join(answers["streamed"]) == zen_after(PROMPTS[-1]) and len(answers["streamed"]) > 10
     assert answers["texts"] == [zen_after(PROMPTS[-1 - each % 2]) for each in range(CONCURRENT)]
 
@@ -122,9 +125,8 @@ def configs_of(value: Any) -> Iterator[dict[str, Any]]:
 def test_an_unchanged_script_serves_over_two_nodes_with_our_executor(cluster: Cluster, tmp_path: Path) -> None:
     log = tmp_path / "app.log"
     with started(cluster, log, str(EXAMPLES / "serve/app.py"), str(DENSE)) as process:
-        answers = wait_until(lambda: ask(cluster), process, log)
-        check_answers(answers)
-        assert answers["models"] == ["my-model"]
+        wait_for_application(process, log)
+        check_answers(cluster)
         (engine,) = check_topology(cluster)
         assert sorted((rank["address"], rank["physical"]) for rank in engine["ranks"]) == [
             (node.address, physical) for node in cluster.nodes for physical in (0, 1)
@@ -136,22 +138,18 @@ def test_an_unchanged_script_serves_over_two_nodes_with_our_executor(cluster: Cl
 def test_replicas_on_npus_of_their_own_and_one_that_is_killed(cluster: Cluster, tmp_path: Path) -> None:
     log = tmp_path / "replicas.log"
     with started(cluster, log, *deploy(tmp_path, "replicas.yaml", DENSE, EAGER)) as process:
-        wait_until(lambda: engines_of(cluster, 2), process, log)
-        check_answers(wait_until(lambda: ask(cluster), process, log))
+        wait_for_application(process, log)
+        check_answers(cluster)
         engines = check_topology(cluster)
         assert len(used_npus(engines)) == 2
         (rank,) = engines[0]["ranks"]
         node = next(node.index for node in cluster.nodes if node.address == rank["address"])
         send_signal(cluster, node, rank["pid"], signal.SIGKILL)
-        kept = engines[1]["ranks"][0]["actor"]
-
-        def replaced() -> bool:
-            now = engines_of(cluster, 2)
-            actors = {each["ranks"][0]["actor"] for each in now}
-            return kept in actors and rank["actor"] not in actors
-
-        wait_until(replaced, process, log)
-        check_answers(wait_until(lambda: ask(cluster), process, log))
+        wait_for_engines(3, process, log)
+        wait_until(lambda: len(read_topology(cluster)["engines"]) == 2, process, log)
+        check_answers(cluster)
+        actors = {each["actor"] for engine in check_topology(cluster) for each in engine["ranks"]}
+        assert rank["actor"] not in actors and engines[1]["ranks"][0]["actor"] in actors
         assert len(used_npus(check_topology(cluster))) == 2
 
 
@@ -159,8 +157,9 @@ def test_replicas_on_npus_of_their_own_and_one_that_is_killed(cluster: Cluster, 
 def test_two_replicas_share_an_npu(cluster: Cluster, tmp_path: Path) -> None:
     log = tmp_path / "shares.log"
     with started(cluster, log, *deploy(tmp_path, "shares.yaml", DENSE, EAGER)) as process:
-        engines = wait_until(lambda: engines_of(cluster, 2), process, log)
-        check_answers(wait_until(lambda: ask(cluster), process, log))
+        wait_for_application(process, log)
+        check_answers(cluster)
+        engines = read_topology(cluster)["engines"]
         assert len(used_npus(engines)) == 1
 
 
@@ -168,8 +167,9 @@ def test_two_replicas_share_an_npu(cluster: Cluster, tmp_path: Path) -> None:
 def test_data_parallel_ranks_of_a_mixture_of_experts(cluster: Cluster, tmp_path: Path) -> None:
     log = tmp_path / "dp.log"
     with started(cluster, log, *deploy(tmp_path, "data_parallel.yaml", MOE, EAGER)) as process:
-        engines = wait_until(lambda: engines_of(cluster, 2), process, log)
-        check_answers(wait_until(lambda: ask(cluster), process, log))
+        wait_for_application(process, log)
+        check_answers(cluster)
+        engines = read_topology(cluster)["engines"]
         assert sorted(len(engine["ranks"]) for engine in engines) == [2, 2]
         check_topology(cluster)
 
@@ -189,8 +189,7 @@ def test_prefill_on_one_node_decode_on_the_other(cluster: Cluster, tmp_path: Pat
         llm_config["placement_group_config"] = {"bundle_per_worker": {"CPU": 6, "NPU": 1}}  # no second one on a node
     Path(run[-1]).write_text(yaml.safe_dump(config))
     with started(cluster, log, *run) as process:
-        wait_until(lambda: engines_of(cluster, 2), process, log)
-        wait_until(lambda: ask(cluster), process, log)
+        wait_for_application(process, log)
         prompt = zen_text().rpartition("\n")[0] + "\n"
         done = run_on_head(cluster, "-m", "tests.e2e.serve_client", prompt)
         assert f"TEXT {zen_after(prompt)!r}" in done.stdout, done.stdout + done.stderr[-3000:]
@@ -211,7 +210,8 @@ def test_datasets_with_engines_of_several_sizes(
     sizes = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline}
     with dataset(cluster, tmp_path / "log", engines, **sizes) as (process, log):
         if tensor * pipeline > 1:
-            found = wait_until(lambda: engines_of(cluster, engines), process, log)
+            wait_for_engines(engines, process, log)
+            found = read_topology(cluster)["engines"]
             assert [len(engine["ranks"]) for engine in found] == [tensor * pipeline] * engines
         check_rows(process, log)
     check_nothing_left(cluster)
@@ -221,12 +221,12 @@ def test_datasets_with_engines_of_several_sizes(
 def test_a_dataset_whose_engine_dies_in_the_middle(cluster: Cluster, tmp_path: Path) -> None:
     with dataset(cluster, tmp_path / "log", 1, tensor_parallel_size=2) as (process, log):
         wait_until(lambda: MARKER in log.read_text(errors="replace"), process, log)
-        (engine,) = engines_of(cluster, 1)
+        (engine,) = read_topology(cluster)["engines"]
         rank = engine["ranks"][-1]
         node = next(node.index for node in cluster.nodes if node.address == rank["address"])
         send_signal(cluster, node, rank["pid"], signal.SIGKILL)
         check_rows(process, log)
-        assert len(re.findall(r"vllm-ray-ascend \S+ ready: ", log.read_text(errors="replace"))) == 2, "a second engine"
+        wait_for_engines(2, process, log)
     check_nothing_left(cluster)
 
 
