@@ -24,7 +24,7 @@ def main(model: str, prompts: list[str], concurrency: int, **engine_kwargs: Any)
     )
     processor = build_processor(
         config,
-        preprocess=lambda row: {"prompt": row["item"], "sampling_params": {"temperature": 0, "max_tokens": 250}},
+        preprocess=lambda row: {"prompt": row["item"], "sampling_params": {"temperature": 0, "max_tokens": 400}},
         postprocess=lambda row: {"prompt": row["prompt"], "text": row["generated_text"]},
     )
     dataset = ray.data.from_items(prompts, override_num_blocks=len(prompts) // 4)

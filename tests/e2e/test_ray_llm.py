@@ -156,7 +156,13 @@ def test_replicas_on_npus_of_their_own_and_one_that_is_killed(cluster: Cluster, 
 @pytest.mark.slow
 def test_two_replicas_share_an_npu(cluster: Cluster, tmp_path: Path) -> None:
     log = tmp_path / "shares.log"
-    with started(cluster, log, *deploy(tmp_path, "shares.yaml", DENSE, EAGER)) as process:
+    run = deploy(tmp_path, "shares.yaml", DENSE, EAGER)
+    config = yaml.safe_load(Path(run[-1]).read_text())
+    for llm_config in configs_of(config):  # else Ray may place them on two nodes
+        bundle = llm_config["placement_group_config"]["bundle_per_worker"]
+        bundle[f"node:{cluster.nodes[1].address}"] = 0.001
+    Path(run[-1]).write_text(yaml.safe_dump(config))
+    with started(cluster, log, *run) as process:
         wait_for_application(process, log)
         check_answers(cluster)
         engines = read_topology(cluster)["engines"]
