@@ -52,7 +52,7 @@ def patch_platform(platform: type) -> None:
 
 
 def is_patched(platform: type) -> bool:
-    """Whether this very class, not only a parent of it, has our members."""
+    """Return whether this very class, not only a parent of it, has our members."""
     return _MARK in vars(platform)
 
 
@@ -64,7 +64,7 @@ def is_npu() -> bool:
 
 
 def platform_is_ours() -> bool:
-    """Whether vLLM's platform has our members, or is that of CUDA and VLLM_RAY_ASCEND=1 asks for us there.
+    """Return whether vLLM's platform has our members, or is that of CUDA and VLLM_RAY_ASCEND=1 asks for us there.
 
     It resolves the platform, so it is not for use while plugins load.
     """

@@ -243,7 +243,7 @@ class WorkerSupervisor:
         return gcs_obstacle(self._gcs_address) if self._gcs_address else None
 
     def _log_ray_failure(self, rank: int) -> None:
-        """Log why Ray killed a worker, which Ray tells later than the death is known."""
+        """Log why Ray killed a worker, which Ray reports later than the death is known."""
         references = [handle.run_ref for handle in self._worker_handles() if handle.rank == rank]
         if not references or references[0] is None:
             return
@@ -304,5 +304,5 @@ def run_each(*calls: Callable[[], object]) -> None:
     for call in calls:
         try:
             call()
-        except Exception:
+        except Exception:  # whatever it is, the following calls are still needed
             logger.exception("VRA-336: a part of what follows a failure of the engine failed itself")
