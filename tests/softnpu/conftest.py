@@ -19,7 +19,7 @@ if "SOFTNPU_LIB" not in os.environ:
 os.environ["SOFTNPU_NODE"] = f"pytest-{os.getpid()}"
 os.environ["SOFTNPU_STATE_DIR"] = tempfile.mkdtemp(prefix="softnpu-tests-")
 os.environ.setdefault("SOFTNPU_WAIT_LIMIT", "30")  # a wait that a fault leaves open ends the test, not the session
-os.environ.setdefault("SOFTNPU_LOG", "0")  # failures that tests ask for are no news
+os.environ.setdefault("SOFTNPU_LOG", "0")  # failures that tests ask for need no line in the log
 
 
 def pytest_unconfigure() -> None:
