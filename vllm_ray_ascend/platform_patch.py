@@ -57,7 +57,7 @@ def is_patched(platform: type) -> bool:
 
 
 def is_npu() -> bool:
-    """Whether vLLM's platform is that of NPUs, with our members. It resolves the platform, as `platform_is_ours`."""
+    """Return whether the platform is the NPUs', with our members. It resolves the platform, as `platform_is_ours`."""
     from vllm.platforms import current_platform
 
     return is_patched(type(current_platform))
