@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vllm_ray_ascend.cluster.probe import live_node_addresses
@@ -13,7 +13,6 @@ from vllm_ray_ascend.control.health_check import IdleHealthCheck, Reports
 from vllm_ray_ascend.control.protocol import STOP, TERMINATE, Extension
 from vllm_ray_ascend.control.server import ControlServer, Peer, PeerLost
 from vllm_ray_ascend.control.timeouts import stop_grace_s
-from vllm_ray_ascend.control.transport_security import warn_if_unencrypted
 from vllm_ray_ascend.errors import (
     ControlServerError,
     VllmRayAscendError,
@@ -297,6 +296,19 @@ class WorkerSupervisor:
                 location = f"node {addresses.get(handle.node_id, handle.node_id)}"
                 self._handle_lost_worker(PeerLost(handle.rank, 0, location, ray_failure(done[0])))
                 return
+
+
+def warn_if_unencrypted(environ: Mapping[str, str]) -> None:
+    """Log that only Ray's own connections are encrypted, where the user has asked Ray for TLS.
+
+    Reasons: docs/decisions/0008-control-connections-without-tls.md.
+    """
+    if environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):  # as Ray reads it
+        logger.warning(
+            "VRA-337: RAY_USE_TLS=1 encrypts Ray's own connections. Those of this engine between nodes (control, "
+            "message queues, HCCL) are authenticated at most, and not encrypted: encrypt the network between the nodes "
+            "itself, as with WireGuard or IPsec."
+        )
 
 
 def run_each(*calls: Callable[[], object]) -> None:
