@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-COMMAND = "softnpu exec -- python -m pytest tests/softnpu"
+COMMAND = ".venv/bin/softnpu exec -- .venv/bin/python -m pytest tests/softnpu"
 
 if "SOFTNPU_LIB" not in os.environ:
     raise pytest.UsageError(f"The tests of the software NPU run on it. Start them with: {COMMAND}")
