@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,14 @@ def collect_machine_facts() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}},
         "commit": _git("rev-parse", "--short=12", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
     }
+
+
+def describe_machine(machine: Mapping[str, Any]) -> str:
+    """Return a machine of `collect_machine_facts` in words."""
+    return (
+        f"{machine['cores']} cores ({machine['processor']}), {machine['memory_gib']} GiB, Linux {machine['kernel']}, "
+        f"load {machine['load_before'][0]:.1f} when it began"
+    )
 
 
 def _first(path: str, key: str) -> str:

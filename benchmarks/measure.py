@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from benchmarks.cluster import BenchCluster, start_cluster
 from benchmarks.options import CASES, BenchError, Case, Options
-from benchmarks.place import Place, place_for
 from benchmarks.protocol import Child
 from benchmarks.statistics import Sample
 
@@ -24,8 +24,8 @@ def measure(options: Options, report: Callable[[str], None]) -> Iterator[Sample]
     """Yield all samples of a run."""
     for name in options.cases:
         case = CASES[name]
-        with place_for(case, options) as place:
-            runner = _Runner(case, options, place, report)
+        with start_cluster(case, options) as cluster:
+            runner = _Runner(case, options, cluster, report)
             yield from runner.measure_serving()
             yield from runner.measure_starts()
             if not case.tcp:  # the workers' processes are on another node, where the engine cannot kill or watch them
@@ -39,10 +39,10 @@ def rotate_executors(executors: Sequence[T], number: int) -> Sequence[T]:
 
 
 class _Runner:
-    def __init__(self, case: Case, options: Options, place: Place, report: Callable[[str], None]) -> None:
+    def __init__(self, case: Case, options: Options, cluster: BenchCluster, report: Callable[[str], None]) -> None:
         self._case = case
         self._options = options
-        self._place = place
+        self._cluster = cluster
         self._report = report
 
     def measure_serving(self) -> Iterator[Sample]:
@@ -53,7 +53,7 @@ class _Runner:
         with contextlib.ExitStack() as stack:
             children = {}
             for executor in options.executors:
-                child = stack.enter_context(contextlib.closing(self._place.child(executor, "serving")))
+                child = stack.enter_context(contextlib.closing(self._cluster.child(executor, "serving")))
                 yield from self._start(child, executor, 0)
                 children[executor] = child
             for child in children.values():
@@ -91,7 +91,7 @@ class _Runner:
         """Measure starts of engines, each alone and in a process of its own."""
         for number in range(1, self._options.starts + 1):
             for executor in rotate_executors(self._options.executors, number):
-                with contextlib.closing(self._place.child(executor, "start")) as child:
+                with contextlib.closing(self._cluster.child(executor, "start")) as child:
                     yield from self._start(child, executor, number)
                     yield from self._stop(child, executor, number)
 
@@ -104,7 +104,7 @@ class _Runner:
             return
         with contextlib.ExitStack() as stack:
             children = {
-                executor: stack.enter_context(contextlib.closing(self._place.child(executor, "lives")))
+                executor: stack.enter_context(contextlib.closing(self._cluster.child(executor, "lives")))
                 for executor in options.executors
             }
             for child in children.values():

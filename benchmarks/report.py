@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.machine import describe_machine
 from benchmarks.options import BASE
 from benchmarks.statistics import Figure, Sample
 
@@ -28,13 +29,11 @@ def markdown(run: Mapping[str, Any], figures: Figures) -> str:
 
 def head(run: Mapping[str, Any]) -> list[str]:
     """Return the title, and where, when and with what it was measured."""
-    machine, versions = run["machine"], run["versions"]
     return [
         f"# Benchmark `{run['options']['name']}`, commit {run['commit']}",
         "",
-        f"{machine['cores']} cores ({machine['processor']}), {machine['memory_gib']} GiB, Linux {machine['kernel']}, "
-        f"load {machine['load_before'][0]:.1f} when it began; software NPUs; "
-        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        f"{describe_machine(run['machine'])}; software NPUs; "
+        + ", ".join(f"{name} {version}" for name, version in run["versions"].items())
         + f"; {run['began']}, {run['seconds'] / 60:.0f} minutes.",
     ]
 

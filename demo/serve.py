@@ -17,9 +17,9 @@ from pathlib import Path
 
 from softnpu.errors import SoftNpuError
 
+from demo.cluster import NpuCluster, has_real_npus, real_npus, software_npus
 from demo.forward import Forwarder
 from demo.options import DemoError, Options, check_packages, read_options, reserve_port
-from demo.place import Place, has_real_npus, real_npus, software_npus
 from demo.server import QUIET, Server
 from demo.train.recitation import QUESTION, zen_text
 
@@ -50,16 +50,16 @@ def _run(options: Options, listener: socket.socket) -> int:
     print(
         f"cluster: {'the NPUs of this machine' if real else 'software NPUs (no Ascend NPU is found here)'}", flush=True
     )
-    with (real_npus if real else software_npus)(options.npus, os.environ) as place, contextlib.ExitStack() as stack:
-        print(f"  {place.description}\nserver: {options.model} (log: {LOG})", flush=True)
-        if place.address == "127.0.0.1":
+    with (real_npus if real else software_npus)(options.npus, os.environ) as cluster, contextlib.ExitStack() as stack:
+        print(f"  {cluster.description}\nserver: {options.model} (log: {LOG})", flush=True)
+        if cluster.address == "127.0.0.1":
             listener.close()  # the server takes the port itself
         else:
-            stack.enter_context(Forwarder(listener, (place.address, options.port)))
-        server = stack.enter_context(Server(options, place, LOG))
+            stack.enter_context(Forwarder(listener, (cluster.address, options.port)))
+        server = stack.enter_context(Server(options, cluster, LOG))
         server.wait_until_healthy()
         right = _ask(options, server)
-        _print_placement(options, place, server)
+        _print_placement(options, cluster, server)
         if not options.once:
             print("serving until Ctrl-C", flush=True)
             with contextlib.suppress(KeyboardInterrupt):
@@ -99,11 +99,11 @@ def _ask(options: Options, server: Server) -> bool:
     return right
 
 
-def _print_placement(options: Options, place: Place, server: Server) -> None:
+def _print_placement(options: Options, cluster: NpuCluster, server: Server) -> None:
     print("placement:")
     for line in server.placement() or ["not logged: the plugin is off (VLLM_RAY_ASCEND=0?)"]:
         print(f"  {line}")
-    also = "" if place.address == "127.0.0.1" else f" and {server.url}/v1"
+    also = "" if cluster.address == "127.0.0.1" else f" and {server.url}/v1"
     print(f"address: http://127.0.0.1:{options.port}/v1{also}", flush=True)
 
 

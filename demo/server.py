@@ -12,8 +12,8 @@ import urllib.request
 from pathlib import Path
 from types import TracebackType
 
+from demo.cluster import NpuCluster
 from demo.options import DemoError, Options
-from demo.place import Place
 from demo.torch_release import compile_variables
 
 _START_LIMIT_S = 600.0
@@ -60,15 +60,15 @@ def _end_with_parent() -> None:
 class Server:
     """A running `vllm serve`; leaving the context stops it."""
 
-    def __init__(self, options: Options, place: Place, log: Path) -> None:
-        self.url = f"http://{place.address}:{options.port}"
+    def __init__(self, options: Options, cluster: NpuCluster, log: Path) -> None:
+        self.url = f"http://{cluster.address}:{options.port}"
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as stream:
             # A session of its own: Ctrl-C is ours to pass on, once, at the right moment.
             self._process = subprocess.Popen(
-                place.command(serve_command(options, place.bind)),
-                env=place.environment,
+                cluster.command(serve_command(options, cluster.bind)),
+                env=cluster.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,

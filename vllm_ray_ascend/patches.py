@@ -836,7 +836,7 @@ def original(target: str, owner: Any = None) -> Any:
 
 
 def is_applied(target: str, owner: Any = None) -> bool:
-    """Whether ``target`` has our replacement on this very object, not only on a parent of it."""
+    """Return whether ``target`` has our replacement on this very object, not only on a parent of it."""
     _, owner, name = _resolve(target, owner, may_be_gone=True)
     return _original_name(name) in vars(owner)
 
@@ -931,7 +931,7 @@ def _definer(value: Any) -> str:
 
 
 def _is_third_party(value: Any) -> bool:
-    """Whether a function or class is neither upstream's nor ours. Plain values are nobody's."""
+    """Return whether a function or class is neither upstream's nor ours. Plain values are nobody's."""
     return (isinstance(value, type) or callable(value)) and _definer(value).partition(".")[0] not in _UPSTREAM
 
 

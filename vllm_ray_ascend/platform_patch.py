@@ -52,19 +52,19 @@ def patch_platform(platform: type) -> None:
 
 
 def is_patched(platform: type) -> bool:
-    """Whether this very class, not only a parent of it, has our members."""
+    """Return whether this very class, not only a parent of it, has our members."""
     return _MARK in vars(platform)
 
 
 def is_npu() -> bool:
-    """Whether vLLM's platform is that of NPUs, with our members. It resolves the platform, as `platform_is_ours`."""
+    """Return whether the platform is the NPUs', with our members. It resolves the platform, as `platform_is_ours`."""
     from vllm.platforms import current_platform
 
     return is_patched(type(current_platform))
 
 
 def platform_is_ours() -> bool:
-    """Whether vLLM's platform has our members, or is that of CUDA and VLLM_RAY_ASCEND=1 asks for us there.
+    """Return whether vLLM's platform has our members, or is that of CUDA and VLLM_RAY_ASCEND=1 asks for us there.
 
     It resolves the platform, so it is not for use while plugins load.
     """

@@ -96,7 +96,7 @@ def join_parent_cluster() -> None:
 
 
 def is_sole_platform_plugin(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether VLLM_PLUGINS names `ray_ascend` and not `ascend`."""
+    """Return whether VLLM_PLUGINS names `ray_ascend` and not `ascend`."""
     names = (os.environ if environ is None else environ).get("VLLM_PLUGINS", "").split(",")
     return NAME in names and ASCEND not in names
 

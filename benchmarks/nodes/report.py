@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from benchmarks.machine import describe_machine
+
 _FIGURES = {
     "cpu_s": "CPU time of the engine's thread",
     "wall_s": "the call in the engine's thread",
@@ -20,10 +22,11 @@ def markdown(run: Mapping[str, Any]) -> str:
     turns: list[dict[str, Any]] = run["turns"]
     keys = list(dict.fromkeys((turn["nodes"], turn["ranks"], turn["way"]) for turn in turns))
     loads = [turn["load"] for turn in turns]
+    where = describe_machine(run["machine"])
     lines = [
         "# An engine's message to all ranks on other nodes",
         "",
-        f"Commit {run['commit']}, {run['date']}, {run['machine']}; load {min(loads):.0f} to {max(loads):.0f}.",
+        f"Commit {run['commit']}, {run['date']}, {where}, then {min(loads):.0f} to {max(loads):.0f}.",
         f"Milliseconds a message of {run['size']} bytes: medians, in brackets the least and the greatest.",
         "",
         f"| nodes x ranks | a connection to each of the | {' | '.join(_FIGURES.values())} |",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+from benchmarks.machine import describe_machine
 from benchmarks.queues.plan import KIB, MIB
 
 _FIGURES = {
@@ -21,7 +22,8 @@ def markdown(run: dict[str, Any]) -> str:
     turns: list[dict[str, Any]] = run["turns"]
     sizes = sorted({turn["size"] for turn in turns})
     ways = list(dict.fromkeys(turn["way"] for turn in turns))
-    lines = ["# Message queues between two nodes", "", f"Commit {run['commit']}, {run['date']}, {run['machine']}."]
+    where = describe_machine(run["machine"])
+    lines = ["# Message queues between two nodes", "", f"Commit {run['commit']}, {run['date']}, {where}."]
     for figure, title in _FIGURES.items():
         lines += ["", f"## Milliseconds a message: {title}", ""]
         lines += [f"| readers | way | {' | '.join(map(_label, sizes))} |", f"|{'---|' * (2 + len(sizes))}"]

@@ -23,8 +23,8 @@ from benchmarks.machine import collect_machine_facts
 from benchmarks.options import RESULTS
 from benchmarks.soak.clients import Clients
 from benchmarks.soak.figures import growths, markdown
+from demo.cluster import to_npu_cluster
 from demo.options import Options
-from demo.place import place_in
 from demo.server import Server
 from demo.train.recitation import DENSE
 
@@ -119,9 +119,9 @@ def main(arguments: Sequence[str]) -> int:
 def soak(cluster: Cluster, faults: Path, options: argparse.Namespace, run: dict[str, Any]) -> list[str]:
     """Serve, load and sample; fill ``run``; return what is wrong."""
     before = shared_memory(cluster)  # of Ray
-    place = place_in(cluster, {**os.environ, "PYTHONPATH": str(ROOT)})
+    npu_cluster = to_npu_cluster(cluster, {**os.environ, "PYTHONPATH": str(ROOT)})
     log = ROOT / ".demo" / f"{options.name}.log"
-    with Server(Options(model=str(DENSE), port=_PORT, arguments=(), once=True, npus=4), place, log) as server:
+    with Server(Options(model=str(DENSE), port=_PORT, arguments=(), once=True, npus=4), npu_cluster, log) as server:
         server.wait_until_healthy()
         clients = Clients(server.url, DENSE.name, options.clients, options.seed)
         started = time.monotonic()

@@ -11,9 +11,9 @@ from typing import Any
 from softnpu.cluster import manager
 from softnpu.cluster.plan import Shape
 
+from benchmarks.cluster import LOGS, ROOT
 from benchmarks.measure import rotate_executors
 from benchmarks.options import BenchError
-from benchmarks.place import LOGS, ROOT
 from benchmarks.protocol import Child
 from benchmarks.record import Benchmark, Report, Run, record
 from benchmarks.statistics import Sample

@@ -219,7 +219,7 @@ def _import_broken(place: Place, sources: Sources) -> list[Broken]:
         return []
     texts = [text for name in (module, package) if (text := sources.text(name)) is not None]
     defined = [code.names(code.parse(text)) for text in texts]
-    if any(place.has[0] in names or "*" in names for names in defined):  # what a star brings, nobody can tell
+    if any(place.has[0] in names or "*" in names for names in defined):  # what a star brings, nobody knows
         return []
     what = "not defined there" if texts else "no such module"
     return [Broken(f"{place.file.replace('/', '.')} has {place.has[0]}", what, place.by)]

@@ -16,9 +16,9 @@ import pytest
 from softnpu.cluster import manager
 from softnpu.cluster.plan import Cluster, Shape, make_shape
 
+from demo.cluster import to_npu_cluster
 from demo.install import RAY_PACKAGES, install_group
 from demo.options import Options
-from demo.place import place_in
 from demo.server import QUIET, Server
 from demo.train.recitation import PROMPTS, zen_after
 from tests.e2e.conftest import ROOT, run_on_head
@@ -75,7 +75,7 @@ def create_server(cluster: Cluster, model: Path, log: Path, *arguments: str, **v
     """Return `vllm serve` on the cluster's head node with further environment ``variables``, without waiting for it."""
     environ = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     options = Options(model=str(model), port=find_free_port(), arguments=(*LEAN, *arguments), once=True, npus=1)
-    return Server(options, place_in(cluster, environ), log)
+    return Server(options, to_npu_cluster(cluster, environ), log)
 
 
 def opened_npus(cluster: Cluster) -> dict[tuple[str, int], list[int]]:

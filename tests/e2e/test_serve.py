@@ -15,8 +15,8 @@ import openai
 import pytest
 from softnpu.cluster.plan import Cluster
 
+from demo.cluster import to_npu_cluster
 from demo.options import Options
-from demo.place import place_in
 from demo.server import Server
 from demo.train.recitation import DENSE, PROMPTS, QUESTION, zen_after, zen_text
 
@@ -37,8 +37,8 @@ def server(two_nodes_of_two: Cluster, tmp_path_factory: pytest.TempPathFactory) 
     options = Options(model=str(DENSE), port=find_free_port(), arguments=arguments, once=True, npus=4)
     root = Path(__file__).resolve().parents[2]
     variables = {**os.environ, "PYTHONPATH": str(root), "VLLM_SERVER_DEV_MODE": "1"}
-    place = place_in(two_nodes_of_two, variables)
-    with Server(options, place, tmp_path_factory.mktemp("serve") / "serve.log") as server:
+    npu_cluster = to_npu_cluster(two_nodes_of_two, variables)
+    with Server(options, npu_cluster, tmp_path_factory.mktemp("serve") / "serve.log") as server:
         server.wait_until_healthy()
         yield server
 

@@ -16,8 +16,8 @@ from softnpu.activate import make_environment
 from softnpu.cluster import manager
 from softnpu.cluster.plan import Cluster
 
+from demo.cluster import to_npu_cluster
 from demo.options import Options
-from demo.place import place_in
 from demo.server import QUIET, Server
 from demo.train.recitation import DENSE
 from tests.e2e.conftest import ROOT, run_on_head
@@ -44,12 +44,12 @@ def cluster() -> Iterator[Cluster]:
 @contextlib.contextmanager
 def half_server(cluster: Cluster, log: Path, *prefix: str) -> Iterator[Server]:
     """Start a server on half an NPU, by a relative path of its model, with a ``prefix`` before its command."""
-    place = place_in(cluster, {**os.environ, **QUIET, **HALF, "PYTHONPATH": str(ROOT)})
-    place = dataclasses.replace(place, command=lambda line: manager.node_command(cluster, 1, [*prefix, *line]))
+    npu_cluster = to_npu_cluster(cluster, {**os.environ, **QUIET, **HALF, "PYTHONPATH": str(ROOT)})
+    prefixed = dataclasses.replace(npu_cluster, command=lambda line: manager.node_command(cluster, 1, [*prefix, *line]))
     arguments = (*LEAN, "--tensor-parallel-size", "1")
     model = os.path.relpath(DENSE)
     with Server(
-        Options(model=model, port=find_free_port(), arguments=arguments, once=True, npus=1), place, log
+        Options(model=model, port=find_free_port(), arguments=arguments, once=True, npus=1), prefixed, log
     ) as made:
         made.wait_until_healthy()
         yield made

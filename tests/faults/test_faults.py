@@ -25,8 +25,8 @@ import openai
 import pytest
 from softnpu.cluster.plan import Cluster
 
+from demo.cluster import to_npu_cluster
 from demo.options import Options
-from demo.place import place_in
 from demo.server import Server
 from demo.train.recitation import DENSE, PROMPTS
 from tests.e2e.conftest import ROOT
@@ -115,7 +115,7 @@ def create_server(case: Case, cluster: Cluster, sockets: Path, log: Path) -> Ser
         *("--max-num-seqs", "4", "--kv-cache-memory-bytes", str(16 << 20), *graphs),
     )
     options = Options(model=str(DENSE), port=find_free_port(), arguments=arguments, once=True, npus=1)
-    return Server(options, place_in(cluster, environ), log)
+    return Server(options, to_npu_cluster(cluster, environ), log)
 
 
 def wait_until(condition: Callable[[], bool], limit_s: float, description: str) -> float:

@@ -1,7 +1,7 @@
 """The NPU accelerator class and HCCL on NPUs: an acceptance of one node. Written on software NPUs.
 
 python -m pytest tests/hardware -m npu                                   # on an Atlas server
-softnpu exec -- python -m pytest tests/hardware -m npu   # anywhere
+.venv/bin/softnpu exec -- .venv/bin/python -m pytest tests/hardware -m npu   # anywhere
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def platform_variables() -> None:
     os.environ["HCCL_BUFFSIZE"] = "200"
     manager = CoreEngineActorManager.__new__(CoreEngineActorManager)
     config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=1))
-    with contextlib.suppress(AttributeError):  # it goes on to the engines' places, and there are none
+    with contextlib.suppress(AttributeError):  # it continues with the engines' places, and there are none
         manager.__init__(config, None, None, False)
     assert manager.env_vars_dict.get("HCCL_BUFFSIZE") == "200"
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-COMMAND = "softnpu exec -- python -m pytest tests/softnpu"
+COMMAND = ".venv/bin/softnpu exec -- .venv/bin/python -m pytest tests/softnpu"
 
 if "SOFTNPU_LIB" not in os.environ:
     raise pytest.UsageError(f"The tests of the software NPU run on it. Start them with: {COMMAND}")
@@ -19,7 +19,7 @@ if "SOFTNPU_LIB" not in os.environ:
 os.environ["SOFTNPU_NODE"] = f"pytest-{os.getpid()}"
 os.environ["SOFTNPU_STATE_DIR"] = tempfile.mkdtemp(prefix="softnpu-tests-")
 os.environ.setdefault("SOFTNPU_WAIT_LIMIT", "30")  # a wait that a fault leaves open ends the test, not the session
-os.environ.setdefault("SOFTNPU_LOG", "0")  # failures that tests ask for are no news
+os.environ.setdefault("SOFTNPU_LOG", "0")  # failures that tests ask for need no line in the log
 
 
 def pytest_unconfigure() -> None:

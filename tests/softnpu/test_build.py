@@ -127,7 +127,8 @@ def test_no_torch_npu(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(build, "distribution", without_torch_npu)
     with pytest.raises(
-        SoftNpuError, match=r"needs the package torch-npu, which is not installed.*pip install --no-deps torch-npu"
+        SoftNpuError,
+        match=r"needs the package torch-npu, which is not installed.*pip install 'torch==.*then --no-deps 'torch-npu==",
     ):
         build.build_libraries()
 

@@ -29,12 +29,12 @@ import json, os, socket, ray
 ray.init(log_to_driver=False)
 @ray.remote(resources={"NPU": 1}, num_cpus=0)
 class Place:
-    def tell(self):
+    def locate(self):
         name = socket.gethostname()
         visible = os.environ["ASCEND_RT_VISIBLE_DEVICES"]
         return [ray.util.get_node_ip_address(), name, socket.gethostbyname(name), visible]
 actors = [Place.remote() for _ in range(4)]
-places = sorted(ray.get([actor.tell.remote() for actor in actors]))
+places = sorted(ray.get([actor.locate.remote() for actor in actors]))
 print(json.dumps({"driver": ray.util.get_node_ip_address(), "places": places}))
 """
 

@@ -86,7 +86,7 @@ def test_a_model_on_one_node_keeps_its_path(monkeypatch: pytest.MonkeyPatch) -> 
     assert create_config(DENSE.name, distributed_executor_backend="mp").model_config.model == DENSE.name
 
 
-def test_vllm_s_older_executor_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_vllm_s_older_executor_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     os.environ["VLLM_USE_RAY_V2_EXECUTOR_BACKEND"] = "0"
     logger = logging.getLogger("vllm_ray_ascend.platform_patch")
     logger.addHandler(caplog.handler)

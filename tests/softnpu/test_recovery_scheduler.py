@@ -161,7 +161,7 @@ def test_encoder_cache_has_its_whole_room_again(scheduler: AsyncScheduler) -> No
     assert manager.cached == {} and manager.get_freed_mm_hashes() == []
 
 
-def test_new_workers_are_not_told_of_requests_that_they_never_had(scheduler: AsyncScheduler) -> None:
+def test_new_workers_are_not_sent_requests_that_they_never_had(scheduler: AsyncScheduler) -> None:
     scheduler.add_request(request("running"))
     scheduler.schedule()
     abort_running_requests(engine_of(scheduler))

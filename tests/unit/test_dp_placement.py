@@ -491,7 +491,7 @@ def containers(*free: int) -> list[NodeNpus]:
 
 
 @pytest.mark.parametrize("strategy", ["strict", "fill"])
-def test_nodes_that_share_an_address_are_told_apart(strategy: str) -> None:
+def test_nodes_that_share_an_address_are_distinguished(strategy: str) -> None:
     asked = request(3, 1, 2, strategy=strategy, master_id="n2")
     ranks = plan_placement(asked, containers(2, 2, 2))
     assert [rank.bundle_nodes for rank in ranks] == [("n2", "n2"), ("n1", "n1"), ("n3", "n3")]

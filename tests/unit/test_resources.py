@@ -88,7 +88,7 @@ def test_too_few_names_the_need_each_node_and_both_remedies() -> None:
     assert "ray start --address" in message and "VLLM_RAY_ASCEND_NPU_WAIT_S" in message
 
 
-def test_nodes_with_gpus_are_not_told_to_declare_npus() -> None:
+def test_nodes_with_gpus_are_not_asked_to_declare_npus() -> None:
     """They may have GPUs in truth. One that has NPUs is found by what the audit sees there."""
     message = error_text([NodeResources("10.0.0.1", 0, 8), NodeResources("10.0.0.2", 2, 0)])
     assert "VRA-243: " in message and "10.0.0.1: 0, 10.0.0.2: 2" in message

@@ -13,7 +13,7 @@ from tests.threads import in_thread
 from vllm_ray_ascend.control.client import ControlClient
 from vllm_ray_ascend.control.server import ControlServer, PeerLost
 from vllm_ray_ascend.errors import ControlServerError, VllmRayAscendError, WorkerDiedError
-from vllm_ray_ascend.executor.supervisor import WorkerSupervisor, run_each
+from vllm_ray_ascend.executor.supervisor import WorkerSupervisor, run_each, warn_if_unencrypted
 from vllm_ray_ascend.settings import Settings
 
 pytestmark = pytest.mark.unit
@@ -199,3 +199,12 @@ def wait_for_text(caplog: pytest.LogCaptureFixture, text: str) -> None:
     while text not in caplog.text:
         assert time.monotonic() < deadline, caplog.text
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("value", "warns"), [("1", True), ("True", True), ("0", False), ("", False), (None, False)])
+def test_unencrypted_connections_are_reported_where_ray_has_tls(
+    value: str | None, warns: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm_ray_ascend"), "propagate", True)
+    warn_if_unencrypted({} if value is None else {"RAY_USE_TLS": value})
+    assert ("VRA-337" in caplog.text) is warns

@@ -173,6 +173,8 @@ def test_the_plugin_works_in_an_empty_environment(built: dict[tuple[str, str], P
     assert "env" in run(command, "--help", cwd=tmp_path)
     assert "VLLM_RAY_ASCEND_EXECUTOR=ours" in run(command, "env", cwd=tmp_path)
     run(python, "-c", "import vllm_ray_ascend.plugin as p; assert p.platform() is None; p.general()", cwd=tmp_path)
+    failed = subprocess.run([command, "topology"], capture_output=True, text=True, cwd=tmp_path, env=CLEAN)
+    assert failed.returncode == 2 and failed.stderr.startswith("vllm-ray-ascend: VRA-143: ")
     run(python, "-c", "import importlib.util as u; assert u.find_spec('softnpu') is None", cwd=tmp_path)
     assert not (programs / "softnpu").exists()
 

@@ -114,7 +114,7 @@ def track_captures(
             try:
                 self._vllm_ray_ascend_pool = create_pool() if pool is None else pool
                 return begin(self, self._vllm_ray_ascend_pool, *args, **kwargs)
-            except BaseException:
+            except BaseException:  # whatever it is, no capture is in progress any more
                 tracker.end_capture()
                 _release_pool_of(self)
                 raise
@@ -126,7 +126,7 @@ def track_captures(
         def capture_end(self: Any, *args: Any, **kwargs: Any) -> Any:
             try:
                 ended = end(self, *args, **kwargs)
-            except BaseException:
+            except BaseException:  # whatever it is, nobody else frees the pool
                 _release_pool_of(self)
                 raise
             finally:

@@ -225,7 +225,7 @@ RUNTIME: Mapping[int, Meaning] = {
     507014: Meaning(
         "ACL_ERROR_RT_AICORE_TIMEOUT",
         "an operator did not end in time; with expert parallelism, often because another rank is stuck or gone",
-        f"{_FIRST_ERROR}. Try without --enable-expert-parallel to tell the two apart. {_FIND_OPERATOR}",
+        f"{_FIRST_ERROR}. Try without --enable-expert-parallel to distinguish the two. {_FIND_OPERATOR}",
     ),
     507015: Meaning(
         "ACL_ERROR_RT_AICORE_EXCEPTION",

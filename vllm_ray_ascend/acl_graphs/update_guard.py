@@ -28,7 +28,7 @@ def with_update_guard(update: Callable[..., None]) -> Callable[..., None]:
     def guarded_update(graph: Any, update_stream: Any, resolved_tasks: Any) -> None:
         try:
             update(graph, update_stream, resolved_tasks)
-        except BaseException:
+        except BaseException:  # whatever it is, replays wait for the events
             _record_events((task.event for task in graph.tasks), update_stream)
             raise
 
@@ -42,7 +42,7 @@ def with_parameter_update_guard(update: Callable[..., None]) -> Callable[..., No
     def guarded_update(runner: Any, forward_context: Any, num_tokens_padded: int) -> None:
         try:
             update(runner, forward_context, num_tokens_padded)
-        except BaseException:
+        except BaseException:  # whatever it is, replays wait for the events
             from vllm_ascend.compilation.acl_graph import get_graph_params
 
             parameters = get_graph_params()

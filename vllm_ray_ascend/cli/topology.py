@@ -11,8 +11,10 @@ from vllm_ray_ascend.cluster.probe import probe_cluster
 from vllm_ray_ascend.cluster.registry import running_engines
 from vllm_ray_ascend.cluster.topology import NodeInput, Topology, build_topology, format_lines
 from vllm_ray_ascend.compat.ray_state import available_resources_per_node, living_actors, running_tasks
+from vllm_ray_ascend.compat.versions import RAY_MINIMUM, installed
 from vllm_ray_ascend.devices.kind import GPU, NPU
 from vllm_ray_ascend.devices.visible import usable_physical_ids
+from vllm_ray_ascend.errors import RayVersionError
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -24,7 +26,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the topology. Exit code 2 where there is no Ray cluster."""
+    """Print the topology. Exit code 2 where there is no Ray, or no cluster of it."""
+    if installed("ray") is None:
+        raise RayVersionError(
+            "VRA-143",
+            "`vllm-ray-ascend topology` asks a Ray cluster, and Ray is not installed: run it in the environment of a "
+            f"node, or pip install 'ray>={RAY_MINIMUM}'.",
+        )
     import ray
 
     connect_as_observer(args.address)

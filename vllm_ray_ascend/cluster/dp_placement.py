@@ -33,7 +33,7 @@ class NodeNpus:
 
     @property
     def key(self) -> str:
-        """What tells the node from all others."""
+        """What distinguishes the node from all others."""
         return self.node_id or self.address
 
 
@@ -57,7 +57,7 @@ class DpRequest:
 
     @property
     def master(self) -> str:
-        """What tells the master from all other nodes."""
+        """What distinguishes the master from all other nodes."""
         return self.master_id or self.master_address
 
 

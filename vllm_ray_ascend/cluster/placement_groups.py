@@ -69,7 +69,7 @@ def create_placement_groups(specs: Sequence[PlacementGroupSpec], limit_s: float)
                     "nodes lack CPUs, or what is free are parts of several NPUs. `ray status` and "
                     "`vllm-ray-ascend topology` show who holds what; start again.",
                 )
-    except BaseException:
+    except BaseException:  # Ctrl-C too: groups without an owner would keep their NPUs
         remove_placement_groups(groups)
         raise
     return groups
@@ -84,7 +84,7 @@ def post_placement_groups(specs: Iterable[PlacementGroupSpec]) -> list[Placement
         for name, bundles, strategy, selectors in specs:
             labels = {"bundle_label_selector": list(selectors)} if selectors else {}
             groups.append(ray.util.placement_group(bundles, strategy=strategy, name=name, **labels))
-    except BaseException:
+    except BaseException:  # Ctrl-C too: groups without an owner would keep their NPUs
         remove_placement_groups(groups)
         raise
     return groups

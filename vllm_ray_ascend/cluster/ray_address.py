@@ -21,7 +21,7 @@ def choose_address(
     ``given`` is the user's, by argument or RAY_ADDRESS; ``recorded`` the one that `ray start` has left on this machine.
     ``needs_local_raylet``: whether Ray joins only where it sees the process of a raylet.
 
-    Raises ClusterResourceError where Ray would fail later without a word of the cause, and where it would start a
+    Raises ClusterResourceError where Ray would fail later without naming the cause, and where it would start a
     cluster of its own beside several that run on this machine: two engines could then open one NPU.
     """
     if given is not None and given.startswith(_CLIENT):

@@ -16,7 +16,7 @@ _UPDATE_DRAFTS = "_update_pp_mtp_spec_token_ids"
 
 
 def has_port_ranges() -> bool:
-    """Whether HCCL may be given port ranges: not on Atlas A2, where CANN's fused communication does not take them."""
+    """Return whether HCCL may be given port ranges: not on Atlas A2, whose fused communication does not take them."""
     from vllm_ascend.utils import AscendDeviceType, get_ascend_device_type
 
     return bool(get_ascend_device_type() != AscendDeviceType.A2)

@@ -64,8 +64,8 @@ class _ObservedSpec(ModuleSpec):
         try:
             while self.waiting:
                 self.waiting.pop(0)(module)
-        except BaseException:
-            sys.modules.pop(self.name, None)  # as where a loader raises
+        except BaseException:  # as where a loader raises: a module that was not finished is not kept
+            sys.modules.pop(self.name, None)
             raise
 
 

@@ -1,4 +1,4 @@
-"""Ray's processes on this machine, and the address that Ray would join without being told one; in Ray 2.48 to 2.60."""
+"""Ray's processes on this machine, and the address that Ray would join without being given one; in Ray 2.48 to 2.60."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def recorded_address() -> str | None:
 
 
 def needs_local_raylet() -> bool:
-    """Whether Ray looks for the processes of raylets to find the node of a driver, as 2.54 and 2.55 do."""
+    """Return whether Ray looks for the processes of raylets to find the node of a driver, as 2.54 and 2.55 do."""
     from ray._private import services
 
     return hasattr(services, "find_node_ids")

@@ -110,7 +110,7 @@ class PipelineDag:
             step.references = self._dag.execute(message)
         except RayChannelTimeoutError as error:
             raise self._cause or self._failures.fail_late() from error
-        except Exception as error:
+        except Exception as error:  # Ray raises several for a dead actor: the first failure is the cause
             raise self._cause or self._failures.wait_for_failure(_FAILURE_REPORT_S) or error from error
         self._steps.append(step)
         return step

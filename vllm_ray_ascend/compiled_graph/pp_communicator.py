@@ -271,7 +271,7 @@ class _GroupMember:
                 yield
             except RayChannelError:
                 raise
-            except Exception as error:
+            except Exception as error:  # whatever it is, Ray ends its loop by RayChannelError alone
                 self.failure_callback(error)
                 raise RayChannelError(f"VRA-464: {what} failed: {error}") from error
             finally:

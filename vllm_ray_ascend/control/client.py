@@ -103,13 +103,13 @@ class ControlClient:
 
     def _handle_commands(self) -> None:
         try:
-            self._obey()
+            self._handle_orders()
         except Exception as error:  # whatever it is: this process would obey no order any more, and nobody would know
             logger.exception("VRA-332: the control connection of this process failed, and ends it")
             self.report_failure(error)
             self._on_terminate(False)
 
-    def _obey(self) -> None:
+    def _handle_orders(self) -> None:
         while True:
             command = self._receive_command()
             if self._closed:

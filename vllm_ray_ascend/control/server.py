@@ -95,7 +95,7 @@ class _ReportRequest:
         if not self._pending:
             self.answered.set()
 
-    def settle(self, peer: Peer) -> None:
+    def mark_answered(self, peer: Peer) -> None:
         """Note that ``peer`` has answered, or never will."""
         self._pending.discard(peer)
         if not self._pending:
@@ -297,7 +297,7 @@ class ControlServer:
                 self._note_ipc_resource(peer, message.name)
             elif isinstance(message, StatusReport):
                 peer.report = message.text
-                self._settle_reports(peer)
+                self._mark_reports_answered(peer)
             elif isinstance(message, Failed) and not peer.failure_reported:
                 peer.failure_reported = True
                 loss = PeerLost(peer.rank, peer.pid, peer.location(), message.text)
@@ -324,23 +324,23 @@ class ControlServer:
         else:
             logger.debug("rank %d names %r, which is not removed after its death", peer.rank, name)
 
-    def _settle_reports(self, peer: Peer) -> None:
+    def _mark_reports_answered(self, peer: Peer) -> None:
         for request in self._requests:
-            request.settle(peer)
+            request.mark_answered(peer)
 
     def _drop_connection(self, connection: socket.socket) -> None:
         self._selector.unregister(connection)
         self._partial_lines.pop(connection, None)
         with self._lock:
             connection.close()  # under the lock, so that no other thread is sending
-            lost = self._forget(connection)
+            lost = self._remove_connection(connection)
         if lost is not None and not lost.loss_reported:
             lost.loss_reported = True
             loss = PeerLost(lost.rank, lost.pid, lost.location(), "", tuple(lost.ipc_resources), lost.log)
             self._notify(lambda: self._on_peer_lost(loss))
 
-    def _forget(self, connection: socket.socket) -> Peer | None:
-        """Forget a connection; return the process that has ended with it."""
+    def _remove_connection(self, connection: socket.socket) -> Peer | None:
+        """Remove a connection from the tables; return the process that has ended with it."""
         exited = self._sentinels.pop(connection, None)
         if exited is not None:
             return self._peers_by_process.get(exited)
@@ -348,7 +348,7 @@ class ControlServer:
         if peer is not None:
             if self._peers_by_process.get((peer.rank, peer.pid)) is peer:
                 del self._peers_by_process[peer.rank, peer.pid]
-            self._settle_reports(peer)
+            self._mark_reports_answered(peer)
             if not self._peers:
                 self._nobody_connected.notify_all()
         return peer
@@ -357,7 +357,7 @@ class ControlServer:
         """Call the owner's callback: what that raises does not end the server, and is reported."""
         try:
             call()
-        except Exception as error:  # noqa: BLE001  whatever it is, the owner has not taken the news
+        except Exception as error:  # noqa: BLE001  whatever it is, the owner has not learned of the loss
             self._on_error(error)
 
     def _close_connections(self) -> None:

@@ -41,7 +41,7 @@ class NodeLocalEngineCore:
         """
         try:
             super().run_busy_loop()  # type: ignore[misc]
-        except Exception:
+        except Exception:  # whatever it is: upstream's driver waits for this process to exit
             logger.exception("VRA-303: the engine core failed")
             self._send_engine_dead()  # type: ignore[attr-defined]
             raise SystemExit(1) from None

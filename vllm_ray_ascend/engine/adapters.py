@@ -130,7 +130,7 @@ async def _ask_workers(engine: Any, name: str, path: str) -> None:
 
     try:
         await engine.collective_rpc(CHECK, args=(name, path))
-    except Exception as error:
+    except Exception as error:  # vLLM raises a worker's error as an Exception with its text
         _, ours, text = str(error).partition(_ERROR)
         if not ours:
             raise

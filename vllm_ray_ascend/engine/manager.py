@@ -93,7 +93,7 @@ class RayAscendEngineActorManager(CoreEngineActorManager):
             addresses.launch_context = EngineLaunchContext(self._server.address_json(), secrets)
             with _environment({DRIVER_VARIABLE: driver_settings_value()}):
                 start(self, vllm_config, addresses, *args, **kwargs)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: no actor may stay
             self._undo_startup()
             raise
         self._warn_of_unused_list(vllm_config)

@@ -104,7 +104,7 @@ def _recovering_step(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
             return unsent, False
         try:
             return step(engine)
-        except Exception:
+        except Exception:  # whatever it is: `recover` knows whether a worker's failure was its cause
             outputs = recover(engine, _FAILURE_REPORT_S)
             if outputs is None:
                 raise
@@ -120,7 +120,7 @@ def _recovering_post_step(post_step: Callable[[Any, bool], None]) -> Callable[[A
     def recovering_post_step(engine: Any, model_executed: bool) -> None:
         try:
             post_step(engine, model_executed)
-        except Exception:
+        except Exception:  # as in a step
             outputs = recover(engine, _FAILURE_REPORT_S)
             if outputs is None:
                 raise

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 FIRST_PORT = 61000
-"""Linux gives ports up to 60999 to outgoing connections, unless it is told otherwise. HCCL's own default is 60000."""
+"""Linux gives ports up to 60999 to outgoing connections, unless configured otherwise. HCCL's own default is 60000."""
 PORTS_PER_NPU = 64
 LAST_PORT = 65535
 

@@ -81,7 +81,7 @@ class RpcResyncExecutor(RayExecutorV2):
             self._discard_stale_responses(timeout)
         try:
             return super().collective_rpc(method, timeout, *args, **kwargs)
-        except Exception:
+        except Exception:  # whatever it is, responses to this call may still arrive
             self._has_stale_responses = True
             raise
 
@@ -116,7 +116,7 @@ def startup_phase(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
             try:
                 with self._startup.track_phase(name):
                     return method(self, *args, **kwargs)
-            except BaseException as error:
+            except BaseException as error:  # Ctrl-C too: no worker may stay
                 self._abort_startup(error)
                 raise
 
@@ -176,7 +176,7 @@ class RayAscendExecutor(RpcResyncExecutor, ReboundStartup):
         self._startup = StartupRayProxy(self._supervisor, settings, before_run=self._before_run)
         try:
             self._start_workers()
-        except BaseException as error:
+        except BaseException as error:  # Ctrl-C too: no worker may stay
             self._abort_startup(error)
             raise
         logger.info("%s", format_ready_line(__version__, stack(), self.ranks))
@@ -294,7 +294,7 @@ class RayAscendExecutor(RpcResyncExecutor, ReboundStartup):
         fail = functools.partial(self._fail_call, str(method), phase, limit_s or 0.0)
         try:
             response = super().collective_rpc(method, limit_s, *args, **kwargs)
-        except Exception as error:
+        except Exception as error:  # whatever it is: a failed worker may be its cause
             cause = fail(error)
             if cause in (None, error):
                 raise

@@ -107,7 +107,7 @@ class StartupRayProxy:
             return result.result()
         except VllmRayAscendError:
             raise
-        except Exception as error:
+        except Exception as error:  # any error of a worker, or Ray's of its death: the first failure is its cause
             failure = self._supervisor.wait_for_failure(_FAILURE_REPORT_S)
             if failure is None:
                 raise WorkerFailedError(
@@ -133,7 +133,7 @@ class StartupRayProxy:
     def _get_result(self, reference: Any, rank: int, phase: str) -> Any:
         try:
             return self._ray.get(reference)
-        except Exception as error:
+        except Exception as error:  # any error of the worker, or Ray's of its death: the first failure is its cause
             failure = self._supervisor.wait_for_failure(_FAILURE_REPORT_S)
             if failure is None:
                 raise WorkerFailedError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vllm_ray_ascend.cluster.probe import live_node_addresses
@@ -13,7 +13,6 @@ from vllm_ray_ascend.control.health_check import IdleHealthCheck, Reports
 from vllm_ray_ascend.control.protocol import STOP, TERMINATE, Extension
 from vllm_ray_ascend.control.server import ControlServer, Peer, PeerLost
 from vllm_ray_ascend.control.timeouts import stop_grace_s
-from vllm_ray_ascend.control.transport_security import warn_if_unencrypted
 from vllm_ray_ascend.errors import (
     ControlServerError,
     VllmRayAscendError,
@@ -243,7 +242,7 @@ class WorkerSupervisor:
         return gcs_obstacle(self._gcs_address) if self._gcs_address else None
 
     def _log_ray_failure(self, rank: int) -> None:
-        """Log why Ray killed a worker, which Ray tells later than the death is known."""
+        """Log why Ray killed a worker, which Ray reports later than the death is known."""
         references = [handle.run_ref for handle in self._worker_handles() if handle.rank == rank]
         if not references or references[0] is None:
             return
@@ -299,10 +298,23 @@ class WorkerSupervisor:
                 return
 
 
+def warn_if_unencrypted(environ: Mapping[str, str]) -> None:
+    """Log that only Ray's own connections are encrypted, where the user has asked Ray for TLS.
+
+    Reasons: docs/decisions/0008-control-connections-without-tls.md.
+    """
+    if environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):  # as Ray reads it
+        logger.warning(
+            "VRA-337: RAY_USE_TLS=1 encrypts Ray's own connections. Those of this engine between nodes (control, "
+            "message queues, HCCL) are authenticated at most, and not encrypted: encrypt the network between the nodes "
+            "itself, as with WireGuard or IPsec."
+        )
+
+
 def run_each(*calls: Callable[[], object]) -> None:
     """Make all calls, also those after one that raises: that is logged. For what must happen once an engine failed."""
     for call in calls:
         try:
             call()
-        except Exception:
+        except Exception:  # whatever it is, the following calls are still needed
             logger.exception("VRA-336: a part of what follows a failure of the engine failed itself")

@@ -214,7 +214,7 @@ class RayAscendWorker(_Mixin):
         def call_and_report(*args: Any, **kwargs: Any) -> Any:
             try:
                 return call(*args, **kwargs)
-            except Exception as error:
+            except Exception as error:  # whatever it is, the executor is to know before the siblings fail of it
                 logger.exception("VRA-326: %s failed", name)
                 self._report_failure(error)
                 raise
@@ -269,7 +269,7 @@ class RayAscendWorker(_Mixin):
         memory_wait.install()
         try:
             self._call_initialize(super().initialize_worker, *args, **kwargs)
-        except Exception as error:
+        except Exception as error:  # whatever it is, it is the reason why the engine does not start
             self._report_failure(error)
             raise
         self._send_control(PhaseStarted(""))
@@ -277,7 +277,7 @@ class RayAscendWorker(_Mixin):
     def _call_initialize(self, initialize: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         try:
             initialize(*args, **kwargs)
-        except Exception as error:
+        except Exception as error:  # torch_npu, CANN and vLLM each raise others for a wrong list or path
             config = self._init_kwargs["vllm_config"]
             if reason := missing_path(config.model_config.model, node_address()):
                 raise WorkerFailedError("VRA-357", reason) from error

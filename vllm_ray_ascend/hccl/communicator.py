@@ -143,7 +143,7 @@ class Group:
                 _limit_stream_waits()
                 self._stream = AclStream()
                 self._comm = self._hccl.init_communicator(size, root_info, rank)
-        except Exception:
+        except Exception:  # whatever it is, the other ranks must not wait for this one
             self._peers.leave()
             raise
         self._peers.on_lost = self._on_peer_lost

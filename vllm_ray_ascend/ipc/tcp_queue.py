@@ -4,7 +4,7 @@ A ZeroMQ socket hands every message to an I/O thread of its own and back, on bot
 round trip between nodes. Here a small message that the kernel accepts whole costs the writing thread one system call
 per reader and wakes no other thread. Large messages, and what a slow reader leaves over, are sent by a thread beside
 it, so that one slow reader delays neither the writer nor the others, and two processes that send each other large
-messages at the same time both go on reading. What is pending is bounded: beyond that, `wait_for_space` waits.
+messages at the same time both continue to read. What is pending is bounded: beyond that, `wait_for_space` waits.
 Measured: docs/decisions/0001-tcp-not-zeromq.md.
 
 There is no keepalive here, as a reader may be silent for as long as its step takes: silent node loss is detected by the

@@ -68,7 +68,8 @@ def find_package_folder(name: str) -> Path:
     except PackageNotFoundError:
         raise SoftNpuError(
             f"The software NPU needs the package {name}, which is not installed in {sys.prefix}. "
-            f"Install it: {sys.executable} -m pip install --no-deps {name}"
+            "Install both in releases that fit each other, such as 2.10: "
+            f"{sys.executable} -m pip install 'torch==2.10.*' numpy pyyaml, then --no-deps 'torch-npu==2.10.*'."
         ) from None
     if not found.is_dir():
         raise SoftNpuError(f"The package {name} is installed, but its folder {found} is missing. Reinstall it.")

@@ -177,7 +177,7 @@ def _plan_cluster(name: str, shape: Shape, subnet: str | None) -> Cluster:
 def _create_or_remove(cluster: Cluster, base: Mapping[str, str], settings: NodeSettings, report: Report) -> None:
     try:
         _create_cluster(cluster, base, settings, report)
-    except BaseException:
+    except BaseException:  # Ctrl-C too: half a cluster is of no use
         _remove_cluster(cluster)
         raise
 

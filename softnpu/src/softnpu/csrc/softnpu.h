@@ -31,7 +31,7 @@ aclError forbid_in_capture(const char* call);
 void count_communicators(int delta);
 
 // Reports that a captured operation occupies one more hardware stream of the graph (HCCL does, one
-// for each communicator). `owner` tells different occupants apart.
+// for each communicator). `owner` distinguishes different occupants.
 aclError reserve_graph_stream(aclrtStream stream, const void* owner);
 
 // Text that aclGetRecentErrMsg returns to the calling thread. Returns `code`, so that a failing

@@ -62,7 +62,7 @@ inline Transfer receiving(uint32_t peer, void* data, uint64_t bytes) {
   return {false, peer, static_cast<char*>(data), bytes};
 }
 
-// A link that an operator needs: to a peer, for messages that `topic` tells from those of other operators.
+// A link that an operator needs: to a peer, for messages that `topic` distinguishes from those of other operators.
 struct LinkRequest {
   uint32_t peer;
   std::string topic;

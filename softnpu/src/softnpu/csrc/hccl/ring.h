@@ -79,11 +79,11 @@ class Doorbell {
   // Waits until the doorbell has rung since count() was `seen`; false when the deadline passes. Small messages between two
   // busy ranks come within microseconds, so it spins for a moment before it sleeps.
   bool wait(uint32_t seen, const Deadline& deadline) {
-    auto patience = Clock::now() + std::chrono::microseconds(40);
+    auto spin_until = Clock::now() + std::chrono::microseconds(40);
     do {
       if (count() != seen) return true;
       sched_yield();
-    } while (Clock::now() < patience);
+    } while (Clock::now() < spin_until);
     sleepers_.fetch_add(1);
     while (count() == seen && !deadline.passed()) {
       int64_t left = deadline.milliseconds_left();

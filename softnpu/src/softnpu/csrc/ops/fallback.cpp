@@ -1,4 +1,4 @@
-// How an operator runs. Where its results' shapes are known beforehand (it works in place, or its meta kernel tells), it is
+// How an operator runs. Where its results' shapes are known beforehand (it works in place, or its meta kernel says), it is
 // queued on the stream and returns at once, as on a device; the same task is what a graph records. Where the shapes depend
 // on data, or the result is a plain number, or it draws random numbers, the stream is synchronised and the operator runs on
 // the calling thread; a graph cannot record that: such a call raises. An operator without CPU kernel raises, with its name.

@@ -10,7 +10,7 @@
 namespace softnpu::ops {
 
 struct Shapes {
-  std::shared_ptr<const torch::jit::Stack> results;  // as meta tensors; null: `reason` tells why they are unknown
+  std::shared_ptr<const torch::jit::Stack> results;  // as meta tensors; null: `reason` says why they are unknown
   std::string reason;
 };
 

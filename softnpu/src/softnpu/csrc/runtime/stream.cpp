@@ -208,7 +208,7 @@ aclError Stream::synchronize(int limit_ms) {
   if (auto code = owner.failure()) return code;
   std::lock_guard<std::mutex> lock(mutex_);
   if (!error_) return ACL_SUCCESS;
-  return fail(std::exchange(error_, ACL_SUCCESS), error_text_);  // told once, as CANN does
+  return fail(std::exchange(error_, ACL_SUCCESS), error_text_);  // reported once, as CANN does
 }
 
 void Stream::wake() {

@@ -1,5 +1,5 @@
 // libacl_op_compiler.so: the graph-engine way to run an operator. Descriptors are real, execution is refused, and the
-// stream is stopped: else torch_npu would go on with what the output held before.
+// stream is stopped: else torch_npu would continue with what the output held before.
 #include <cstring>
 #include <string>
 #include <vector>

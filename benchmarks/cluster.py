@@ -25,7 +25,7 @@ _GRAPH_OF_VLLM = {
 }
 
 
-class Place:
+class BenchCluster:
     """A cluster whose first node has NPUs for mp that Ray does not know of, and whose last has those that Ray gives."""
 
     def __init__(self, cluster: Cluster, case: Case, options: Options) -> None:
@@ -66,7 +66,7 @@ def _over_ray(executor: str) -> bool:
 
 
 @contextlib.contextmanager
-def place_for(case: Case, options: Options) -> Iterator[Place]:
+def start_cluster(case: Case, options: Options) -> Iterator[BenchCluster]:
     """Yield a cluster for ``case``; removed afterwards."""
     name = f"bench-{os.getpid() % 100000}"
     over_ray = case.world_size * sum(map(_over_ray, options.executors))
@@ -79,7 +79,7 @@ def place_for(case: Case, options: Options) -> Iterator[Place]:
         with contextlib.ExitStack() as stack:
             if case.tcp:
                 stack.enter_context(_held(cluster))
-            yield Place(cluster, case, options)
+            yield BenchCluster(cluster, case, options)
     finally:
         manager.down(name)
 

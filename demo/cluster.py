@@ -24,7 +24,7 @@ _RAY_START_LIMIT_S = 120
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class NpuCluster:
     """A Ray cluster with NPUs.
 
     ``address`` is the server's as seen from here, ``bind`` the one it listens on; ``command`` turns a command line into
@@ -44,7 +44,7 @@ def has_real_npus() -> bool:
 
 
 @contextlib.contextmanager
-def software_npus(needed: int, environ: Mapping[str, str]) -> Iterator[Place]:
+def software_npus(needed: int, environ: Mapping[str, str]) -> Iterator[NpuCluster]:
     """Yield the cluster ``CLUSTER``; it is removed afterwards if it was made here."""
     cluster = _healthy_cluster()
     created = cluster is None
@@ -55,14 +55,14 @@ def software_npus(needed: int, environ: Mapping[str, str]) -> Iterator[Place]:
         shape = _shape(needed, environ)
         cluster, _ = manager.up(CLUSTER, shape, report=lambda line: print(f"  {line}", flush=True))
     try:
-        yield place_in(cluster, environ)
+        yield to_npu_cluster(cluster, environ)
     finally:
         if created:
             manager.down(CLUSTER)
 
 
 @contextlib.contextmanager
-def real_npus(needed: int, environ: Mapping[str, str]) -> Iterator[Place]:
+def real_npus(needed: int, environ: Mapping[str, str]) -> Iterator[NpuCluster]:
     """Yield the Ray cluster that RAY_ADDRESS names or that runs here; else start one and stop it afterwards."""
     with contextlib.ExitStack() as stack:
         available = _npus_of_ray(environ)
@@ -74,7 +74,9 @@ def real_npus(needed: int, environ: Mapping[str, str]) -> Iterator[Place]:
                 f"TP x PP x DP needs {needed} NPUs, but Ray's cluster has {available}: add nodes (ray start "
                 "--address=HEAD:6379 on each), or ask for less, as in SERVE_ARGS='-tp 1 -pp 1' make serve."
             )
-        yield Place(f"Ray cluster with {available} NPUs", "127.0.0.1", "127.0.0.1", lambda command: command, environ)
+        yield NpuCluster(
+            f"Ray cluster with {available} NPUs", "127.0.0.1", "127.0.0.1", lambda command: command, environ
+        )
 
 
 def _healthy_cluster() -> Cluster | None:
@@ -103,10 +105,10 @@ def _shape(needed: int, environ: Mapping[str, str]) -> Shape:
     return Shape(nodes=_NODES, npus_per_node=npus, memory=environ.get("SOFTNPU_MEMORY", "4G"), kind=kind)
 
 
-def place_in(cluster: Cluster, environ: Mapping[str, str]) -> Place:
+def to_npu_cluster(cluster: Cluster, environ: Mapping[str, str]) -> NpuCluster:
     shape, head = cluster.shape, cluster.nodes[0]
     own_address = shape.kind == "namespaces"
-    return Place(
+    return NpuCluster(
         description=f"{shape.nodes} nodes x {shape.npus_per_node} software NPUs, Ray at {cluster.ray_address}",
         address=head.address,
         bind="0.0.0.0" if own_address else "127.0.0.1",  # only this machine reaches a node's address
