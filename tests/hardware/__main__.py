@@ -1,0 +1,192 @@
+"""Accept a machine or a cluster with NPUs: `python -m tests.hardware MODEL [--tp N] [--out FOLDER]`.
+
+Runs on one Atlas node, or on a node of a running Ray cluster. Each step is a process of its own with a limit, so that
+one that hangs does not end the rest. Writes report.md and report.json, without secrets, to be sent back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tests.hardware.engine import MARKER
+from vllm_ray_ascend import __version__
+from vllm_ray_ascend.compat.versions import stack
+from vllm_ray_ascend.environment.redact import redact_value
+
+ROOT = Path(__file__).resolve().parents[2]
+ENGINE_LIMIT_S = 1800.0
+_COUNT = """
+import json, ray, torch, torch_npu
+here = torch.npu.device_count()
+try:
+    ray.init("auto", log_to_driver=False)
+    nodes = [node["Resources"].get("NPU", 0) for node in ray.nodes() if node["Alive"]]
+except ConnectionError:
+    nodes = [here]
+print("ENGINE " + json.dumps({"npus_here": here, "nodes": sum(1 for npus in nodes if npus), "npus": sum(nodes)}))
+"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step. ``lacks`` says why it cannot run here."""
+
+    name: str
+    what: str
+    command: tuple[str, ...]
+    limit_s: float = ENGINE_LIMIT_S
+    lacks: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a step; ``state`` is passed, failed or skipped."""
+
+    name: str
+    what: str
+    state: str
+    why: str = ""
+    seconds: float = 0.0
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+
+def plan(model: str, tp_size: int, npus_here: int, npus: float) -> list[Step]:
+    """Return the steps, in their order, for a node with so many NPUs in a cluster with so many."""
+
+    def lacking(needed: int, has: float, where: str) -> str:
+        return "" if has >= needed else f"needs {needed} NPUs {where}, there are {has:g}"
+
+    def engine(name: str, what: str, lacks: str, **options: Any) -> Step:
+        options = {"tensor_parallel_size": tp_size, "distributed_executor_backend": "ray", **options}
+        given = json.dumps({"model": model, "options": options})
+        return Step(name, what, ("-m", "tests.hardware.engine", given), lacks=lacks)
+
+    here, everywhere = lacking(tp_size, npus_here, "on this node"), lacking(2 * tp_size, npus, "in the Ray cluster")
+    return [
+        Step("device", "devices, streams, graphs, HCCL on this node", ("-m", "pytest", "tests/hardware", "-m", "npu")),
+        Step(
+            "transport",
+            "end of a communicator while an operation waits",
+            ("-m", "tests.hardware.transport"),
+            lacks=lacking(2, npus_here, "on this node"),
+        ),
+        engine("mp", f"TP {tp_size}, vLLM's multiprocessing", here, distributed_executor_backend="mp"),
+        engine("ray", f"TP {tp_size} over Ray", here),
+        engine("eager", f"TP {tp_size} over Ray, without graphs", here, enforce_eager=True),
+        engine("pipeline", f"TP {tp_size} x PP 2 over Ray", everywhere, pipeline_parallel_size=2),
+    ]
+
+
+def run(step: Step, log: Path) -> Outcome:
+    """Run one step, with its output in ``log``."""
+    if step.lacks:
+        return Outcome(step.name, step.what, "skipped", step.lacks)
+    began = time.monotonic()
+    with log.open("w") as output:
+        try:
+            done = subprocess.run(
+                [sys.executable, *step.command],
+                cwd=ROOT,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=step.limit_s,
+                check=False,
+            )
+            why = f"exit code {done.returncode}" if done.returncode else ""
+        except subprocess.TimeoutExpired:
+            why = f"not done within {step.limit_s:g} s"
+    found = [line for line in log.read_text(errors="replace").splitlines() if line.startswith(MARKER)]
+    figures = json.loads(found[-1].removeprefix(MARKER)) if found else {}
+    state = "failed" if why else "passed"
+    return Outcome(step.name, step.what, state, why, round(time.monotonic() - began, 1), figures)
+
+
+def compare(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Return the outcomes with those failed whose texts differ from the ones of ``mp``, and with ratios to it.
+
+    Without graphs, other kernels may round in another way: a difference is noted there and no failure.
+    """
+    mp = next((each for each in outcomes if each.name == "mp" and each.state == "passed"), None)
+    return [each if mp is None or each is mp else _compared(each, mp) for each in outcomes]
+
+
+def _compared(outcome: Outcome, mp: Outcome) -> Outcome:
+    if "texts" not in outcome.figures or outcome.state != "passed":
+        return outcome
+    same = outcome.figures["texts"] == mp.figures["texts"]
+    ratio = median(outcome.figures["tokens_per_s"]) / median(mp.figures["tokens_per_s"])
+    figures = {**outcome.figures, "texts_as_mp": same, "tokens_per_s_over_mp": round(ratio, 3)}
+    failed = not same and outcome.name != "eager"
+    return Outcome(
+        outcome.name,
+        outcome.what,
+        "failed" if failed else outcome.state,
+        "other texts than with mp" if failed else outcome.why,
+        outcome.seconds,
+        figures,
+    )
+
+
+def describe(facts: Mapping[str, Any], outcomes: Sequence[Outcome]) -> str:
+    """Return the report for people."""
+    lines = ["# Acceptance of vllm-ray-ascend", ""]
+    lines += [f"- {name}: {value}" for name, value in facts.items() if name != "variables"]
+    lines += ["", "| step | what | result | seconds | figures |", "|---|---|---|---|---|"]
+    for each in outcomes:
+        figures = ", ".join(f"{name} {_short(value)}" for name, value in each.figures.items() if name != "texts")
+        result = f"{each.state}: {each.why}" if each.why else each.state
+        lines.append(f"| {each.name} | {each.what} | {result} | {each.seconds:g} | {figures} |")
+    lines += ["", "Variables:", "", *(f"    {name}={value}" for name, value in facts["variables"].items()), ""]
+    return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_short, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "/").splitlines()[0][:200]
+
+
+def _variables() -> dict[str, str]:
+    names = ("ASCEND", "HCCL", "RAY_", "VLLM", "GLOO", "PYTORCH_NPU", "TORCH", "SOFTNPU")
+    return {name: redact_value(name, value) for name, value in sorted(os.environ.items()) if name.startswith(names)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run all steps; 0 where none failed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.hardware", description=__doc__.partition("\n")[0])
+    parser.add_argument("model", help="path or name of a model, the same on every node")
+    parser.add_argument("--tp", type=int, default=2, help="tensor parallel size of the engines (default 2)")
+    parser.add_argument("--out", type=Path, default=Path("acceptance"), help="folder of the report and the logs")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    machine = run(Step("machine", "NPUs", ("-c", _COUNT), 300.0), options.out / "machine.log")
+    if machine.state != "passed":
+        print(f"no NPU can be counted here: {machine.why}. See {options.out}/machine.log", file=sys.stderr)
+        return 2
+    counted = machine.figures
+    outcomes = []
+    for step in plan(options.model, options.tp, counted["npus_here"], counted["npus"]):
+        print(f"{step.name}: {step.what} ...", flush=True)
+        outcomes.append(run(step, options.out / f"{step.name}.log"))
+        print(f"  {outcomes[-1].state} {outcomes[-1].why}", flush=True)
+    outcomes = compare(outcomes)
+    facts = {"vllm-ray-ascend": __version__, **stack(), **counted, "model": options.model, "variables": _variables()}
+    (options.out / "report.md").write_text(describe(facts, outcomes))
+    report = {"facts": facts, "steps": [asdict(each) for each in outcomes]}
+    (options.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{options.out}/report.md")
+    return 1 if any(each.state == "failed" for each in outcomes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
