@@ -23,7 +23,7 @@ from softnpu.cluster.plan import Cluster
 from demo.train.recitation import DENSE, MOE, PROMPTS, zen_after, zen_text
 from tests.e2e.conftest import ROOT, run_on_head
 from tests.e2e.generate import MARKER
-from tests.e2e.serve_client import CONCURRENT
+from tests.e2e.serve_client import CONCURRENT, URL
 from tests.e2e.servers import check_topology, cluster_with_dashboard, read_topology
 from tests.e2e.test_bad_input import check_nothing_left
 from tests.e2e.test_death import send_signal
@@ -77,8 +77,11 @@ def wait_until(condition: Callable[[], Any], process: subprocess.Popen[bytes], l
     return found
 
 
-def wait_for_application(process: subprocess.Popen[bytes], log: Path) -> None:
-    wait_until(lambda: "is ready at http" in log.read_text(errors="replace"), process, log)
+def wait_for_application(cluster: Cluster, engines: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until so many engines are ready, and the application answers."""
+    wait_for_engines(engines, process, log)
+    probe = f"import urllib.request; urllib.request.urlopen('{URL}/models').read()"
+    wait_until(lambda: run_on_head(cluster, "-c", probe).returncode == 0, process, log)
 
 
 def wait_for_engines(count: int, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -125,7 +128,7 @@ def configs_of(value: Any) -> Iterator[dict[str, Any]]:
 def test_an_unchanged_script_serves_over_two_nodes_with_our_executor(cluster: Cluster, tmp_path: Path) -> None:
     log = tmp_path / "app.log"
     with started(cluster, log, str(EXAMPLES / "serve/app.py"), str(DENSE)) as process:
-        wait_for_application(process, log)
+        wait_for_application(cluster, 1, process, log)
         check_answers(cluster)
         (engine,) = check_topology(cluster)
         assert sorted((rank["address"], rank["physical"]) for rank in engine["ranks"]) == [
@@ -138,7 +141,7 @@ def test_an_unchanged_script_serves_over_two_nodes_with_our_executor(cluster: Cl
 def test_replicas_on_npus_of_their_own_and_one_that_is_killed(cluster: Cluster, tmp_path: Path) -> None:
     log = tmp_path / "replicas.log"
     with started(cluster, log, *deploy(tmp_path, "replicas.yaml", DENSE, EAGER)) as process:
-        wait_for_application(process, log)
+        wait_for_application(cluster, 2, process, log)
         check_answers(cluster)
         engines = check_topology(cluster)
         assert len(used_npus(engines)) == 2
@@ -163,7 +166,7 @@ def test_two_replicas_share_an_npu(cluster: Cluster, tmp_path: Path) -> None:
         bundle[f"node:{cluster.nodes[1].address}"] = 0.001
     Path(run[-1]).write_text(yaml.safe_dump(config))
     with started(cluster, log, *run) as process:
-        wait_for_application(process, log)
+        wait_for_application(cluster, 2, process, log)
         check_answers(cluster)
         engines = read_topology(cluster)["engines"]
         assert len(used_npus(engines)) == 1
@@ -173,7 +176,7 @@ def test_two_replicas_share_an_npu(cluster: Cluster, tmp_path: Path) -> None:
 def test_data_parallel_ranks_of_a_mixture_of_experts(cluster: Cluster, tmp_path: Path) -> None:
     log = tmp_path / "dp.log"
     with started(cluster, log, *deploy(tmp_path, "data_parallel.yaml", MOE, EAGER)) as process:
-        wait_for_application(process, log)
+        wait_for_application(cluster, 2, process, log)
         check_answers(cluster)
         engines = read_topology(cluster)["engines"]
         assert sorted(len(engine["ranks"]) for engine in engines) == [2, 2]
@@ -195,7 +198,7 @@ def test_prefill_on_one_node_decode_on_the_other(cluster: Cluster, tmp_path: Pat
         llm_config["placement_group_config"] = {"bundle_per_worker": {"CPU": 6, "NPU": 1}}  # no second one on a node
     Path(run[-1]).write_text(yaml.safe_dump(config))
     with started(cluster, log, *run) as process:
-        wait_for_application(process, log)
+        wait_for_application(cluster, 2, process, log)
         prompt = zen_text().rpartition("\n")[0] + "\n"
         done = run_on_head(cluster, "-m", "tests.e2e.serve_client", prompt)
         assert f"TEXT {zen_after(prompt)!r}" in done.stdout, done.stdout + done.stderr[-3000:]

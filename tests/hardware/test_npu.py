@@ -47,9 +47,13 @@ summed = torch.full((1 << 20,), float(rank + 1), device=f"npu:{rank}")
 dist.all_reduce(summed)
 assert summed.unique().tolist() == [size * (size + 1) / 2], summed
 got = torch.zeros(8, device=f"npu:{rank}")
-wait = dist.isend(torch.full((8,), float(rank), device=f"npu:{rank}"), (rank + 1) % size)
-dist.recv(got, (rank - 1) % size)
-wait.wait()
+def send():
+    dist.send(torch.full((8,), float(rank), device=f"npu:{rank}"), (rank + 1) % size)
+def receive():
+    dist.recv(got, (rank - 1) % size)
+# The first one of each pair waits on the host for its peer: if all sent first, nobody would receive.
+for act in (send, receive) if rank % 2 == 0 else (receive, send):
+    act()
 assert got.tolist() == [float((rank - 1) % size)] * 8, got
 dist.destroy_process_group()
 """
