@@ -129,14 +129,16 @@ def engine() -> dict[str, Any]:
 
 
 def framework() -> dict[str, Any]:
-    """Run an engine after a framework's patches: subclasses of executor and worker, and a wrapped startup.
+    """Run an engine after a framework's patches: subclasses of executor and worker, wrapped startup and calls.
 
-    They are made before vLLM loads its plugins.
+    They are made before vLLM loads its plugins. Calls are wrapped once more afterwards, as by a framework that is
+    imported late.
     """
     import functools
 
     import vllm.v1.executor.ray_executor_v2 as upstream
     from vllm import SamplingParams
+    from vllm.plugins import load_general_plugins
 
     calls: list[str] = []
     before: Any = upstream.RayExecutorV2._init_executor
@@ -146,7 +148,21 @@ def framework() -> dict[str, Any]:
         calls.append("wrapper")
         before(self, *args, **kwargs)
 
+    def wrap_calls(executor: Any, mark: str) -> None:
+        """Wrap the calls of all workers: note what is called, and mark each answer to `_framework_facts`."""
+        original: Any = executor.collective_rpc
+
+        @functools.wraps(original)
+        def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+            called[mark].add(method if isinstance(method, str) else method.__name__)
+            answers = original(self, method, *args, **kwargs)
+            return [[mark, answer] for answer in answers] if method is _framework_facts else answers
+
+        executor.collective_rpc = collective_rpc
+
     parents: Any = upstream
+    called: dict[str, set[str]] = {"early": set(), "late": set()}
+    wrap_calls(parents.RayExecutorV2, "early")
 
     class Executor(parents.RayExecutorV2):  # type: ignore[misc]
         def _init_executor(self) -> None:
@@ -162,6 +178,8 @@ def framework() -> dict[str, Any]:
     parents.RayExecutorV2._init_executor = wrapper
     parents.RayExecutorV2 = Executor
     _local_cluster(npus=2)
+    load_general_plugins()
+    wrap_calls(parents.RayExecutorV2, "late")
     llm = _llm(tensor_parallel_size=2)
     running = llm.llm_engine.engine_core.engine_core.model_executor
     out = llm.generate([PROMPT], SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
@@ -170,6 +188,7 @@ def framework() -> dict[str, Any]:
         "executor": type(running).__qualname__,
         "reported": len(running.ranks),
         "workers": llm.collective_rpc(_framework_facts),
+        "called": {mark: sorted(methods) for mark, methods in called.items()},
         "text": out[0].outputs[0].text,
     }
 

@@ -160,10 +160,12 @@ def test_variables_travel_or_stay_or_are_derived(healthy: tuple[dict[str, Any], 
 
 
 def test_a_frameworks_classes_and_wrappers_run_below_ours() -> None:
-    """As with vLLM's own executor: a subclass in the place of its worker or executor, and a wrapper of its startup."""
+    """As with vLLM's own executor: a subclass in the place of its worker or executor, wrapped startup and calls."""
     found, log = answer("framework")
     assert found["calls"] == ["subclass", "wrapper"]
-    assert found["workers"] == ["ran", "ran"]
+    assert found["workers"] == 2 * [["late", ["early", "ran"]]]
+    for methods in found["called"].values():
+        assert {"get_kv_cache_spec", "execute_model", "_framework_facts"} <= set(methods)
     assert (found["executor"], found["reported"]) == ("RayAscendExecutor", 2)
     assert "Workers are RayAscendWorkerProc on top of __main__.framework.<locals>.Worker" in log
     assert "Beautiful is better than ugly." in found["text"]

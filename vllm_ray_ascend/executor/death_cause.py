@@ -58,8 +58,8 @@ def head_lost_message(address: str, obstacle: str, loss: str) -> str:
     """Return the text for a ``loss`` that follows from that of Ray's head."""
     return (
         f"Ray's head (GCS) at {address} is gone ({obstacle}): Ray ends all processes of its cluster 60 s later "
-        "(RAY_gcs_rpc_server_reconnect_timeout_s). Start Ray again on all nodes, then the engine; with Redis the head "
-        f"may come back within that time (Ray's GCS fault tolerance). {loss}"
+        "(RAY_gcs_rpc_server_reconnect_timeout_s). Start Ray again on all nodes, then the engine; a head with durable "
+        f"storage (Redis, RocksDB) may come back within that time (Ray's GCS fault tolerance). {loss}"
     )
 
 
@@ -68,5 +68,6 @@ def head_silent_message(address: str, obstacle: str) -> str:
     return (
         f"Ray's head (GCS) at {address} does not answer ({obstacle}). Requests are served on, until Ray ends all "
         "processes of this engine, 60 s after the loss (RAY_gcs_rpc_server_reconnect_timeout_s). Start the head again "
-        "within that time if it has Redis (Ray's GCS fault tolerance), else all of the cluster, then the engine."
+        "within that time if its storage is durable (Redis, RocksDB: Ray's GCS fault tolerance), else all of the "
+        "cluster, then the engine."
     )
