@@ -74,6 +74,10 @@ class ControlServerError(VllmRayAscendError, RuntimeError):
     """The server that detects deaths of an engine's workers has failed, which ends the engine."""
 
 
+class HeadLostError(VllmRayAscendError, RuntimeError):
+    """Ray's head has been gone for so long that Ray is about to end the processes of an engine."""
+
+
 class WorkerLateError(VllmRayAscendError, TimeoutError):
     """Workers did not finish a phase of the start, or a step, within its time limit."""
 

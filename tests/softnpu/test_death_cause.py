@@ -8,7 +8,12 @@ import subprocess
 import sys
 import tempfile
 
-from vllm_ray_ascend.executor.death_cause import gcs_obstacle, head_lost_message, memory_monitor_message
+from vllm_ray_ascend.executor.death_cause import (
+    gcs_obstacle,
+    head_lost_message,
+    memory_monitor_message,
+    reconnect_limit_s,
+)
 
 _SCRIPT = """
 import sys
@@ -88,3 +93,9 @@ def test_a_head_that_is_gone_is_named() -> None:
     assert head_lost_message(address, obstacle, "Rank 1 died.").startswith(
         f"Ray's head (GCS) at {address} is gone (Connection refused): "
     )
+
+
+def test_ray_s_limit_for_a_head_that_is_gone() -> None:
+    assert reconnect_limit_s({}) == 60
+    assert reconnect_limit_s({"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}) == 600
+    assert reconnect_limit_s({"RAY_gcs_rpc_server_reconnect_timeout_s": "ten"}) == 60

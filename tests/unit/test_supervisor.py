@@ -12,7 +12,7 @@ import pytest
 from tests.threads import in_thread
 from vllm_ray_ascend.control.client import ControlClient
 from vllm_ray_ascend.control.server import ControlServer, PeerLost
-from vllm_ray_ascend.errors import ControlServerError, VllmRayAscendError, WorkerDiedError
+from vllm_ray_ascend.errors import ControlServerError, HeadLostError, VllmRayAscendError, WorkerDiedError
 from vllm_ray_ascend.executor.supervisor import WorkerSupervisor, run_each, warn_if_unencrypted
 from vllm_ray_ascend.settings import Settings
 
@@ -180,7 +180,7 @@ def test_a_head_that_is_gone_and_comes_back_is_logged(caplog: pytest.LogCaptureF
         head.bind(("127.0.0.1", 0))
         port = head.getsockname()[1]
         owner.supervisor._gcs_address = f"127.0.0.1:{port}"
-        monitor = threading.Thread(target=owner.supervisor._monitor_head, args=(0.01,))
+        monitor = threading.Thread(target=owner.supervisor._monitor_head, args=(600.0, 0.01))
         monitor.start()
         try:
             wait_for_text(caplog, f"VRA-362: Ray's head (GCS) at 127.0.0.1:{port} does not answer (Connection refused)")
@@ -192,6 +192,18 @@ def test_a_head_that_is_gone_and_comes_back_is_logged(caplog: pytest.LogCaptureF
             logger.removeHandler(caplog.handler)
     assert not monitor.is_alive()
     assert caplog.text.count("VRA-362") == caplog.text.count("VRA-363") == 1
+
+
+def test_an_engine_ends_before_ray_ends_its_processes() -> None:
+    owner = Owner()
+    with socket.socket() as head:
+        head.bind(("127.0.0.1", 0))  # it does not listen
+        owner.supervisor._gcs_address = f"127.0.0.1:{head.getsockname()[1]}"
+        owner.supervisor._monitor_head(6.0, 0.01)
+    assert owner.events[0] == "mark"
+    (event,) = owner.events[1:]
+    assert event.startswith("VRA-388: the engine ends because Ray's head (GCS) at 127.0.0.1:")
+    assert isinstance(owner.supervisor.cause, HeadLostError)
 
 
 def wait_for_text(caplog: pytest.LogCaptureFixture, text: str) -> None:

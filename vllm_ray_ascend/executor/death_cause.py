@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 import socket
+from collections.abc import Mapping
 from typing import Any
 
 from vllm_ray_ascend.addresses import split_host_port
 
 _CONNECT_S = 1.0
+_RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
+_RECONNECT_S = 60.0
+"""Ray's default of it, 2.48 to 2.60."""
 _DETAILS = re.compile(r"[.;]? (?:Object store memory usage:|[Tt]o see |Refer to )")
 """What follows in Ray's report after figures and threshold, in 2.48 to 2.60."""
 
@@ -54,6 +58,14 @@ def gcs_obstacle(address: str) -> str | None:
     return None
 
 
+def reconnect_limit_s(environ: Mapping[str, str]) -> float:
+    """Return after how many seconds without a head Ray ends a process that has these variables."""
+    try:
+        return float(environ.get(_RECONNECT, _RECONNECT_S))
+    except ValueError:
+        return _RECONNECT_S
+
+
 def head_lost_message(address: str, obstacle: str, loss: str) -> str:
     """Return the text for a ``loss`` that follows from that of Ray's head."""
     return (
@@ -70,4 +82,13 @@ def head_silent_message(address: str, obstacle: str) -> str:
         "processes of this engine, 60 s after the loss (RAY_gcs_rpc_server_reconnect_timeout_s). Start the head again "
         "within that time if its storage is durable (Redis, RocksDB: Ray's GCS fault tolerance), else all of the "
         "cluster, then the engine."
+    )
+
+
+def head_gone_message(address: str, obstacle: str, gone_s: float, limit_s: float) -> str:
+    """Return the text for an engine that ends, in order, before Ray ends its processes."""
+    return (
+        f"the engine ends because Ray's head (GCS) at {address} has been gone for {gone_s:.0f} s ({obstacle}): Ray "
+        f"ends all processes {limit_s:.0f} s after the loss ({_RECONNECT}). Start Ray again on all nodes, then the "
+        "engine; set the variable higher for `ray start` and for the engine where the head needs longer to come back."
     )

@@ -15,12 +15,20 @@ from vllm_ray_ascend.control.server import ControlServer, Peer, PeerLost
 from vllm_ray_ascend.control.timeouts import stop_grace_s
 from vllm_ray_ascend.errors import (
     ControlServerError,
+    HeadLostError,
     VllmRayAscendError,
     WorkerDiedError,
     WorkerFailedError,
     WorkerLateError,
 )
-from vllm_ray_ascend.executor.death_cause import gcs_obstacle, head_lost_message, head_silent_message, ray_failure
+from vllm_ray_ascend.executor.death_cause import (
+    gcs_obstacle,
+    head_gone_message,
+    head_lost_message,
+    head_silent_message,
+    ray_failure,
+    reconnect_limit_s,
+)
 from vllm_ray_ascend.executor.diagnostics import idle_message, worker_died_message
 from vllm_ray_ascend.ipc.shared_memory import remove_files
 from vllm_ray_ascend.log import get_logger
@@ -31,6 +39,11 @@ logger = get_logger(__name__)
 _RAY_POLL_S = 1.0
 _RAY_REPORT_LIMIT_S = 3.0
 _HEAD_POLL_S = 10.0
+_HEAD_POLLS = 5
+"""Looks at the head, at least, within Ray's limit for one that is gone."""
+_HEAD_GONE_POLL_S = 1.0
+_ENGINE_END_S = 5.0
+"""How long an engine needs for an orderly end."""
 _TERMINATE_LIMIT_S = 1.0
 _REPORT_LIMIT_S = 2.0
 _CAUSE_LIMIT_S = 5.0
@@ -141,7 +154,12 @@ class WorkerSupervisor:
         """Start the health check of idle workers; monitor through Ray the workers without a control connection."""
         self.health_check.start()
         if self._gcs_address:
-            threading.Thread(target=self._monitor_head, daemon=True, name="RayAscendHeadMonitor").start()
+            threading.Thread(
+                target=self._monitor_head,
+                args=(reconnect_limit_s(os.environ),),
+                daemon=True,
+                name="RayAscendHeadMonitor",
+            ).start()
         connected = {peer.rank for peer in self.connected_workers()}
         unconnected = {handle.run_ref: handle for handle in self._worker_handles() if handle.rank not in connected}
         if not unconnected:
@@ -267,19 +285,31 @@ class WorkerSupervisor:
     def _handle_silent_workers(self, reports: Reports) -> None:
         self.fail(WorkerLateError("VRA-323", idle_message(self._idle_limit_s, reports)))
 
-    def _monitor_head(self, poll_s: float = _HEAD_POLL_S) -> None:
-        """Log that Ray's head is gone, and that it is back. The engine serves on meanwhile; Ray ends it after 60 s."""
-        was_gone = False
+    def _monitor_head(self, limit_s: float, poll_s: float = _HEAD_POLL_S) -> None:
+        """Log that Ray's head is gone, and that it is back. The engine serves on meanwhile.
+
+        ``limit_s`` seconds after the loss Ray ends all processes at once, engine core and workers: no request would get
+        the cause, and nobody would remove the files of their queues. So the engine ends a moment earlier, in order.
+        """
+        answered_at, was_gone = time.monotonic(), False
+        poll_s = min(poll_s, limit_s / _HEAD_POLLS)
         while True:
             with self._changed:
-                if self._changed.wait_for(lambda: self._stopping or self.cause is not None, poll_s):
+                wait_s = min(poll_s, _HEAD_GONE_POLL_S) if was_gone else poll_s
+                if self._changed.wait_for(lambda: self._stopping or self.cause is not None, wait_s):
                     return
+            asked_at = time.monotonic()
             obstacle = self._head_obstacle()
             if obstacle and not was_gone:
                 logger.error("VRA-362: %s", head_silent_message(self._gcs_address, obstacle))
             elif was_gone and not obstacle:
                 logger.warning("VRA-363: Ray's head (GCS) at %s answers again", self._gcs_address)
             was_gone = bool(obstacle)
+            if not obstacle:
+                answered_at = asked_at
+            elif (gone_s := asked_at - answered_at) > limit_s - _ENGINE_END_S:
+                text = head_gone_message(self._gcs_address, obstacle, gone_s, limit_s)
+                self.fail(HeadLostError("VRA-388", text))
 
     def _monitor_by_ray(self, handles: dict[Any, Any]) -> None:
         """Detect the exit of workers through the references of their `run` calls, with short waits, as upstream does.
