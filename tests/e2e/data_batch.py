@@ -20,7 +20,7 @@ def main(model: str, prompts: list[str], concurrency: int, **engine_kwargs: Any)
         placement_group_config={"bundle_per_worker": {"CPU": 1, "NPU": 1}},
         chat_template_stage=False,
         batch_size=2,
-        concurrency=concurrency,
+        concurrency=(concurrency, concurrency),
     )
     processor = build_processor(
         config,

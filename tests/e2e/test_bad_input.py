@@ -37,7 +37,7 @@ LLM(model={model!r}, dtype="float32", tensor_parallel_size={tp}, distributed_exe
 """
 
 
-RAYS_OWN = ("TelemetryAgent",)
+RAYS_OWN = ("TelemetryAgent", "_TelemetryAgent", "_AutoscalingCoordinatorActor", "ActorLocationTracker", "_StatsActor")
 """Actors that Ray's libraries keep for the whole life of a cluster."""
 
 

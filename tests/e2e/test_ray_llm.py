@@ -282,7 +282,7 @@ def test_a_trainer_sends_new_weights_to_an_engine(cluster: Cluster) -> None:
 
 
 def test_a_batch_of_prompts_with_ray_data(cluster: Cluster) -> None:
-    done = run_on_head(cluster, str(EXAMPLES / "data/batch.py"), str(DENSE), "--dtype=float32")
+    done = run_on_head(cluster, str(EXAMPLES / "data/batch.py"), str(DENSE), PYTHONPATH=os.environ["PYTHONPATH"])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for prompt in ("Beautiful is better than ugly.\n", "Explicit is better than implicit.\n"):
         assert repr(prompt + zen_after(prompt))[:60] in done.stdout, done.stdout[-3000:]
