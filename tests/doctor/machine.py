@@ -19,6 +19,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from vllm_ray_ascend.cluster.node_facts import NodeFacts
 from vllm_ray_ascend.devices.cards import parse_npu_smi
 from vllm_ray_ascend.doctor.queries import LIST, QUERIES, command_lines, second_command_lines
@@ -111,6 +113,10 @@ class Machine:
             ended=103.0,
             ray=RayNode(npus=count, gpus=0, free_npus=count, sent=100.0, received=103.1),
         )
+
+    def ping(self, record: NodeRecord, lines: list[str]) -> NodeRecord:
+        """Return the record with what the machine's NPUs write when they ping."""
+        return replace(record, outputs={**record.outputs, **{line: self.run(line) for line in lines}})
 
     def install(self, folder: Path) -> dict[str, str]:
         """Write version files and programs that replay the session below ``folder``; return the variables to set."""

@@ -13,6 +13,7 @@ from tests.doctor.machine import MACHINES, Machine
 from vllm_ray_ascend.cluster.findings import Finding
 from vllm_ray_ascend.doctor.checks import CHECKS
 from vllm_ray_ascend.doctor.judge import choose_checks, find, status_of
+from vllm_ray_ascend.doctor.queries import device_addresses, ping_lines
 from vllm_ray_ascend.doctor.records import (
     DeviceFile,
     Failure,
@@ -49,7 +50,14 @@ def snapshot(*records: NodeRecord, failures: Iterable[Failure] = ()) -> Snapshot
 
 def pair(second: str = "a2", base: str = "a2") -> list[NodeRecord]:
     """Return the records of a healthy node, and of a second one."""
-    return [Machine(base, host=1).record(), Machine(second, host=2).record()]
+    return records_of(Machine(base, host=1), Machine(second, host=2))
+
+
+def records_of(*machines: Machine) -> list[NodeRecord]:
+    """Return what is collected on the nodes of a cluster: when addresses are known, NPUs ping each other."""
+    records = [machine.record() for machine in machines]
+    lines = ping_lines([device_addresses(record) for record in records])
+    return [machine.ping(record, own) for machine, record, own in zip(machines, records, lines, strict=True)]
 
 
 def findings(*records: NodeRecord, failures: Iterable[Failure] = ()) -> list[Finding]:
@@ -115,6 +123,7 @@ class Case(NamedTuple):
 
 
 FAULTS = [
+    Case("roce-ping", "VRA-662", "error", "ping-loss", npus=(4,), says="sent to 192.168.1.14 on another node, 66.67 %"),
     Case("npus-declared", "VRA-206", "error", change=ray(npus=16), says="it declares 16 NPUs to Ray, but 8 of 8"),
     Case(
         "plugin", "VRA-207", "error", change=facts(switches={"VLLM_RAY_ASCEND": "0"}), says="turns vllm-ray-ascend off"
@@ -272,6 +281,14 @@ FAULTS = [
     Case("same-mtu", "VRA-681", "warning", change=record(mtu=9000), says="an MTU of 9000, that of node 10.0.0.1 1500"),
 ]
 A3_FAULTS = [
+    Case(
+        "split-cards",
+        "VRA-635",
+        "warning",
+        "a3",
+        facts(visible_devices="0,1,2"),
+        says="NPU 2 of card 1, whose dies are NPU 2, 3",
+    ),
     Case("hccs", "VRA-645", "error", "a3-hccs", npus=(5,), says="NOK"),
     Case(
         "super-pod",
@@ -326,6 +343,7 @@ UNKNOWN = {
     "a2-container": ("hccn_tool is not there", {"roce-link", "roce-address", "unique-addresses", "net-health", "tls"}),
     "no-root": ("hccn_tool -link -g ended with code 1: 'Command execution failed, only root user", {"roce-link"}),
     "board-unknown": ("npu-smi info -t board says 'Unknown'", {"board"}),
+    "ping-unknown": ("of NPU 4 could not be checked: hccn_tool -ping says 'socket failed'", {"roce-ping"}),
     "no-driver-file": ("the driver works, but its version.info is not there", {"driver"}),
     "no-cann-file": ("CANN works, but its install.info", {"cann"}),
 }
@@ -443,3 +461,13 @@ def test_the_most_frequent_value_is_the_right_one() -> None:
     others = [Machine("a2", host=host).record() for host in (2, 3)]
     (found,) = find(snapshot(odd, *others), choose_checks("quick"))
     assert (found.address, found.code) == ("10.0.0.1", "VRA-678")
+
+
+def test_every_port_pings_and_is_pinged() -> None:
+    nodes = [device_addresses(Machine("a2", host=host).record()) for host in (1, 2, 3)]
+    lines = ping_lines(nodes)
+    assert [len(each) for each in lines] == [8, 8, 8]
+    assert lines[0][3] == "hccn_tool -i 3 -ping -g address 192.168.2.13"
+    assert {line.split()[-1] for each in lines for line in each} == {a for node in nodes for a in node.values()}
+    assert ping_lines(nodes[:1]) == [[]] and ping_lines([]) == []
+    assert ping_lines([nodes[0], {}]) == [[], []], "without hccn_tool on the other node"

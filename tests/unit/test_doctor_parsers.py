@@ -60,6 +60,9 @@ PROCESSES = """
         (parsers.parse_detected_address, "netdetect address: 11.12.165.1\n", "11.12.165.1"),
         (parsers.parse_detected_address, "netdetect addr:11.12.165.1\n", "11.12.165.1"),
         (parsers.parse_tls, "dev_id:0, tls switch[0](0:disable, 1:enable), tls preconfigured[1]\n", False),
+        (parsers.parse_loss, "3 packets transmitted, 3 received, 0.00% packet loss\n", 0.0),
+        (parsers.parse_loss, "3 packets transmitted, 1 received, 66.67% packets loss\n", 66.67),
+        (parsers.parse_loss, "ping: timeout\n", None),
         (parsers.parse_tls, "dev_id:0, tls switch[1](0:disable, 1:enable)\n", True),
         (parsers.parse_speed, "Speed: 200000 Mb/s\n", 200000),
         (parsers.parse_speed, "Speed: Unknown!\n", None),
@@ -117,6 +120,7 @@ def test_every_query_is_answered_on_a_recorded_machine(base: str) -> None:
 
 PARSERS = [
     *{query.parse for query in QUERIES.values()},
+    parsers.parse_loss,
     parsers.parse_properties,
     parsers.parse_ranges,
     parsers.parse_limits,

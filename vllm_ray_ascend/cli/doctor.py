@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from vllm_ray_ascend.cluster.connect import connect_as_observer
+from vllm_ray_ascend.doctor.checks.network import PING
 from vllm_ray_ascend.doctor.gather import snapshot_of_cluster, snapshot_of_this_node
 from vllm_ray_ascend.doctor.judge import EXIT_CODES, choose_checks, make_report
 from vllm_ray_ascend.doctor.records import Level, Report, Snapshot
@@ -83,7 +84,8 @@ def _take_snapshot(args: argparse.Namespace, checks: Sequence[Check]) -> Snapsho
 
     connect_as_observer(args.address)
     try:
-        return snapshot_of_cluster(level, commands, limit_s, args.nodes)
+        with_pings = any(check.name == PING for check in checks)
+        return snapshot_of_cluster(level, commands, limit_s, args.nodes, with_pings=with_pings)
     finally:
         ray.shutdown()
 

@@ -79,6 +79,8 @@ def collect_record(
     commands are given to ``run``.
     """
     started, deadline = time.time(), time.monotonic() + limit_s
+    pool = ThreadPoolExecutor(2)  # what waits for the network does so meanwhile
+    unreachable, own_addresses = pool.submit(_unreachable, peers), pool.submit(_own_addresses)
     environment = raylet_environment()
     facts = collect_node_facts(address, limit_s / 2)
     driver = _driver_folder(environment, root)
@@ -101,12 +103,27 @@ def collect_record(
         shared_memory=_shared_memory(),
         holders=_holders(outputs, facts),
         listening_ports=_listening_ports(),
-        own_addresses=_own_addresses(),
+        own_addresses=own_addresses.result(),
         mtu=_mtu(address),
-        unreachable=_unreachable(peers),
+        unreachable=unreachable.result(),
         started=started,
         ended=time.time(),
     )
+
+
+def ping_as_dict(lines: Sequence[str], limit_s: float) -> dict[str, Any]:
+    """Return what these command lines wrote on this node, as plain data, for which `decode_outputs` is the inverse."""
+    deadline = time.monotonic() + limit_s
+    driver = _driver_folder(raylet_environment(), Path("/"))
+    outputs: dict[str, Any] = msgspec.to_builtins(
+        _run_all(partial(run_command, driver=driver, deadline=deadline), lines)
+    )
+    return outputs
+
+
+def decode_outputs(values: Mapping[str, Any]) -> dict[str, Output]:
+    """Return the outputs by command line of a dictionary that another version of this package may have made."""
+    return msgspec.convert(values, dict[str, Output])
 
 
 def run_command(line: str, driver: Path, deadline: float) -> Output:
@@ -135,11 +152,15 @@ def run_command(line: str, driver: Path, deadline: float) -> Output:
 
 
 def _run_commands(run: Run, dies: Sequence[Die], commands: Sequence[str]) -> dict[str, Output]:
+    outputs = _run_all(run, command_lines(dies, commands))
+    again = second_command_lines(dies, commands)
+    later = _run_all(run, [line for line, _ in again])
+    return outputs | {name: later[line] for line, name in again}
+
+
+def _run_all(run: Run, lines: Sequence[str]) -> dict[str, Output]:
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        lines = command_lines(dies, commands)
-        outputs = dict(zip(lines, pool.map(run, lines), strict=True))
-        again = second_command_lines(dies, commands)
-        return outputs | dict(zip([name for _, name in again], pool.map(run, [line for line, _ in again]), strict=True))
+        return dict(zip(lines, pool.map(run, lines), strict=True))
 
 
 def _driver_folder(environment: Mapping[str, str], root: Path) -> Path:
@@ -260,7 +281,8 @@ def _holder(pid: int) -> Holder | None:
         above = {parent.pid for parent in process.parents()}
         of_ray = os.environ.get("RAY_RAYLET_PID", "") in map(str, above) or "RAY_RAYLET_PID" in process.environ()
         name = (_read(Path(f"/proc/{pid}/comm")) or "").strip()
-        return Holder(name=name, command=" ".join(process.cmdline()) or name, of_ray=of_ray)
+        command = redact_value("", " ".join(process.cmdline())) or name
+        return Holder(name=name, command=command, of_ray=of_ray)
     except (psutil.Error, OSError):
         return None
 

@@ -157,6 +157,12 @@ def parse_detected_address(text: str) -> str | None:
     return field(text, "netdetect addr(?:ess)?")
 
 
+def parse_loss(text: str) -> float | None:
+    """Return the percentage of lost packets in `hccn_tool -ping -g`."""
+    found = re.search(r"(\d{1,3}(?:\.\d{1,9})?) *% *packets? loss", text, re.I | re.ASCII)
+    return float(found[1]) if found else None
+
+
 def parse_tls(text: str) -> bool | None:
     """Return whether TLS is on, in `hccn_tool -tls -g`."""
     found = re.search(r"tls switch\[(\d)\]", text)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vllm_ray_ascend.devices.cards import Die
 from vllm_ray_ascend.doctor import parsers
+from vllm_ray_ascend.doctor.records import NodeRecord
 
 NPU_SMI, HCCN_TOOL = "npu-smi", "hccn_tool"
 
@@ -93,3 +94,28 @@ def second_command_lines(dies: Sequence[Die], commands: Iterable[str]) -> list[t
 def _queries_of(dies: Sequence[Die], commands: Iterable[str]) -> list[Query]:
     known = [QUERIES[command] for command in commands if command in QUERIES]
     return [query for query in known if is_a3(dies) or not query.only_a3]
+
+
+def device_addresses(record: NodeRecord) -> dict[Die, str]:
+    """Return the addresses of a node's RoCE ports."""
+    lines = {die: ADDRESS.line(die) for die in record.facts.dies}
+    found = {die: ADDRESS.parse(record.outputs[line].text) for die, line in lines.items() if line in record.outputs}
+    return {die: answer.address for die, answer in found.items() if answer is not None}
+
+
+def ping_line(physical_id: int, address: str) -> str:
+    """Return the command line by which an NPU pings an address through its RoCE port."""
+    return f"{HCCN_TOOL} -i {physical_id} -ping -g address {address}"
+
+
+def ping_lines(addresses: Sequence[Mapping[Die, str]]) -> list[list[str]]:
+    """Return for each node, of whose NPUs these are the addresses, what is to be run there.
+
+    Each NPU pings the one with its number on the next node: every port sends and answers once.
+    """
+    lines = []
+    for position, own in enumerate(addresses):
+        peers = {die.physical_id: address for die, address in addresses[(position + 1) % len(addresses)].items()}
+        ids = [die.physical_id for die, address in own.items() if address]
+        lines.append([ping_line(npu, peers[npu]) for npu in ids if peers.get(npu) and len(addresses) > 1])
+    return lines

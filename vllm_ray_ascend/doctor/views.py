@@ -11,7 +11,7 @@ from vllm_ray_ascend.cluster.audit import Driver
 from vllm_ray_ascend.cluster.findings import Finding, Severity
 from vllm_ray_ascend.devices.cards import Die
 from vllm_ray_ascend.doctor import parsers
-from vllm_ray_ascend.doctor.queries import HCCN_TOOL, LIST, Query, is_a3
+from vllm_ray_ascend.doctor.queries import HCCN_TOOL, LIST, Query, is_a3, ping_line
 from vllm_ray_ascend.doctor.records import Level, NodeRecord, Output, RayNode
 
 _MOUNT = {
@@ -81,6 +81,16 @@ class NodeView:
             if die not in answered:
                 reasons[_reason(self._output(query.line(die)), query.title)].append(die)
         return reasons
+
+    def pings(self) -> dict[Die, tuple[str, Output]]:
+        """Return the address that each NPU has pinged, and what the command wrote."""
+        lines = {die: ping_line(die.physical_id, "") for die in self.dies}
+        return {
+            die: (each.removeprefix(line), output)
+            for die, line in lines.items()
+            for each, output in self.record.outputs.items()
+            if each.startswith(line)
+        }
 
     def properties(self, file: str) -> dict[str, str]:
         """Return the `name=value` lines of a collected file; none where it was not there."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from vllm_ray_ascend.cluster.audit import audit_node
 from vllm_ray_ascend.cluster.findings import Finding
+from vllm_ray_ascend.devices.visible import VISIBLE_DEVICES, usable_physical_ids
 from vllm_ray_ascend.doctor.queries import (
     ECC,
     HBM,
@@ -36,6 +37,25 @@ def audit(name: str) -> Callable[[NodeView], Iterator[Finding]]:
         yield from (finding for finding in found if finding.check == name)
 
     return check
+
+
+def check_split_cards(node: NodeView) -> Iterator[Finding]:
+    """Yield a warning for each card of which Ray has one die only: another owner shares its bandwidth, or it idles."""
+    facts = node.record.facts
+    usable = set(usable_physical_ids(facts.visible_devices, facts.cann_devices or 0))
+    cards: defaultdict[int, list[int]] = defaultdict(list)
+    for die in node.dies:
+        cards[die.card].append(die.physical_id)
+    for card, ids in cards.items():
+        if usable & set(ids) and not usable >= set(ids):
+            yield node.finding(
+                "warning",
+                "VRA-635",
+                f"{VISIBLE_DEVICES}={facts.visible_devices} names NPU {_list(sorted(usable & set(ids)))} of card "
+                f"{card}, whose dies are NPU {_list(ids)}: they share the card's bandwidth.",
+                f"Name both dies of a card in {VISIBLE_DEVICES} before `ray start` there, or none.",
+                card=card,
+            )
 
 
 def check_device_files(node: NodeView) -> Iterator[Finding]:
@@ -250,6 +270,9 @@ CHECKS = (
     Check("npus-declared", "Ray has the NPUs that the node has", "CANN, `ray start`", audit("npus-declared")),
     Check("plugin", "this plugin is active, and equal on all nodes", "`ray start`, metadata", audit("plugin")),
     Check("visible-devices", "lists of NPUs are read as they are meant", "`ray start`", audit("visible-devices")),
+    Check(
+        "split-cards", "Ray has both dies of a card (A3)", "`ray start`, npu-smi -m", check_split_cards, applies=on_a3
+    ),
     Check("npu-counts", "CANN, device files and npu-smi count alike", "CANN, /dev, npu-smi -m", audit("npu-counts")),
     Check("device-files", "the driver's device files are there", "/dev", check_device_files),
     Check("device-access", "device files can be opened", "open() of /dev/davinci*", check_device_access),

@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_ray_ascend.cluster.findings import Finding
 from vllm_ray_ascend.devices.cards import Die
+from vllm_ray_ascend.doctor.parsers import parse_loss
 from vllm_ray_ascend.doctor.queries import (
     ADDRESS,
     ERRORS,
@@ -21,9 +22,12 @@ from vllm_ray_ascend.doctor.queries import (
     TLS,
     VNIC,
     Query,
+    ping_line,
 )
 from vllm_ray_ascend.doctor.views import Check, NodeView, on_a3, on_several_nodes
 
+PING = "roce-ping"
+"""The check for which nodes are asked a second time, when the addresses of the others are known."""
 _FLAPS = 3
 _Port = tuple[NodeView, Die]
 
@@ -201,6 +205,25 @@ def check_errors(node: NodeView) -> Iterator[Finding]:
             )
 
 
+def check_ping(node: NodeView) -> Iterator[Finding]:
+    """Yield an error for each NPU that does not reach the one with its number on the next node."""
+    for die, (address, output) in node.pings().items():
+        loss = parse_loss(output.text)
+        if loss is None:
+            first = (output.text.strip() or "nothing").splitlines()[0]
+            yield node.unknown(f"hccn_tool -ping says {first!r}", "Run it there to see why.", [die])
+        elif loss > 0:
+            yield node.finding(
+                "error",
+                "VRA-662",
+                f"of what its RoCE port sent to {address} on another node, {loss:g} % got lost.",
+                f"`{ping_line(die.physical_id, address)}` there; check routes, VLAN and the switches between.",
+                die,
+                address=address,
+                loss=loss,
+            )
+
+
 def check_vnic(node: NodeView) -> Iterator[Finding]:
     """Yield an error for each die of an A3 whose virtual port is down, through which it reaches the super pod."""
     for die, state in node.answers(VNIC).items():
@@ -325,6 +348,15 @@ CHECKS = (
         "hccn_tool -stat, twice",
         check_errors,
         (ERRORS,),
+        "full",
+        applies=on_several_nodes,
+    ),
+    Check(
+        PING,
+        "RoCE ports reach those of the next node",
+        "hccn_tool -ping",
+        check_ping,
+        (ADDRESS,),
         "full",
         applies=on_several_nodes,
     ),

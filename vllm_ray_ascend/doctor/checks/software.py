@@ -172,14 +172,14 @@ def check_same_packages(nodes: Sequence[NodeView]) -> Iterator[Finding]:
 def check_set(node: NodeView) -> Iterator[Finding]:
     """Yield an error where vllm-ascend was not made for this vLLM, or torch_npu not for this torch."""
     versions = node.record.versions
-    for package, base in (("vllm-ascend", "vllm"), ("torch-npu", "torch")):
-        mine, theirs = _release(versions.get(package)), _release(versions.get(base))
+    for package, base, parts in (("vllm-ascend", "vllm", 2), ("torch-npu", "torch", 3)):
+        mine, theirs = _release(versions.get(package), parts), _release(versions.get(base), parts)
         if mine and theirs and mine != theirs:
             yield node.finding(
                 "error",
                 "VRA-619",
                 f"{package} {versions[package]} is not made for {base} {versions[base]}.",
-                f"Install releases of one set: `pip install {package}=={'.'.join(map(str, theirs))}`, or the {base} "
+                f"Install releases of one set: `pip install '{package}~={'.'.join(map(str, theirs))}'`, or the {base} "
                 f"that {package} {versions[package]} asks for.",
                 versions={package: versions[package], base: versions[base]},
             )
@@ -199,12 +199,13 @@ def check_cuda_packages(node: NodeView) -> Iterator[Finding]:
         )
 
 
-def _release(version: str | None) -> tuple[int, ...]:
-    """Return the release without suffixes: that of 0.30.0rc2 is that of 0.30.0."""
+def _release(version: str | None, parts: int) -> tuple[int, ...]:
+    """Return the release without suffixes: that of 0.30.0rc2 is that of 0.30.0. Builds between releases have none."""
     try:
-        return Version(version or "").release[:3]
+        parsed = Version(version or "")
     except InvalidVersion:  # missing, or a private build
         return ()
+    return () if parsed.is_devrelease else parsed.release[:parts]
 
 
 CHECKS = (
