@@ -123,6 +123,13 @@ class Case(NamedTuple):
 
 
 FAULTS = [
+    Case(
+        "worker-ports",
+        "VRA-682",
+        "warning",
+        change=record(worker_ports=(20000, 62000)),
+        remedy="--max-worker-port=60999.",
+    ),
     Case("roce-ping", "VRA-662", "error", "ping-loss", npus=(4,), says="sent to 192.168.1.14 on another node, 66.67 %"),
     Case("npus-declared", "VRA-206", "error", change=ray(npus=16), says="it declares 16 NPUs to Ray, but 8 of 8"),
     Case(
@@ -367,11 +374,13 @@ def test_status_is_that_of_the_worst_finding() -> None:
     assert status_of([replace(one, severity="info")]) == "ok"
 
 
+DRIVER_WITHOUT_RANGES = "Version=25.5.1\nInnerversion=V100R001C25SPC001B217\n"
 SOURCES: dict[str, Change] = {
     "limits": record(limits={}),
     "shared-memory": record(shared_memory=None),
     "hccl-ports": record(listening_ports=None),
     "firmware": lambda each: replace(each, files={**each.files, "firmware": None}),
+    "firmware ": lambda each: replace(each, files={**each.files, "driver": DRIVER_WITHOUT_RANGES}),
     "driver-cann": lambda each: replace(each, files={**each.files, "cann": "version=8.5.1\n"}),
 }
 
@@ -380,7 +389,7 @@ SOURCES: dict[str, Change] = {
 def test_a_host_that_cannot_be_read_is_unknown(check: str) -> None:
     first, second = pair()
     (found,) = findings(first, SOURCES[check](second))
-    assert (found.check, found.severity, found.address) == (check, "unknown", SECOND)
+    assert (found.check, found.severity, found.address) == (check.strip(), "unknown", SECOND)
 
 
 def test_npu_smi_that_is_missing_makes_every_check_of_npus_unknown() -> None:
@@ -421,8 +430,9 @@ def test_ports_and_memory_of_a_running_engine_are_no_fault() -> None:
 
 def test_ports_are_the_users_where_he_set_them() -> None:
     first, second = pair()
-    changed = all_of(record(listening_ports=[61000]), environment(HCCL_IF_BASE_PORT="50000"))(second)
-    assert findings(first, changed) == []
+    taken = record(listening_ports=[61000], worker_ports=(61000, 62000))
+    assert findings(first, all_of(taken, environment(HCCL_IF_BASE_PORT="50000"))(second)) == []
+    assert findings(first, all_of(taken, record(first_port=62001))(second)) == [], "above those of outgoing connections"
 
 
 def test_a_node_without_npus_is_checked_for_what_concerns_it() -> None:

@@ -98,6 +98,19 @@ Max locked memory         8388608              unlimited            bytes
     assert parsers.parse_limits(text) == {"Max open files": (20000, 524288), "Max locked memory": (8388608, None)}
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--min_worker_port=10002 --max_worker_port=19999", (10002, 19999)),
+        ("--min_worker_port=0 --max_worker_port=0", None),
+        ("--min_worker_port=9 --max_worker_port=8", None),
+        ("", None),
+    ],
+)
+def test_worker_ports(options: str, expected: tuple[int, int] | None) -> None:
+    assert parsers.parse_worker_ports(f"/ray/raylet --raylet_socket_name=x {options} --y") == expected
+
+
 def test_listening_ports() -> None:
     text = """  sl  local_address rem_address   st tx_queue rx_queue
    0: 00000000:EE48 00000000:0000 0A 00000000:00000000 00:00000000
@@ -125,6 +138,7 @@ PARSERS = [
     parsers.parse_ranges,
     parsers.parse_limits,
     parsers.parse_listening,
+    parsers.parse_worker_ports,
     parsers.inner_release,
 ]
 WORDS = st.sampled_from(

@@ -38,7 +38,7 @@ from vllm_ray_ascend.doctor.records import (
     User,
 )
 from vllm_ray_ascend.environment.derive import interface_with_address
-from vllm_ray_ascend.environment.node import list_interfaces
+from vllm_ray_ascend.environment.node import list_interfaces, read_first_port
 from vllm_ray_ascend.environment.redact import redact_value
 from vllm_ray_ascend.environment.table import scope_of
 
@@ -103,6 +103,8 @@ def collect_record(
         shared_memory=_shared_memory(),
         holders=_holders(outputs, facts),
         listening_ports=_listening_ports(),
+        first_port=read_first_port(),
+        worker_ports=_worker_ports(),
         own_addresses=own_addresses.result(),
         mtu=_mtu(address),
         unreachable=unreachable.result(),
@@ -292,6 +294,11 @@ def _listening_ports() -> list[int] | None:
     if not any(texts):
         return None
     return sorted({port for text in texts for port in parsers.parse_listening(text or "")})
+
+
+def _worker_ports() -> tuple[int, int] | None:
+    command = _read(Path("/proc") / os.environ.get("RAY_RAYLET_PID", "self") / "cmdline") or ""
+    return parsers.parse_worker_ports(command.replace("\0", " "))
 
 
 def _own_addresses() -> list[str]:

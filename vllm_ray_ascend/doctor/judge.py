@@ -11,7 +11,7 @@ from vllm_ray_ascend.cluster.findings import Finding, Severity
 from vllm_ray_ascend.doctor.checks import CHECKS
 from vllm_ray_ascend.doctor.compare import changes_between
 from vllm_ray_ascend.doctor.records import ExitCode, Level, NodeRecord, NodeSummary, Report, Snapshot, Status
-from vllm_ray_ascend.doctor.views import Check, NodeView
+from vllm_ray_ascend.doctor.views import Check, NodeView, has_npus
 from vllm_ray_ascend.errors import DoctorError
 
 EXIT_CODES: Mapping[Status, ExitCode] = {"ok": 0, "warning": 1, "critical": 2, "unknown": 3}
@@ -77,13 +77,11 @@ def _run(check: Check, nodes: Sequence[NodeView]) -> Iterator[Finding]:
 
 def _views(snapshot: Snapshot) -> list[NodeView]:
     driver = Driver(snapshot.versions, snapshot.switches)
-    views = [
-        NodeView(record, several=False, head_address=snapshot.head_address, driver=driver) for record in snapshot.nodes
+    several = sum(map(has_npus, snapshot.nodes)) + len(snapshot.failures) > 1
+    return [
+        NodeView(record, several=several, head_address=snapshot.head_address, driver=driver)
+        for record in snapshot.nodes
     ]
-    several = sum(view.has_npus for view in views) + len(snapshot.failures) > 1
-    for view in views:
-        view.several = several
-    return views
 
 
 def _no_npus() -> Finding:

@@ -225,6 +225,13 @@ def parse_limits(text: str) -> dict[str, tuple[int | None, int | None]]:
     return {name: (_limit(soft), _limit(hard)) for name, soft, hard in rows}
 
 
+def parse_worker_ports(command: str) -> tuple[int, int] | None:
+    """Return the range of ports that a raylet gives to its workers, by its command line; None: the system chooses."""
+    ends = [re.search(rf"--{end}_worker_port=(\d{{1,5}})\b", command, re.ASCII) for end in ("min", "max")]
+    low, high = (int(end[1]) if end else 0 for end in ends)
+    return (low, high) if 0 < low <= high else None
+
+
 def parse_listening(text: str) -> set[int]:
     """Return the ports on which something listens, of /proc/net/tcp or tcp6."""
     rows = (line.split() for line in text.splitlines())

@@ -8,6 +8,7 @@ import msgspec
 
 from vllm_ray_ascend.cluster.findings import Finding
 from vllm_ray_ascend.cluster.node_facts import NodeFacts
+from vllm_ray_ascend.environment.ports import FIRST_PORT
 
 Level = Literal["quick", "full"]
 
@@ -98,6 +99,10 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     holders: dict[int, Holder] = {}
     """Processes that npu-smi names and this node's /proc has, by pid."""
     listening_ports: list[int] | None = None
+    first_port: int = FIRST_PORT
+    """The first one that HCCL is given on this node."""
+    worker_ports: tuple[int, int] | None = None
+    """Range of ports of Ray's workers; None where the system chooses, or without Ray."""
     own_addresses: list[str] = []
     """To what the node's own name resolves."""
     mtu: int | None = None

@@ -55,8 +55,7 @@ class NodeView:
     @property
     def has_npus(self) -> bool:
         """Whether it has NPUs, or says so."""
-        facts = self.record.facts
-        return bool(facts.cann_devices or facts.device_files or facts.dies or (self.ray and self.ray.npus))
+        return has_npus(self.record)
 
     @cached_property
     def is_idle(self) -> bool:
@@ -144,6 +143,12 @@ class Check(NamedTuple):
     level: Level = "quick"
     of_cluster: bool = False
     applies: Callable[[NodeView], bool] = lambda node: node.has_npus
+
+
+def has_npus(record: NodeRecord) -> bool:
+    """Return whether a node has NPUs, or says so."""
+    facts = record.facts
+    return bool(facts.cann_devices or facts.device_files or facts.dies or (record.ray and record.ray.npus))
 
 
 def on_several_nodes(node: NodeView) -> bool:

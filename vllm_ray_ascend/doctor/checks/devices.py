@@ -189,11 +189,12 @@ def check_strangers(node: NodeView) -> Iterator[Finding]:
             if holder.of_ray if holder else not node.is_idle:
                 continue
             command = holder.command[:80] if holder else f"{process.name or 'no name'}, not in this node's /proc"
+            end = f"End it (`kill {process.pid}`)" if holder else f"Find it on the host (`ps -p {process.pid}`), end it"
             yield node.finding(
                 "error",
                 "VRA-643",
                 f"process {process.pid} ({command}) has {process.megabytes} MB of its HBM and is not of this Ray node.",
-                f"End it (`kill {process.pid}`), or leave the NPU out of ASCEND_RT_VISIBLE_DEVICES before `ray start`.",
+                f"{end}, or leave the NPU out of ASCEND_RT_VISIBLE_DEVICES before `ray start`.",
                 die,
                 pid=process.pid,
                 megabytes=process.megabytes,

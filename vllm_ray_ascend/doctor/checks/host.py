@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from vllm_ray_ascend.addresses import is_loopback
 from vllm_ray_ascend.cluster.findings import Finding
 from vllm_ray_ascend.doctor.views import Check, NodeView, odd_ones, on_every_node, on_several_nodes
-from vllm_ray_ascend.environment.ports import FIRST_PORT, LAST_PORT, PORTS_PER_NPU
+from vllm_ray_ascend.environment.ports import LAST_PORT, PORTS_PER_NPU
 from vllm_ray_ascend.environment.table import scope_of
 from vllm_ray_ascend.settings import variable_of
 
@@ -117,24 +117,40 @@ def check_reachable(node: NodeView) -> Iterator[Finding]:
 
 def check_ports(node: NodeView) -> Iterator[Finding]:
     """Yield a warning where something has HCCL's ports, though Ray has given no NPU of the node to anybody."""
-    if node.record.listening_ports is None:
+    listening, (first, last) = node.record.listening_ports, _hccl_ports(node)
+    if listening is None:
         yield node.unknown("/proc/net/tcp cannot be read", "`ss -ltn` there.")
-        return
-    environment = node.record.environment
-    if not node.is_idle or any(environment.get(name) for name in _PORT_SETTINGS):
-        return
-    last = min(FIRST_PORT + len(node.dies) * PORTS_PER_NPU - 1, LAST_PORT)
-    taken = [port for port in node.record.listening_ports if FIRST_PORT <= port <= last]
-    if taken:
+    elif node.is_idle and (taken := [port for port in listening if first <= port <= last]):
         yield node.finding(
             "warning",
             "VRA-677",
-            f"something listens on {', '.join(map(str, taken[:5]))}, among HCCL's ports {FIRST_PORT} to {last}, and "
-            "Ray has given no NPU of the node to anybody.",
+            f"something listens on {', '.join(map(str, taken[:5]))}, among HCCL's ports {first} to {last}, and Ray has "
+            "given no NPU of the node to anybody.",
             f"`ss -ltnp 'sport = :{taken[0]}'` there shows it; end it, or set HCCL_HOST_SOCKET_PORT_RANGE before "
             "`ray start` there.",
             ports=taken,
         )
+
+
+def check_worker_ports(node: NodeView) -> Iterator[Finding]:
+    """Yield a warning where Ray gives its workers ports of HCCL."""
+    workers, (first, last) = node.record.worker_ports, _hccl_ports(node)
+    if workers and workers[0] <= last and first <= workers[1]:
+        yield node.finding(
+            "warning",
+            "VRA-682",
+            f"Ray's workers get the ports {workers[0]} to {workers[1]}, among them HCCL's, {first} to {last}.",
+            f"Give `ray start` there a range that ends below: --max-worker-port={first - 1}.",
+            workers=list(workers),
+        )
+
+
+def _hccl_ports(node: NodeView) -> tuple[int, int]:
+    """Return the first and the last port that engines give HCCL; an empty range where the user has set other ones."""
+    first = node.record.first_port
+    if any(node.record.environment.get(name) for name in _PORT_SETTINGS):
+        return first, first - 1
+    return first, min(first + len(node.dies) * PORTS_PER_NPU - 1, LAST_PORT)
 
 
 def check_same_variables(nodes: Sequence[NodeView]) -> Iterator[Finding]:
@@ -226,6 +242,7 @@ CHECKS = (
         "reachable", "every node reaches Ray on every other", "TCP connections", check_reachable, applies=on_every_node
     ),
     Check("hccl-ports", "HCCL's ports are free", "/proc/net/tcp", check_ports),
+    Check("worker-ports", "ports of Ray's workers are not HCCL's", "the raylet's command line", check_worker_ports),
     Check(
         "same-variables",
         "HCCL's variables are equal on all nodes",

@@ -12,6 +12,7 @@ from vllm_ray_ascend.doctor.queries import BOARD
 from vllm_ray_ascend.doctor.views import Check, NodeView, odd_ones
 
 _SET_ENV = "`source /usr/local/Ascend/ascend-toolkit/set_env.sh` (or where CANN is) before `ray start` there."
+_MOUNT_FIRMWARE = "In a container: `-v /usr/local/Ascend/firmware:/usr/local/Ascend/firmware:ro`."
 _MOUNT_DRIVER = "In a container, mount /usr/local/Ascend/driver; or set ASCEND_DRIVER_PATH to where the driver is."
 
 
@@ -34,8 +35,10 @@ def check_firmware(node: NodeView) -> Iterator[Finding]:
     """Yield a finding where the firmware is outside the range for which the driver was made."""
     driver, firmware = node.properties("driver"), node.properties("firmware").get("Version", "")
     ranges = parsers.parse_ranges(driver.get("compatible_version_fw", ""))
-    if not firmware or not ranges:
-        yield node.unknown("version.info of the driver or of the firmware is not there", _MOUNT_DRIVER)
+    if not ranges:
+        yield node.unknown("the driver's version.info is not there, or names no compatible_version_fw", _MOUNT_DRIVER)
+    elif not firmware:
+        yield node.unknown("the firmware's version.info is not there", _MOUNT_FIRMWARE)
     elif not parsers.is_in_ranges(firmware, ranges):
         yield node.finding(
             "error",
