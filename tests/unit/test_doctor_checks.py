@@ -345,7 +345,7 @@ def test_every_machine_is_used() -> None:
     assert {folder.name for folder in MACHINES.iterdir()} == used
 
 
-HEALTHY = {"a2", "a3", "a2-other-wording"}
+HEALTHY = {"a2", "a3", "a2-other-wording", "a3-unwired", "net-down"}
 UNKNOWN = {
     "a2-container": ("hccn_tool is not there", {"roce-link", "roce-address", "unique-addresses", "net-health", "tls"}),
     "no-root": ("hccn_tool -link -g ended with code 1: 'Command execution failed, only root user", {"roce-link"}),
@@ -374,12 +374,16 @@ def test_status_is_that_of_the_worst_finding() -> None:
     assert status_of([replace(one, severity="info")]) == "ok"
 
 
+def _without_board(each: NodeRecord) -> dict[str, Output]:
+    return {line: Output(1, "no\n") if "-t board" in line else output for line, output in each.outputs.items()}
+
+
 DRIVER_WITHOUT_RANGES = "Version=25.5.1\nInnerversion=V100R001C25SPC001B217\n"
 SOURCES: dict[str, Change] = {
     "limits": record(limits={}),
     "shared-memory": record(shared_memory=None),
     "hccl-ports": record(listening_ports=None),
-    "firmware": lambda each: replace(each, files={**each.files, "firmware": None}),
+    "firmware": lambda each: replace(each, files={**each.files, "firmware": None}, outputs=_without_board(each)),
     "firmware ": lambda each: replace(each, files={**each.files, "driver": DRIVER_WITHOUT_RANGES}),
     "driver-cann": lambda each: replace(each, files={**each.files, "cann": "version=8.5.1\n"}),
 }
@@ -388,8 +392,9 @@ SOURCES: dict[str, Change] = {
 @pytest.mark.parametrize("check", SOURCES)
 def test_a_host_that_cannot_be_read_is_unknown(check: str) -> None:
     first, second = pair()
-    (found,) = findings(first, SOURCES[check](second))
-    assert (found.check, found.severity, found.address) == (check.strip(), "unknown", SECOND)
+    found = findings(first, SOURCES[check](second))
+    assert {(each.severity, each.address) for each in found} == {("unknown", SECOND)}
+    assert {each.check for each in found} - {"board"} == {check.strip()}
 
 
 def test_npu_smi_that_is_missing_makes_every_check_of_npus_unknown() -> None:
@@ -404,8 +409,7 @@ def test_npu_smi_that_is_missing_makes_every_check_of_npus_unknown() -> None:
 
 def test_roce_does_not_matter_on_a_single_node() -> None:
     assert findings(Machine("link-down").record()) == []
-    (found,) = find(snapshot(Machine("a2-container").record()), choose_checks("quick"))
-    assert found.check == "firmware"
+    assert find(snapshot(Machine("a2-container").record()), choose_checks("quick")) == []
 
 
 def test_a_process_of_ray_is_no_stranger() -> None:
@@ -481,3 +485,21 @@ def test_every_port_pings_and_is_pinged() -> None:
     assert {line.split()[-1] for each in lines for line in each} == {a for node in nodes for a in node.values()}
     assert ping_lines(nodes[:1]) == [[]] and ping_lines([]) == []
     assert ping_lines([nodes[0], {}]) == [[], []], "without hccn_tool on the other node"
+
+
+def test_firmware_is_judged_by_the_npus_where_its_file_is_missing() -> None:
+    first, second = pair()
+    assert findings(first, replace(second, files={**second.files, "firmware": None})) == []
+
+
+def test_nodes_of_a3_that_are_connected_by_hccs_only() -> None:
+    unwired = records_of(*[Machine("a3-unwired", host=host) for host in (1, 2)])
+    found = findings(*unwired)
+    assert {(each.code, each.severity) for each in found} == {("VRA-650", "info")} and status_of(found) == "ok"
+    wired = findings(*records_of(Machine("a3", host=1), Machine("a3-unwired", host=2)))
+    assert {(each.code, each.severity, each.address) for each in wired} == {("VRA-650", "error", SECOND)}
+
+
+def test_a_port_without_link_is_one_finding() -> None:
+    found = findings(*records_of(Machine("a2", host=1), Machine("link-down", "net-down", host=2)))
+    assert [(each.check, each.physical_id) for each in found] == [("roce-link", 3)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
@@ -32,24 +33,30 @@ _FLAPS = 3
 _Port = tuple[NodeView, Die]
 
 
-def check_link(node: NodeView) -> Iterator[Finding]:
-    """Yield an error for each NPU whose RoCE port has no link."""
-    for die, state in node.answers(LINK).items():
-        if state != "UP":
-            yield node.finding(
-                "error",
-                "VRA-650",
-                "its RoCE link is down.",
-                f"Check the cable, the optical module (`hccn_tool -i {die.physical_id} -optical -g`) and the switch's "
-                f"port; then `hccn_tool -i {die.physical_id} -link -g` there.",
-                die,
-            )
+def check_link(nodes: Sequence[NodeView]) -> Iterator[Finding]:
+    """Yield an error for each NPU whose RoCE port has no link.
+
+    Nodes of Atlas A3 that are connected by HCCS only have no link at all, which is noted.
+    """
+    states = {node: node.answers(LINK) for node in nodes}
+    is_wired = any(state == "UP" for answers in states.values() for state in answers.values())
+    for node, answers in states.items():
+        for die, state in answers.items():
+            if state != "UP":
+                yield node.finding(
+                    "info" if node.is_a3 and not is_wired else "error",
+                    "VRA-650",
+                    "its RoCE link is down.",
+                    f"Check the cable, the optical module (`hccn_tool -i {die.physical_id} -optical -g`) and the "
+                    f"switch's port; then `hccn_tool -i {die.physical_id} -link -g` there.",
+                    die,
+                )
 
 
 def check_address(node: NodeView) -> Iterator[Finding]:
-    """Yield an error for each NPU whose RoCE port has no address; on Atlas A3 a warning, which has HCCS as well."""
+    """Yield an error for each NPU whose RoCE port has no address; on Atlas A3, which has HCCS as well, a warning."""
     for die, found in node.answers(ADDRESS).items():
-        if not found.address:
+        if not found.address and _may_have_link(node, die):
             yield node.finding(
                 "warning" if node.is_a3 else "error",
                 "VRA-651",
@@ -79,31 +86,27 @@ def check_unique_addresses(nodes: Sequence[NodeView]) -> Iterator[Finding]:
 
 def check_gateway(nodes: Sequence[NodeView]) -> Iterator[Finding]:
     """Yield a warning for each port that has no gateway although ports of other nodes are in another network."""
-    networks = {
-        (node, die): network
-        for node in nodes
-        for die, found in node.answers(ADDRESS).items()
-        if (network := _network(found.address, found.netmask))
-    }
-    for (node, die), network in networks.items():
-        others = sorted(
-            {str(other) for (there, _), other in networks.items() if there is not node and other != network}
-        )
-        if others and node.answers(GATEWAY).get(die) == "":
-            yield node.finding(
-                "warning",
-                "VRA-653",
-                f"its RoCE port is in {network} without a gateway, ports of other nodes are in {', '.join(others)}.",
-                f"`hccn_tool -i {die.physical_id} -gateway -s gateway ADDRESS` there, or addresses of one network.",
-                die,
-                network=str(network),
-            )
+    networks = {node: _networks(node) for node in nodes}
+    for node, own in networks.items():
+        elsewhere = {network for other, each in networks.items() if other is not node for network in each.values()}
+        gateways = node.answers(GATEWAY)
+        for die, network in own.items():
+            if gateways.get(die) == "" and (others := elsewhere - {network}):
+                yield node.finding(
+                    "warning",
+                    "VRA-653",
+                    f"its RoCE port is in {network} without a gateway, ports of other nodes are in "
+                    f"{', '.join(sorted(others))}.",
+                    f"`hccn_tool -i {die.physical_id} -gateway -s gateway ADDRESS` there, or addresses of one network.",
+                    die,
+                    network=network,
+                )
 
 
 def check_net_health(node: NodeView) -> Iterator[Finding]:
     """Yield a finding for each NPU that does not reach the address that it is to ping."""
     for die, state in node.answers(NET_HEALTH).items():
-        if state.lower() == "success":
+        if state.lower() == "success" or not _may_have_link(node, die):
             continue
         yield node.finding(
             "warning" if state.lower() in ("init", "unknown") else "error",
@@ -237,6 +240,11 @@ def check_vnic(node: NodeView) -> Iterator[Finding]:
             )
 
 
+def _may_have_link(node: NodeView, die: Die) -> bool:
+    """Return whether a port is not known to be down, which is a finding of its own."""
+    return bool(node.answers(LINK).get(die) != "DOWN")
+
+
 def _odd_ports(nodes: Sequence[NodeView], query: Query) -> Iterator[tuple[_Port, Any, Any]]:
     """Yield each NPU whose answer is not the most frequent one of the cluster, with both; the first wins a tie."""
     values: Mapping[_Port, Hashable] = {
@@ -247,11 +255,13 @@ def _odd_ports(nodes: Sequence[NodeView], query: Query) -> Iterator[tuple[_Port,
     yield from ((port, value, usual) for port, value in values.items() if value != usual)
 
 
-def _network(address: str, netmask: str) -> ipaddress.IPv4Network | None:
-    try:
-        return ipaddress.IPv4Network(f"{address}/{netmask}", strict=False) if netmask else None
-    except ValueError:
-        return None
+def _networks(node: NodeView) -> dict[Die, str]:
+    """Return the network of each RoCE port, as far as it is known."""
+    networks = {}
+    for die, found in node.answers(ADDRESS).items():
+        with contextlib.suppress(ValueError):
+            networks[die] = str(ipaddress.ip_network(f"{found.address}/{found.netmask}", strict=False))
+    return networks
 
 
 def _switch(enabled: bool) -> str:
@@ -259,7 +269,15 @@ def _switch(enabled: bool) -> str:
 
 
 CHECKS = (
-    Check("roce-link", "RoCE ports have a link", "hccn_tool -link", check_link, (LINK,), applies=on_several_nodes),
+    Check(
+        "roce-link",
+        "RoCE ports have a link",
+        "hccn_tool -link",
+        check_link,
+        (LINK,),
+        of_cluster=True,
+        applies=on_several_nodes,
+    ),
     Check(
         "roce-address",
         "RoCE ports have addresses",
@@ -358,7 +376,7 @@ CHECKS = (
         check_ping,
         (ADDRESS,),
         "full",
-        applies=on_several_nodes,
+        applies=lambda node: on_several_nodes(node) and not node.is_a3,
     ),
     Check("vnic", "virtual ports are up (A3)", "hccn_tool -vnic", check_vnic, (VNIC,), "full", applies=on_a3),
 )
