@@ -176,6 +176,15 @@ def test_checks_are_chosen(cluster: Callable[..., None], capsys: pytest.CaptureF
     assert message.startswith("vllm-ray-ascend: VRA-602: There is no check none-such. The checks: npus-declared, ")
 
 
+def test_a_defect_is_no_warning(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("Ray's control store is gone")
+
+    monkeypatch.setattr("vllm_ray_ascend.cli.doctor._take_snapshot", fail)
+    assert main(["doctor"]) == 3
+    assert "RuntimeError: Ray's control store is gone" in capsys.readouterr().err
+
+
 def test_levels() -> None:
     quick, full = choose_checks("quick"), choose_checks("full")
     assert [check.name for check in full] == list(CHECKS) and {check.level for check in quick} == {"quick"}

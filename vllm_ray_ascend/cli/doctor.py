@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,6 +56,9 @@ def run(args: argparse.Namespace) -> int:
         report = _examine(args)
     except VllmRayAscendError as error:
         print(f"vllm-ray-ascend: {error}", file=sys.stderr)
+        return EXIT_CODES["unknown"]
+    except Exception:  # noqa: BLE001  Python's own exit code, 1, would be a warning
+        traceback.print_exc()
         return EXIT_CODES["unknown"]
     if args.json:
         print(msgspec.json.format(msgspec.json.encode(report)).decode())
