@@ -350,7 +350,7 @@ UNKNOWN = {
     "a2-container": ("hccn_tool is not there", {"roce-link", "roce-address", "unique-addresses", "net-health", "tls"}),
     "no-root": ("hccn_tool -link -g ended with code 1: 'Command execution failed, only root user", {"roce-link"}),
     "board-unknown": ("npu-smi info -t board says 'Unknown'", {"board"}),
-    "ping-unknown": ("of NPU 4 could not be checked: hccn_tool -ping says 'socket failed'", {"roce-ping"}),
+    "ping-unknown": ("could not be checked on NPU 4: hccn_tool -ping says 'socket failed'", {"roce-ping"}),
     "no-driver-file": ("the driver works, but its version.info is not there", {"driver"}),
     "no-cann-file": ("CANN works, but its install.info", {"cann"}),
 }
@@ -379,8 +379,10 @@ def _without_board(each: NodeRecord) -> dict[str, Output]:
 
 
 DRIVER_WITHOUT_RANGES = "Version=25.5.1\nInnerversion=V100R001C25SPC001B217\n"
+BUSY = {"davinci3": DeviceFile(mode=0o660, uid=1000, gid=1000, error="EBUSY")}
 SOURCES: dict[str, Change] = {
     "limits": record(limits={}),
+    "device-access": record(devices=BUSY),
     "shared-memory": record(shared_memory=None),
     "hccl-ports": record(listening_ports=None),
     "firmware": lambda each: replace(each, files={**each.files, "firmware": None}, outputs=_without_board(each)),

@@ -105,8 +105,8 @@ class NodeView:
     def unknown(self, reason: str, remedy: str, dies: Sequence[Die] = ()) -> Finding:
         """Return the finding of a check whose source is missing."""
         ids = [die.physical_id for die in dies]
-        some = f" of NPU {', '.join(map(str, ids))}" if len(ids) < len(self.dies) else ""
-        return self.finding("unknown", "VRA-601", f"this{some} could not be checked: {reason}.", remedy, npus=ids)
+        some = f" on NPU {', '.join(map(str, ids))}" if 0 < len(ids) < len(self.dies) else ""
+        return self.finding("unknown", "VRA-601", f"could not be checked{some}: {reason}.", remedy, npus=ids)
 
     def unknown_answers(self, query: Query) -> Iterable[Finding]:
         """Yield a finding for each reason for which NPUs did not answer a query."""

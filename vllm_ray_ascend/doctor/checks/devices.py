@@ -97,6 +97,9 @@ def check_device_access(node: NodeView) -> Iterator[Finding]:
             f"USER` (usually HwHiAiUser), or `docker run --group-add {file.gid}`, then restart Ray.",
             files=names,
         )
+    errors.pop("", None)
+    for error, names in errors.items():
+        yield node.unknown(f"opening {_paths(names)} ends with {error}", "`dmesg` on the host may say why.")
 
 
 def check_user(node: NodeView) -> Iterator[Finding]:
