@@ -132,7 +132,7 @@ def test_every_query_is_answered_on_a_recorded_machine(base: str) -> None:
 
 
 PARSERS = [
-    *{query.parse for query in QUERIES.values()},
+    *dict.fromkeys(query.parse for query in QUERIES.values()),
     parsers.parse_loss,
     parsers.parse_properties,
     parsers.parse_ranges,
