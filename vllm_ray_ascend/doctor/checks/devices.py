@@ -274,10 +274,10 @@ CHECKS = (
     Check("npus-declared", "Ray has the NPUs that the node has", "CANN, `ray start`", audit("npus-declared")),
     Check("plugin", "this plugin is active, and equal on all nodes", "`ray start`, metadata", audit("plugin")),
     Check("visible-devices", "lists of NPUs are read as they are meant", "`ray start`", audit("visible-devices")),
+    Check("npu-counts", "CANN, device files and npu-smi count alike", "CANN, /dev, npu-smi -m", audit("npu-counts")),
     Check(
         "split-cards", "Ray has both dies of a card (A3)", "`ray start`, npu-smi -m", check_split_cards, applies=on_a3
     ),
-    Check("npu-counts", "CANN, device files and npu-smi count alike", "CANN, /dev, npu-smi -m", audit("npu-counts")),
     Check("device-files", "the driver's device files are there", "/dev", check_device_files),
     Check("device-access", "device files can be opened", "open() of /dev/davinci*", check_device_access),
     Check("user", "the user who runs Ray has a name", "/etc/passwd", check_user),
