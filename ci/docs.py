@@ -14,6 +14,7 @@ from typing import Any
 from ci import layers
 from ci.matrix import Matrix, read
 from ci.suites import EVERY_CHANGE, NEEDS, SUITES
+from vllm_ray_ascend.doctor.checks import CHECKS
 from vllm_ray_ascend.environment.table import TABLE
 from vllm_ray_ascend.patches import KINDS, PATCHES
 from vllm_ray_ascend.settings import list_switches
@@ -108,12 +109,22 @@ def patches_table() -> str:
     return f"{kinds}\n\n{markdown_table(head, rows)}"
 
 
+def doctor_table() -> str:
+    """Return the table of the checks that `vllm-ray-ascend doctor` makes."""
+    rows = [
+        [f"`{check.name}`", check.summary, check.source, check.level, "all nodes" if check.of_cluster else "each node"]
+        for check in CHECKS.values()
+    ]
+    return markdown_table(["check", "what is looked at", "source", "level", "judged over"], rows)
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "settings": settings_table,
     "variables": variables_table,
     "compatibility": lambda: compatibility_table(read()),
     "suites": suites_table,
     "patches": patches_table,
+    "doctor": doctor_table,
     "layers": lambda: markdown_table(["layer", "in `vllm_ray_ascend/`", "purpose"], layers.table_rows()),
 }
 

@@ -82,6 +82,7 @@ LAYERS: tuple[Layer, ...] = (
         "the executor's variant",
         {"compiled_graph": "`CompiledGraphExecutor`: steps as a Ray compiled graph"},
     ),
+    Layer("diagnosis", {"doctor": "`vllm-ray-ascend doctor`: facts of every node, checks of them, reports"}),
     Layer("vLLM's entry points", {"plugin": "called by vLLM in every process; decides what is active"}),
     Layer("the command line", {"cli": "the command `vllm-ray-ascend`, one file for each subcommand"}),
 )

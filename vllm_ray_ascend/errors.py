@@ -42,6 +42,10 @@ class ClusterResourceError(VllmRayAscendError, RuntimeError):
     """The Ray cluster cannot be joined, or does not have the NPUs that the engine needs."""
 
 
+class DoctorError(VllmRayAscendError, ValueError):
+    """`vllm-ray-ascend doctor` cannot do what is asked: no such check or node, a file that is no snapshot."""
+
+
 class VisibleDevicesError(VllmRayAscendError, RuntimeError):
     """ASCEND_RT_VISIBLE_DEVICES names an NPU that its node does not have."""
 

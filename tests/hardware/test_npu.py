@@ -21,6 +21,8 @@ from vllm_ray_ascend.accelerators.base import Accelerator
 from vllm_ray_ascend.accelerators.choose import get_accelerator
 from vllm_ray_ascend.cluster.node_facts import collect_node_facts
 from vllm_ray_ascend.devices.visible import VISIBLE_DEVICES
+from vllm_ray_ascend.doctor.collect import collect_record
+from vllm_ray_ascend.doctor.queries import LIST, QUERIES
 from vllm_ray_ascend.errors import CaptureError
 
 
@@ -72,6 +74,16 @@ def test_cann_torch_and_the_visible_list_agree(npu: Accelerator) -> None:
     visible = os.environ.get(VISIBLE_DEVICES)
     assert npu.device_count() == (len(visible.split(",")) if visible else facts.cann_devices)
     assert facts.npu_smi in (None, facts.cann_devices)
+
+
+def test_doctor_understands_what_the_tools_print() -> None:
+    """A failure has an output that tests/doctor/machines/ lacks: please report it."""
+    record = collect_record("", list(QUERIES), limit_s=LIMIT_S)
+    if not record.facts.dies:
+        pytest.skip(f"npu-smi lists no NPU: {record.outputs[LIST].text}")
+    lines = {query.line(die): query for query in QUERIES.values() for die in record.facts.dies}
+    answered = {line: output.text for line, output in record.outputs.items() if line in lines and output.code == 0}
+    assert answered and {line: text for line, text in answered.items() if lines[line].parse(text) is None} == {}
 
 
 def test_every_npu_computes(npu: Accelerator) -> None:

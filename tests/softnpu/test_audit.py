@@ -111,8 +111,8 @@ def test_a_bad_noset_is_a_warning_logged_once(cluster: Cluster) -> None:
     assert error == [None, None]
     expected = (
         f"VRA-212: node {cluster.node(2).address}: {NOSET}=0,1,2 counts as false since Ray 2.54, which "
-        "accepts only 1 and true. Workers of this "
-        f"engine get 1 all the same; for others: `ray stop` there, then `export {NOSET}=1`, then "
+        "accepts only 1 and true. Workers of engines get 1 all the same. For "
+        f"others: `ray stop` there, then `export {NOSET}=1`, then "
         f"`ray start --address={cluster.ray_address}`."
     )
     assert log.count(expected) == 1

@@ -80,9 +80,9 @@ def test_the_driver_is_recognized_in_every_form() -> None:
 @pytest.mark.parametrize(("address", "head"), [("fd00::1", "[fd00::1]:6379"), ("[fd00::1]", "[fd00::1]:6379")])
 def test_a_head_is_not_asked_to_join_itself(address: str, head: str) -> None:
     (finding,) = audit_node(NodeFacts(address, "a", cann_devices=8, acl_importable=True), 0, 0, head)
-    assert "`ray start --head --port=6379 " in finding.text and "--address=" not in finding.text
+    assert "`ray start --head --port=6379 " in finding.remedy and "--address=" not in finding.remedy
     (other,) = audit_node(NodeFacts("fd00::2", "b", cann_devices=8, acl_importable=True), 0, 0, head)
-    assert "`ray start --address=[fd00::1]:6379 " in other.text
+    assert "`ray start --address=[fd00::1]:6379 " in other.remedy
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from vllm_ray_ascend.cluster.audit import Driver, Finding, audit_node, raise_for_findings, unreachable_finding
+from vllm_ray_ascend.cluster.audit import Driver, audit_node, raise_for_findings, unreachable_finding
+from vllm_ray_ascend.cluster.findings import Finding
 from vllm_ray_ascend.cluster.node_facts import NodeFacts
 from vllm_ray_ascend.errors import ClusterResourceError
 
@@ -32,7 +33,9 @@ def warning(code: str, text: str) -> tuple[str, str, str]:
 def found(
     facts: NodeFacts, npus: float = 8, gpus: float = 0, driver: Driver | None = None
 ) -> list[tuple[str, str, str]]:
-    return [(each.severity, each.code, each.text) for each in audit_node(facts, npus, gpus, HEAD, driver)]
+    return [
+        (each.severity, each.code, f"{each.text} {each.remedy}") for each in audit_node(facts, npus, gpus, HEAD, driver)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -193,7 +196,7 @@ def test_noset_that_ray_reads_as_false() -> None:
             "VRA-212",
             "RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES=0,1,2 counts as false since Ray 2.54, "
             "which accepts only 1 and true. "
-            "Workers of this engine get 1 all the same; for others: `ray stop` there, then "
+            "Workers of engines get 1 all the same. For others: `ray stop` there, then "
             f"`export RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES=1`, then {JOIN}.",
         )
     ]
@@ -211,7 +214,7 @@ def test_counts_that_disagree(facts: NodeFacts, other: str) -> None:
         warning(
             "VRA-213",
             f"CANN counts 4 NPUs, but {other}. In a container with some of the node's NPUs this is expected, and "
-            "ASCEND_RT_VISIBLE_DEVICES there takes CANN's numbers, from 0; elsewhere `npu-smi info` shows which NPU is "
+            "ASCEND_RT_VISIBLE_DEVICES there takes CANN's numbers, from 0. Elsewhere `npu-smi info` shows which NPU is "
             "unhealthy.",
         )
     ]
@@ -279,8 +282,8 @@ def test_a_node_that_does_not_answer() -> None:
         "10.0.0.2",
         "warning",
         "VRA-216",
-        "its NPUs could not be checked: no answer within 20 s. See `ray status`, and raylet.out in Ray's log folder "
-        "there.",
+        "its NPUs could not be checked: no answer within 20 s.",
+        "See `ray status`, and raylet.out in Ray's log folder there.",
     )
 
 

@@ -25,8 +25,8 @@ _SAME_VERSIONS = (
     "(`vllm-ray-ascend env --variables`)"
 )
 _CHECK_LINK = (
-    "`hccn_tool -i N -link -g` and `hccn_tool -i N -ping -g address IP` show whether the NPUs of two nodes reach each "
-    "other."
+    "`vllm-ray-ascend doctor --level full` shows whether the NPUs of all nodes have links, addresses and the same TLS "
+    "switch, and whether they reach each other."
 )
 _CHECK_INTERFACE = (
     "See that HCCL_IF_IP and HCCL_SOCKET_IFNAME belong to this node (`ip -brief address`), or unset them: they are "

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
+
+from msgspec.structs import replace
 
 from vllm_ray_ascend.addresses import is_same, split_host_port
+from vllm_ray_ascend.cluster.findings import Finding, Severity
 from vllm_ray_ascend.cluster.node_facts import NOSET, NodeFacts
 from vllm_ray_ascend.devices.visible import (
     VISIBLE_DEVICES,
@@ -24,19 +27,6 @@ _OURS = "vllm-ray-ascend"
 _SET_ENV = "`source /usr/local/Ascend/ascend-toolkit/set_env.sh` (or where CANN is)"
 _NOT_DETECTED = ": Ray can neither import CANN's Python module `acl` there nor find /dev/davinci*"
 _BY_DETECTION = ", without NPU in --resources"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something wrong with a node. An error makes an engine on that node fail; ``text`` ends with the remedy."""
-
-    address: str
-    severity: Literal["error", "warning"]
-    code: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.code}: node {self.address}: {self.text}"
 
 
 @dataclass(frozen=True)
@@ -58,11 +48,11 @@ class _Node(NamedTuple):
     usable: int
     list_error: str | None
 
-    def error(self, code: str, text: str) -> Finding:
-        return Finding(self.facts.address, "error", code, text)
+    def error(self, code: str, text: str, remedy: str) -> Finding:
+        return Finding(self.facts.address, "error", code, text, remedy)
 
-    def warning(self, code: str, text: str) -> Finding:
-        return Finding(self.facts.address, "warning", code, text)
+    def warning(self, code: str, text: str, remedy: str) -> Finding:
+        return Finding(self.facts.address, "warning", code, text, remedy)
 
     def can_detect_npus(self) -> bool:
         """Return whether `ray start` finds the NPUs itself: by CANN's Python module, or else by the device files."""
@@ -90,19 +80,14 @@ def audit_node(
         usable=len(usable_physical_ids(facts.visible_devices, present)),
         list_error=invalid_entry(facts.visible_devices, present) if list_is_set else None,
     )
-    found = [
-        _none_declared(node),
-        _cann_missing(node),
-        _too_many_declared(node),
-        *_switched_off(node, driver or Driver()),
-        _list_cut_short(node),
-        _list_rejected_by_new_cann(node),
-        _npus_left_idle(node),
-        _noset_not_boolean(node),
-        *_counts_disagree(node),
-        *_versions_differ(node, driver or Driver()),
-    ]
-    return [finding for finding in found if finding]
+    driver = driver or Driver()
+    found: dict[str, list[Finding | None]] = {
+        "npus-declared": [_none_declared(node), _cann_missing(node), _too_many_declared(node), _npus_left_idle(node)],
+        "plugin": [*_switched_off(node, driver), *_versions_differ(node, driver)],
+        "visible-devices": [_list_cut_short(node), _list_rejected_by_new_cann(node), _noset_not_boolean(node)],
+        "npu-counts": [*_counts_disagree(node)],
+    }
+    return [replace(finding, check=check) for check, findings in found.items() for finding in findings if finding]
 
 
 def unreachable_finding(address: str, declared_npus: float, reason: str, version: str) -> Finding:
@@ -111,13 +96,15 @@ def unreachable_finding(address: str, declared_npus: float, reason: str, version
     Our package missing there is an error where the engine may be placed; a slow node is only suspect.
     """
     if "vllm_ray_ascend" in reason and ("No module named" in reason or "cannot import" in reason):
-        text = f"{_OURS} {version} is not installed there ({reason}). `pip install {_OURS}=={version}` there."
-        return Finding(address, "error" if declared_npus else "warning", "VRA-215", text)
+        text = f"{_OURS} {version} is not installed there ({reason})."
+        severity: Severity = "error" if declared_npus else "warning"
+        return Finding(address, severity, "VRA-215", text, f"`pip install {_OURS}=={version}` there.")
     return Finding(
         address,
         "warning",
         "VRA-216",
-        f"its NPUs could not be checked: {reason}. See `ray status`, and raylet.out in Ray's log folder there.",
+        f"its NPUs could not be checked: {reason}.",
+        "See `ray status`, and raylet.out in Ray's log folder there.",
     )
 
 
@@ -138,14 +125,14 @@ def _none_declared(node: _Node) -> Finding | None:
         return node.error(
             "VRA-201",
             f"it declares {_format_count(node.declared_gpus, 'GPU')} and none of its "
-            f"{_format_count(node.usable, 'NPU')} to Ray: with --num-gpus Ray may or may not detect NPUs. "
+            f"{_format_count(node.usable, 'NPU')} to Ray: with --num-gpus Ray may or may not detect NPUs.",
             f"{_restart_commands(node)}, without --num-gpus.",
         )
     cause = "" if node.can_detect_npus() else _NOT_DETECTED
     prepare = _SET_ENV if node.facts.cann_devices is None else ""
     restart = _restart_commands(node, prepare, resources=node.usable)  # even where Ray could detect them: it did not
     return node.error(
-        "VRA-202", f"it declares none of its {_format_count(node.usable, 'NPU')} to Ray{cause}. {restart}."
+        "VRA-202", f"it declares none of its {_format_count(node.usable, 'NPU')} to Ray{cause}.", f"{restart}."
     )
 
 
@@ -155,7 +142,7 @@ def _cann_missing(node: _Node) -> Finding | None:
     return node.error(
         "VRA-203",
         f"it declares {_format_count(node.declared_npus, 'NPU')} to Ray, but CANN counts none "
-        f"({node.facts.cann_error}): workers inherit the environment of `ray start`. "
+        f"({node.facts.cann_error}): workers inherit the environment of `ray start`.",
         f"{_restart_commands(node, _SET_ENV)}.",
     )
 
@@ -169,11 +156,11 @@ def _too_many_declared(node: _Node) -> Finding | None:
     )
     current_list = f"{VISIBLE_DEVICES}={node.facts.visible_devices}"
     if node.list_error:
-        fix = f"{_cann_numbering(node)} {_fix_list(node)}"
-        return node.error("VRA-204", f"{counts}: {current_list} {node.list_error}.{fix}.")
+        what = f"{counts}: {current_list} {node.list_error}.{_cann_numbering(node)}"
+        return node.error("VRA-204", what, f"{_fix_list(node)}.")
     if node.usable < node.present:
-        return node.error("VRA-205", f"{counts}: {current_list} names no more. {_restart_to_detect(node)}.")
-    return node.error("VRA-206", f"{counts}: CANN counts no more. {_restart_to_detect(node)}.")
+        return node.error("VRA-205", f"{counts}: {current_list} names no more.", f"{_restart_to_detect(node)}.")
+    return node.error("VRA-206", f"{counts}: CANN counts no more.", f"{_restart_to_detect(node)}.")
 
 
 def _switched_off(node: _Node, driver: Driver) -> list[Finding]:
@@ -183,12 +170,12 @@ def _switched_off(node: _Node, driver: Driver) -> list[Finding]:
     found = []
     if is_off(switches):
         restart = _restart_commands(node, f"`unset {PREFIX}`")
-        found.append(node.error("VRA-207", f"{PREFIX}=0 is set there, which turns {_OURS} off. {restart}."))
+        found.append(node.error("VRA-207", f"{PREFIX}=0 is set there, which turns {_OURS} off.", f"{restart}."))
     plugins = switches.get(_PLUGINS)
     if plugins is not None and "ray_ascend" not in plugins.split(","):
         extended = ",".join(filter(None, [plugins, "ray_ascend"]))
         restart = _restart_commands(node, f"`export {_PLUGINS}={extended}`")
-        found.append(node.error("VRA-208", f"{_PLUGINS}={plugins} there excludes {_OURS}. {restart}."))
+        found.append(node.error("VRA-208", f"{_PLUGINS}={plugins} there excludes {_OURS}.", f"{restart}."))
     return found
 
 
@@ -198,7 +185,8 @@ def _list_cut_short(node: _Node) -> Finding | None:
     return node.warning(
         "VRA-209",
         f"{VISIBLE_DEVICES}={node.facts.visible_devices} {node.list_error}: {node.usable} of {node.present} NPUs are "
-        f"usable.{_cann_numbering(node)} {_fix_list(node)}.",
+        f"usable.{_cann_numbering(node)}",
+        f"{_fix_list(node)}.",
     )
 
 
@@ -209,7 +197,7 @@ def _list_rejected_by_new_cann(node: _Node) -> Finding | None:
         return None
     ordered = format_ids(sorted(set(usable_physical_ids(visible_devices, node.present))))
     restart = _restart_commands(node, f"`export {VISIBLE_DEVICES}={ordered}`")
-    return node.warning("VRA-210", f"{VISIBLE_DEVICES}={visible_devices!r} {warning}. {restart}.")
+    return node.warning("VRA-210", f"{VISIBLE_DEVICES}={visible_devices!r} {warning}.", f"{restart}.")
 
 
 def _npus_left_idle(node: _Node) -> Finding | None:
@@ -217,7 +205,7 @@ def _npus_left_idle(node: _Node) -> Finding | None:
         return None
     return node.warning(
         "VRA-211",
-        f"it declares {node.declared_npus:g} of its {_format_count(node.usable, 'NPU')} to Ray: the others stay idle. "
+        f"it declares {node.declared_npus:g} of its {_format_count(node.usable, 'NPU')} to Ray: the others stay idle.",
         f"To use them: {_restart_commands(node)}{_BY_DETECTION}.",
     )
 
@@ -228,8 +216,9 @@ def _noset_not_boolean(node: _Node) -> Finding | None:
         return None
     return node.warning(
         "VRA-212",
-        f"{NOSET}={value} counts as false since Ray 2.54, which accepts only 1 and true. Workers of this engine get 1 "
-        f"all the same; for others: {_restart_commands(node, f'`export {NOSET}=1`')}.",
+        f"{NOSET}={value} counts as false since Ray 2.54, which accepts only 1 and true. Workers of engines get 1 all "
+        "the same.",
+        f"For others: {_restart_commands(node, f'`export {NOSET}=1`')}.",
     )
 
 
@@ -242,8 +231,8 @@ def _counts_disagree(node: _Node) -> list[Finding]:
         node.warning(
             "VRA-213",
             f"CANN counts {_format_count(cann_count, 'NPU')}, but {other} {number}. In a container with some of the "
-            f"node's NPUs this is expected, and {VISIBLE_DEVICES} there takes CANN's numbers, from 0; elsewhere "
-            "`npu-smi info` shows which NPU is unhealthy.",
+            f"node's NPUs this is expected, and {VISIBLE_DEVICES} there takes CANN's numbers, from 0.",
+            "Elsewhere `npu-smi info` shows which NPU is unhealthy.",
         )
         for other, number in others.items()
         if number not in (None, cann_count)
@@ -254,7 +243,7 @@ def _versions_differ(node: _Node, driver: Driver) -> list[Finding]:
     return [
         node.warning(
             "VRA-214",
-            f"{package} {node.facts.versions.get(package) or 'is missing'} there, {version} on the driver's node. "
+            f"{package} {node.facts.versions.get(package) or 'is missing'} there, {version} on the driver's node.",
             f"`pip install {package}=={version}` there.",
         )
         for package, version in driver.versions.items()

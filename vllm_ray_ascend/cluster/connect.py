@@ -6,12 +6,14 @@ import functools
 import os
 import socket
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from vllm_ray_ascend import __version__
 from vllm_ray_ascend.addresses import join_host_port, split_host_port
-from vllm_ray_ascend.cluster.audit import Driver, Finding, audit_node, raise_for_findings, unreachable_finding
+from vllm_ray_ascend.cluster.audit import Driver, audit_node, raise_for_findings, unreachable_finding
+from vllm_ray_ascend.cluster.findings import Finding
 from vllm_ray_ascend.cluster.growth import place_with_growth
 from vllm_ray_ascend.cluster.placement_groups import PlacementGroupSpec, current_nodes
 from vllm_ray_ascend.cluster.probe import probe_nodes
@@ -197,6 +199,11 @@ def parallel_sizes(parallel_config: Any) -> Mapping[str, int]:
     return {option: size for option, size in sizes.items() if size > 1} or {"--tensor-parallel-size": 1}
 
 
+def this_driver() -> Driver:
+    """Return what nodes are compared with where this process is the driver."""
+    return Driver({"vllm-ray-ascend": __version__, "vllm-ascend": installed("vllm-ascend")}, set(early_variables()))
+
+
 def _leaving_nodes(nodes: Sequence[NodeResources]) -> list[str]:
     import ray
 
@@ -213,7 +220,7 @@ def _collect_findings(nodes: Sequence[NodeResources]) -> list[tuple[NodeResource
     import ray
 
     head_address = ray.get_runtime_context().gcs_address
-    driver = Driver({"vllm-ray-ascend": __version__, "vllm-ascend": installed("vllm-ascend")}, set(early_variables()))
+    driver = this_driver()
     results = probe_nodes({node.node_id: node.address for node in nodes})
     found: list[tuple[NodeResources, Finding]] = []
     for node in nodes:

@@ -1,0 +1,192 @@
+"""`vllm-ray-ascend doctor` for real, on two nodes: programs replay recorded machines, healthy ones and faulty ones.
+
+Version files and programs are replaced while the cluster runs; the software NPU counts eight NPUs on each node.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jsonschema
+import pytest
+from softnpu.cluster import manager, namespaces
+from softnpu.cluster.plan import Cluster, Shape
+
+from tests.doctor.machine import Machine
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(namespaces.missing_requirement() is not None, reason=str(namespaces.missing_requirement())),
+]
+
+LIMIT_S = 120
+COMMAND = str(Path(sys.executable).with_name("vllm-ray-ascend"))
+LISTENER = "import socket; listener = socket.create_server(('', 61010)); print(flush=True); input()"
+SCHEMA = Path(__file__).resolve().parents[2] / "docs" / "doctor.schema.json"
+
+
+class Nodes(NamedTuple):
+    """A cluster, and the folder of each of its nodes into which machines are installed."""
+
+    cluster: Cluster
+    folders: dict[int, Path]
+
+    def install(self, node: int, *machines: str) -> None:
+        shutil.rmtree(self.folders[node], ignore_errors=True)
+        Machine(*machines, host=node).install(self.folders[node])
+
+    def doctor(self, *options: str, node: int = 1) -> subprocess.CompletedProcess[str]:
+        command = manager.node_command(self.cluster, node, [COMMAND, "doctor", *options])
+        environment = manager.command_environment(self.cluster, node, os.environ)
+        return subprocess.run(
+            command, env=environment, cwd=self.cluster.directory, capture_output=True, text=True, timeout=LIMIT_S
+        )
+
+    def findings(self, *options: str) -> tuple[int, list[dict[str, Any]]]:
+        done = self.doctor("--json", *options)
+        report = json.loads(done.stdout)
+        jsonschema.validate(report, json.loads(SCHEMA.read_text()))
+        assert report["exit_code"] == done.returncode
+        return done.returncode, report["findings"]
+
+    def address(self, node: int) -> str:
+        return self.cluster.node(node).address
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    with tempfile.TemporaryDirectory() as folder:
+        folders = {number: Path(folder) / str(number) for number in (1, 2)}
+        settings = {
+            number: {
+                **Machine("a2", host=number).install(path),
+                "ATB_HOME_PATH": "/usr/local/Ascend/nnal/atb/latest",
+                "PATH": f"{path / 'bin'}:{os.environ['PATH']}",
+            }
+            for number, path in folders.items()
+        }
+        made, _ = manager.up(f"doctor-{os.getpid()}", Shape(npus_per_node=8, cpus_per_node=1), settings=settings)
+        yield Nodes(made, folders)
+        manager.down(made.name)
+
+
+def test_nothing_is_found_on_a_healthy_pair(nodes: Nodes) -> None:
+    for node in (1, 2):
+        nodes.install(node, "a2")
+    done = nodes.doctor()
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    first, *others = done.stdout.splitlines()
+    assert first.startswith("vllm-ray-ascend 0.1.0 doctor: 2 nodes, 16 NPUs, ") and first.endswith(" checks (quick)")
+    assert others == [
+        *(
+            f"  {nodes.address(node)} ({nodes.cluster.node(node).hostname}): 8 NPUs Ascend 910B3, driver 25.5.1, "
+            "CANN 8.5.1: ok"
+            for node in (1, 2)
+        ),
+        "",
+        "OK",
+    ]
+
+
+FIRST = {
+    "link-down": "VRA-650",
+    "ecc": "VRA-641",
+    "alarm": "VRA-640",
+    "old-firmware": "VRA-611",
+    "flapping": "VRA-659",
+    "hot": "VRA-642",
+    "board": "VRA-612",
+    "no-netdetect": "VRA-655",
+}
+SECOND = {
+    "twin-address": "VRA-652",
+    "no-address": "VRA-651",
+    "no-gateway": "VRA-653",
+    "net-health": "VRA-654",
+    "tls-on": "VRA-656",
+    "slow-port": "VRA-657",
+    "jumbo-port": "VRA-658",
+    "stranger": "VRA-643",
+    "hbm": "VRA-644",
+    "other-cann": "VRA-617",
+    "old-driver": "VRA-614",
+}
+"""Machines that are laid over a healthy one, and the finding of each."""
+ALSO_OF_SECOND = {"VRA-616", "VRA-677"}
+"""Its driver is not that of the first node; and a program has a port of HCCL."""
+
+
+def test_every_fault_is_found_on_its_node(nodes: Nodes) -> None:
+    """Among them one of the host: a program that listens on a port of HCCL."""
+    nodes.install(1, *FIRST, "a2")
+    nodes.install(2, *SECOND, "a2")
+    listener = subprocess.Popen(
+        manager.node_command(
+            nodes.cluster,
+            2,
+            [sys.executable, "-c", LISTENER],
+        ),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert listener.stdout is not None
+        listener.stdout.readline()
+        code, found = nodes.findings("--level", "full")
+    finally:
+        listener.kill()
+        listener.communicate()
+    assert code == 2
+    for node, expected in ((1, {*FIRST.values()}), (2, {*SECOND.values()} | ALSO_OF_SECOND)):
+        assert {finding["code"] for finding in found if finding["address"] == nodes.address(node)} == expected
+    assert all(finding["remedy"] and finding["severity"] in ("error", "warning") for finding in found)
+    assert {finding["physical_id"] for finding in found if finding["code"] == "VRA-650"} == {3}
+
+
+def test_one_node_that_lacks_a_tool(nodes: Nodes) -> None:
+    nodes.install(1, "alarm", "a2")
+    nodes.install(2, "a2-container")
+    code, found = nodes.findings("--checks", "health,tls", "--nodes", nodes.cluster.node(2).hostname)
+    assert (code, found) == (0, []), "TLS does not matter on a single node"
+    code, found = nodes.findings("--checks", "ecc,tls")
+    assert code == 3
+    assert {(each["address"], each["check"], each["severity"]) for each in found} == {
+        (nodes.address(2), "tls", "unknown")
+    }
+
+
+def test_one_node_without_ray(nodes: Nodes) -> None:
+    nodes.install(1, "alarm", "a2")
+    variables = {"PATH": f"{nodes.folders[1] / 'bin'}:{os.environ['PATH']}", "RAY_ADDRESS": "127.0.0.1:1"}
+    paths = {"ASCEND_DRIVER_PATH": str(nodes.folders[1] / "driver"), "ASCEND_HOME_PATH": str(nodes.folders[1] / "cann")}
+    done = subprocess.run(
+        [COMMAND, "doctor", "--local", "--json"],
+        env={**os.environ, **variables, **paths},
+        capture_output=True,
+        text=True,
+    )
+    found = json.loads(done.stdout)["findings"]
+    assert done.returncode == 2 and [each["code"] for each in found if each["severity"] == "error"] == ["VRA-640"], (
+        found
+    )
+    assert found[0]["address"] == socket.gethostname()
+
+
+def test_a_node_that_does_not_exist(nodes: Nodes) -> None:
+    done = nodes.doctor("--nodes", "10.99.99.99")
+    assert done.returncode == 3 and "VRA-604: No live node of the Ray cluster is 10.99.99.99." in done.stderr
+
+
+def test_no_cluster_is_unknown() -> None:
+    command = [COMMAND, "doctor", "--address", "127.0.0.1:1"]
+    done = subprocess.run(command, env={**os.environ, "RAY_ADDRESS": ""}, capture_output=True, text=True)
+    assert done.returncode == 3 and "VRA-227: Cannot join a Ray cluster at 127.0.0.1:1 (" in done.stderr

@@ -1,0 +1,507 @@
+"""Every check on a machine that has the fault, and on one that has not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import pytest
+from msgspec.structs import replace
+
+from tests.doctor.machine import MACHINES, Machine
+from vllm_ray_ascend.cluster.findings import Finding
+from vllm_ray_ascend.doctor.checks import CHECKS
+from vllm_ray_ascend.doctor.judge import choose_checks, find, status_of
+from vllm_ray_ascend.doctor.queries import device_addresses, ping_lines
+from vllm_ray_ascend.doctor.records import (
+    DeviceFile,
+    Failure,
+    Holder,
+    Limit,
+    NodeRecord,
+    Output,
+    RayNode,
+    SharedMemory,
+    Snapshot,
+    User,
+)
+
+pytestmark = pytest.mark.unit
+
+Change = Callable[[NodeRecord], NodeRecord]
+EVERY_CHECK = choose_checks("full")
+HEAD = "10.0.0.1:6379"
+SECOND = "10.0.0.2"
+OURS: dict[str, str | None] = {"vllm-ray-ascend": "0.1.0", "vllm-ascend": "0.30.0rc2"}
+
+
+def snapshot(*records: NodeRecord, failures: Iterable[Failure] = ()) -> Snapshot:
+    return Snapshot(
+        version="0.1.0",
+        time=0.0,
+        level="full",
+        head_address=HEAD,
+        versions=OURS,
+        nodes=list(records),
+        failures=list(failures),
+    )
+
+
+def pair(second: str = "a2", base: str = "a2") -> list[NodeRecord]:
+    """Return the records of a healthy node, and of a second one."""
+    return records_of(Machine(base, host=1), Machine(second, host=2))
+
+
+def records_of(*machines: Machine) -> list[NodeRecord]:
+    """Return what is collected on the nodes of a cluster: when addresses are known, NPUs ping each other."""
+    records = [machine.record() for machine in machines]
+    lines = ping_lines([device_addresses(record) for record in records])
+    return [machine.ping(record, own) for machine, record, own in zip(machines, records, lines, strict=True)]
+
+
+def findings(*records: NodeRecord, failures: Iterable[Failure] = ()) -> list[Finding]:
+    return find(snapshot(*records, failures=failures), EVERY_CHECK)
+
+
+def facts(**values: Any) -> Change:
+    return lambda record: replace(record, facts=dataclasses.replace(record.facts, **values))
+
+
+def record(**values: Any) -> Change:
+    return lambda each: replace(each, **values)
+
+
+def ray(**values: Any) -> Change:
+    return lambda each: replace(
+        each, ray=replace(each.ray or RayNode(npus=8, gpus=0, free_npus=8, sent=0, received=0), **values)
+    )
+
+
+def all_of(*changes: Change) -> Change:
+    def change(each: NodeRecord) -> NodeRecord:
+        for apply in changes:
+            each = apply(each)
+        return each
+
+    return change
+
+
+def environment(**values: str) -> Change:
+    return lambda each: replace(each, environment={**each.environment, **values})
+
+
+def versions(**values: str) -> Change:
+    return lambda each: replace(each, versions={**each.versions, **values})
+
+
+def blind(text: str) -> Change:
+    """No CANN, no device files: as in a container without the driver."""
+    return all_of(
+        facts(cann_devices=None, cann_error="OSError: libascendcl.so", device_files=()),
+        record(files={}, cann_home=text),
+    )
+
+
+OUR_STRANGER = {207795: Holder(name="VLLMEngineCor", command="python -m vllm", of_ray=True)}
+THEIR_STRANGER = {207795: Holder(name="VLLMEngineCor", command="python other.py", of_ray=False)}
+CLOSED = {"davinci3": DeviceFile(mode=0o660, uid=1000, gid=1000, error="EPERM")}
+OWNED = {"davinci3": DeviceFile(mode=0o660, uid=1000, gid=1001, error="EACCES")}
+
+
+class Case(NamedTuple):
+    """A fault of the second node: its machine, what else is changed there, and the finding that names it."""
+
+    check: str
+    code: str
+    severity: str
+    machine: str = "a2"
+    change: Change = lambda each: each
+    npus: tuple[int | None, ...] = (None,)
+    says: str = ""
+    remedy: str = ""
+
+
+FAULTS = [
+    Case(
+        "worker-ports",
+        "VRA-682",
+        "warning",
+        change=record(worker_ports=(20000, 62000)),
+        remedy="--max-worker-port=60999.",
+    ),
+    Case("roce-ping", "VRA-662", "error", "ping-loss", npus=(4,), says="sent to 192.168.1.14 on another node, 66.67 %"),
+    Case("npus-declared", "VRA-206", "error", change=ray(npus=16), says="it declares 16 NPUs to Ray, but 8 of 8"),
+    Case(
+        "plugin", "VRA-207", "error", change=facts(switches={"VLLM_RAY_ASCEND": "0"}), says="turns vllm-ray-ascend off"
+    ),
+    Case(
+        "plugin", "VRA-214", "warning", change=facts(versions={**OURS, "vllm-ray-ascend": "0.0.9"}), says="0.0.9 there"
+    ),
+    Case("visible-devices", "VRA-212", "warning", change=facts(noset="0,1"), says="counts as false"),
+    Case("npu-counts", "VRA-213", "warning", change=facts(device_files=(4, 5, 6, 7)), says="/dev/davinci* are 4"),
+    Case("driver", "VRA-610", "error", change=blind(""), says="no driver is there"),
+    Case("firmware", "VRA-611", "error", "old-firmware", says="firmware 6.4.12.1.241 does not fit driver 25.5.1"),
+    Case("board", "VRA-612", "error", "board", npus=(2,), remedy="`npu-smi info -t board -i 2`"),
+    Case("cann", "VRA-613", "error", change=blind(""), says="CANN is not found"),
+    Case("driver-cann", "VRA-614", "warning", "old-driver", says="driver 23.0.rc3 (V100R001C13) is not among"),
+    Case("nnal", "VRA-615", "warning", change=record(nnal=[])),
+    Case("same-driver", "VRA-616", "warning", "old-driver", says="driver 23.0.rc3 there, 25.5.1 on node 10.0.0.1"),
+    Case("same-cann", "VRA-617", "error", "other-cann", says="CANN 8.3.RC2 there (/usr/local/Ascend/cann), 8.5.1 on"),
+    Case("same-packages", "VRA-618", "error", change=versions(ray="2.55.0"), remedy="`pip install ray==2.60.0` there."),
+    Case("same-packages", "VRA-618", "error", change=versions(Python="3.12.1"), says="Python 3.12.1 there, 3.11.7 on"),
+    Case(
+        "package-set",
+        "VRA-619",
+        "error",
+        change=versions(**{"torch-npu": "2.9.0"}),
+        says="torch-npu 2.9.0 is not made for",
+    ),
+    Case(
+        "cuda-packages", "VRA-620", "error", change=record(cuda_packages=["flashinfer-python"]), says="build for CUDA"
+    ),
+    Case("device-files", "VRA-630", "error", change=blind(""), npus=(None,) * 3, says="is not there, without which"),
+    Case("device-access", "VRA-631", "error", change=record(devices=CLOSED), remedy="`--device /dev/davinci3`"),
+    Case(
+        "device-access",
+        "VRA-632",
+        "error",
+        change=record(devices=OWNED),
+        says="user 0 (groups 0) may not open /dev/davinci3, of user 1000, group 1001, mode 0660",
+    ),
+    Case("user", "VRA-633", "warning", change=record(user=User(uid=1234, groups=[5], name="")), remedy="npu:x:1234:5:"),
+    Case("npu-smi", "VRA-634", "error", "dcmi", says="'dcmi module initialize failed. ret is -8005'"),
+    Case(
+        "health", "VRA-640", "error", "alarm", npus=(3,), says="its health is Alarm, with the codes 80E01801, 80E18402."
+    ),
+    Case("ecc", "VRA-641", "warning", "ecc", npus=(5,), says="2 double-bit errors, 1 pages are isolated"),
+    Case("temperature", "VRA-642", "warning", "hot", npus=(0,), says="it has 97 C"),
+    Case(
+        "strangers",
+        "VRA-643",
+        "error",
+        "stranger",
+        npus=(1,),
+        says="process 207795 (VLLMEngineCor, not in this node's /proc) has 55436 MB",
+    ),
+    Case(
+        "strangers",
+        "VRA-643",
+        "error",
+        "stranger",
+        record(holders=THEIR_STRANGER),
+        (1,),
+        "(python other.py)",
+        "`kill 207795`",
+    ),
+    Case("hbm", "VRA-644", "warning", "hbm", npus=(6,), says="84 % of its HBM"),
+    Case("roce-link", "VRA-650", "error", "link-down", npus=(3,), remedy="`hccn_tool -i 3 -link -g` there"),
+    Case("roce-address", "VRA-651", "error", "no-address", npus=(5,), remedy="`hccn_tool -i 5 -ip -s address"),
+    Case(
+        "unique-addresses", "VRA-652", "error", "twin-address", npus=(6,), says="192.168.1.10 of NPU 0 of node 10.0.0.1"
+    ),
+    Case(
+        "gateway",
+        "VRA-653",
+        "warning",
+        "no-gateway",
+        npus=tuple(range(8)),
+        says="in 172.16.2.0/24 without a gateway, ports of other nodes are in 192.168.0.0/16",
+    ),
+    Case("net-health", "VRA-654", "error", "net-health", npus=(2,), says="'Unreachable'"),
+    Case("net-health", "VRA-654", "warning", "net-init", npus=(2,), says="'Init'"),
+    Case("netdetect", "VRA-655", "warning", "no-netdetect", npus=tuple(range(8))),
+    Case(
+        "tls",
+        "VRA-656",
+        "error",
+        "tls-on",
+        npus=tuple(range(8)),
+        says="TLS switched on, most of the cluster off",
+        remedy="-tls -s enable 0`",
+    ),
+    Case("speed", "VRA-657", "warning", "slow-port", npus=(1,), says="100000 Mb/s, most of the cluster at 200000"),
+    Case("roce-mtu", "VRA-658", "warning", "jumbo-port", npus=(1,), remedy="-mtu -s size 1500`"),
+    Case("flapping", "VRA-659", "warning", "flapping", npus=(4,), says="went down 7 times"),
+    Case("roce-errors", "VRA-660", "warning", "roce-errors", npus=(7,), says="roce_rx_err_pkt_num by 7."),
+    Case(
+        "limits",
+        "VRA-670",
+        "warning",
+        change=record(limits={"Max open files": Limit(1024, 4096), "Max locked memory": Limit(None, None)}),
+        says="may open 1024 files",
+    ),
+    Case(
+        "limits",
+        "VRA-671",
+        "warning",
+        change=record(limits={"Max open files": Limit(65536, None), "Max locked memory": Limit(65536, 65536)}),
+        says="64 KiB",
+    ),
+    Case(
+        "shared-memory",
+        "VRA-672",
+        "error",
+        change=record(shared_memory=SharedMemory(64 << 20, 64 << 20)),
+        says="64 MiB",
+    ),
+    Case(
+        "shared-memory",
+        "VRA-673",
+        "warning",
+        change=record(shared_memory=SharedMemory(8 << 30, 5 << 20)),
+        says="5 of 8192 MiB",
+    ),
+    Case(
+        "own-name",
+        "VRA-674",
+        "warning",
+        change=all_of(record(own_addresses=["127.0.1.1"]), environment(VLLM_RAY_ASCEND_NODE_ENV="off")),
+    ),
+    Case("clock", "VRA-675", "warning", change=record(started=40.0, ended=42.0), says="at least 60.0 s behind that"),
+    Case(
+        "clock", "VRA-675", "warning", change=record(started=130.0, ended=133.1), says="at least 30.0 s ahead of that"
+    ),
+    Case(
+        "reachable",
+        "VRA-676",
+        "error",
+        change=record(unreachable={"10.0.0.1:4000": "No route to host"}),
+        says="10.0.0.1:4000 (No route to host)",
+    ),
+    Case(
+        "hccl-ports",
+        "VRA-677",
+        "warning",
+        change=record(listening_ports=[22, 61130]),
+        says="61130, among HCCL's ports 61000 to 61511",
+    ),
+    Case(
+        "same-variables",
+        "VRA-678",
+        "error",
+        change=environment(HCCL_BUFFSIZE="400"),
+        says="HCCL_BUFFSIZE is '400' where Ray was started there, not set on node 10.0.0.1",
+    ),
+    Case("whitelist", "VRA-679", "warning", change=environment(HCCL_WHITELIST_DISABLE="0")),
+    Case("same-auth", "VRA-680", "error", change=environment(RAY_AUTH_MODE="token"), remedy="`unset RAY_AUTH_MODE`"),
+    Case("same-mtu", "VRA-681", "warning", change=record(mtu=9000), says="an MTU of 9000, that of node 10.0.0.1 1500"),
+]
+A3_FAULTS = [
+    Case(
+        "split-cards",
+        "VRA-635",
+        "warning",
+        "a3",
+        facts(visible_devices="0,1,2"),
+        says="NPU 2 of card 1, whose dies are NPU 2, 3",
+    ),
+    Case("hccs", "VRA-645", "error", "a3-hccs", npus=(5,), says="NOK"),
+    Case(
+        "super-pod",
+        "VRA-646",
+        "error",
+        "a3-sdid",
+        npus=(2,),
+        says="its SDID 1000 is that of NPU 0 of node 10.0.0.1 too",
+    ),
+    Case("super-pod", "VRA-647", "error", "a3-sdid", says="different Server Indexes: 2, 7"),
+    Case("roce-address", "VRA-651", "warning", "a3-no-address", npus=(5,)),
+    Case("vnic", "VRA-661", "error", "a3-vnic", npus=(9,)),
+]
+
+
+def case_id(case: Case) -> str:
+    return f"{case.check}-{case.code}-{case.severity}"
+
+
+@pytest.mark.parametrize("base", ["a2", "a3", "a2-other-wording"])
+def test_nothing_is_found_on_a_healthy_pair(base: str) -> None:
+    for level in ("quick", "full"):
+        records = pair(base, base)
+        assert find(snapshot(*records), choose_checks(level)) == []
+    assert status_of([]) == "ok"
+
+
+@pytest.mark.parametrize("case", FAULTS + A3_FAULTS, ids=case_id)
+def test_a_fault_is_found_where_it_is(case: Case) -> None:
+    first, second = pair(case.machine, "a3" if case in A3_FAULTS else "a2")
+    found = [
+        each for each in findings(first, case.change(second)) if each.check == case.check and each.code == case.code
+    ]
+    assert [each.physical_id for each in found] == list(case.npus), found
+    for each in found:
+        assert (each.address, each.severity) == (SECOND, case.severity)
+        assert case.says in each.text and case.remedy in each.remedy, each
+        assert each.remedy, "every finding says what to do"
+
+
+def test_every_check_has_a_fault() -> None:
+    assert {case.check for case in FAULTS + A3_FAULTS} == set(CHECKS)
+
+
+def test_every_machine_is_used() -> None:
+    used = {case.machine for case in FAULTS + A3_FAULTS} | HEALTHY | UNKNOWN.keys()
+    assert {folder.name for folder in MACHINES.iterdir()} == used
+
+
+HEALTHY = {"a2", "a3", "a2-other-wording", "a3-unwired", "net-down"}
+UNKNOWN = {
+    "a2-container": ("hccn_tool is not there", {"roce-link", "roce-address", "unique-addresses", "net-health", "tls"}),
+    "no-root": ("hccn_tool -link -g ended with code 1: 'Command execution failed, only root user", {"roce-link"}),
+    "board-unknown": ("npu-smi info -t board says 'Unknown'", {"board"}),
+    "ping-unknown": ("could not be checked on NPU 4: hccn_tool -ping says 'socket failed'", {"roce-ping"}),
+    "no-driver-file": ("the driver works, but its version.info is not there", {"driver"}),
+    "no-cann-file": ("CANN works, but its install.info", {"cann"}),
+}
+
+
+@pytest.mark.parametrize("machine", UNKNOWN)
+def test_what_cannot_be_read_is_unknown_and_never_ok(machine: str) -> None:
+    reason, checks = UNKNOWN[machine]
+    found = [each for each in findings(*pair(machine)) if each.severity == "unknown" and reason in each.text]
+    assert checks <= {each.check for each in found}
+    assert {each.address for each in found} == {SECOND} and {each.code for each in found} == {"VRA-601"}
+    assert all(each.remedy for each in found)
+
+
+def test_status_is_that_of_the_worst_finding() -> None:
+    one = Finding(SECOND, "unknown", "VRA-601", "a")
+    assert status_of([one]) == "unknown"
+    assert status_of([one, replace(one, severity="info")]) == "unknown"
+    assert status_of([one, replace(one, severity="warning")]) == "warning"
+    assert status_of([one, replace(one, severity="warning"), replace(one, severity="error")]) == "critical"
+    assert status_of([replace(one, severity="info")]) == "ok"
+
+
+def _without_board(each: NodeRecord) -> dict[str, Output]:
+    return {line: Output(1, "no\n") if "-t board" in line else output for line, output in each.outputs.items()}
+
+
+DRIVER_WITHOUT_RANGES = "Version=25.5.1\nInnerversion=V100R001C25SPC001B217\n"
+BUSY = {"davinci3": DeviceFile(mode=0o660, uid=1000, gid=1000, error="EBUSY")}
+SOURCES: dict[str, Change] = {
+    "limits": record(limits={}),
+    "device-access": record(devices=BUSY),
+    "shared-memory": record(shared_memory=None),
+    "hccl-ports": record(listening_ports=None),
+    "firmware": lambda each: replace(each, files={**each.files, "firmware": None}, outputs=_without_board(each)),
+    "firmware ": lambda each: replace(each, files={**each.files, "driver": DRIVER_WITHOUT_RANGES}),
+    "driver-cann": lambda each: replace(each, files={**each.files, "cann": "version=8.5.1\n"}),
+}
+
+
+@pytest.mark.parametrize("check", SOURCES)
+def test_a_host_that_cannot_be_read_is_unknown(check: str) -> None:
+    first, second = pair()
+    found = findings(first, SOURCES[check](second))
+    assert {(each.severity, each.address) for each in found} == {("unknown", SECOND)}
+    assert {each.check for each in found} - {"board"} == {check.strip()}
+
+
+def test_npu_smi_that_is_missing_makes_every_check_of_npus_unknown() -> None:
+    first, second = pair()
+    gone = {line: Output(None, "npu-smi is not there") for line in second.outputs}
+    second = replace(facts(dies=(), npu_smi=None)(second), outputs=gone)
+    found = findings(first, second)
+    assert {each.severity for each in found} == {"unknown"} and {each.address for each in found} == {SECOND}
+    on_a2 = {check.name for check in EVERY_CHECK if check.queries} - {"hccs", "super-pod", "vnic"}
+    assert on_a2 | {"npu-smi"} == {each.check for each in found}
+
+
+def test_roce_does_not_matter_on_a_single_node() -> None:
+    assert findings(Machine("link-down").record()) == []
+    assert find(snapshot(Machine("a2-container").record()), choose_checks("quick")) == []
+
+
+def test_a_process_of_ray_is_no_stranger() -> None:
+    first, second = pair("stranger")
+    assert findings(first, replace(second, holders=OUR_STRANGER)) == []
+
+
+def test_a_process_that_is_not_seen_is_no_stranger_while_ray_has_given_npus_away() -> None:
+    """Also where another process of the container has the same id by chance."""
+    first, second = pair("stranger")
+    busy = ray(free_npus=4)(second)
+    assert findings(first, busy) == []
+    namesake = {207795: Holder(name="bash", command="bash", of_ray=False)}
+    assert findings(first, replace(busy, holders=namesake)) == []
+    assert [each.code for each in findings(first, replace(busy, holders=THEIR_STRANGER))] == ["VRA-643"]
+
+
+def test_ports_and_memory_of_a_running_engine_are_no_fault() -> None:
+    first, second = pair("hbm")
+    assert findings(first, all_of(ray(free_npus=4), record(listening_ports=[61000]))(second)) == []
+
+
+def test_ports_are_the_users_where_he_set_them() -> None:
+    first, second = pair()
+    taken = record(listening_ports=[61000], worker_ports=(61000, 62000))
+    assert findings(first, all_of(taken, environment(HCCL_IF_BASE_PORT="50000"))(second)) == []
+    assert findings(first, all_of(taken, record(first_port=62001))(second)) == [], "above those of outgoing connections"
+
+
+def test_a_node_without_npus_is_checked_for_what_concerns_it() -> None:
+    head = all_of(
+        facts(cann_devices=None, cann_error="OSError", device_files=(), dies=(), npu_smi=None),
+        ray(npus=0, free_npus=0),
+        record(files={}, outputs={}, nnal=[], cann_home=""),
+    )(Machine("a2", host=3).record())
+    assert findings(*pair(), head) == []
+    late = record(started=40.0, ended=42.0)(head)
+    assert [(each.check, each.address) for each in findings(*pair(), late)] == [("clock", "10.0.0.3")]
+
+
+def test_no_npu_at_all_is_unknown() -> None:
+    empty = replace(facts(cann_devices=None, device_files=(), dies=())(Machine("a2").record()), ray=None)
+    (found,) = findings(empty)
+    assert (found.code, found.severity) == ("VRA-603", "unknown")
+
+
+def test_without_ray_what_ray_declares_is_not_judged() -> None:
+    assert findings(replace(Machine("a2").record(), ray=None)) == []
+    assert [each.code for each in findings(replace(Machine("alarm").record(), ray=None))] == ["VRA-640"]
+
+
+def test_nodes_that_do_not_answer_are_findings() -> None:
+    failures = [
+        Failure("10.0.0.3", 8, "no answer within 30 s"),
+        Failure("10.0.0.4", 8, "ModuleNotFoundError: No module named 'vllm_ray_ascend.doctor'"),
+    ]
+    found = findings(Machine("a2").record(), failures=failures)
+    assert [(each.address, each.code) for each in found] == [("10.0.0.3", "VRA-216"), ("10.0.0.4", "VRA-215")]
+
+
+def test_the_most_frequent_value_is_the_right_one() -> None:
+    odd = environment(HCCL_ALGO="level0:NA")(Machine("a2", host=1).record())
+    others = [Machine("a2", host=host).record() for host in (2, 3)]
+    (found,) = find(snapshot(odd, *others), choose_checks("quick"))
+    assert (found.address, found.code) == ("10.0.0.1", "VRA-678")
+
+
+def test_every_port_pings_and_is_pinged() -> None:
+    nodes = [device_addresses(Machine("a2", host=host).record()) for host in (1, 2, 3)]
+    lines = ping_lines(nodes)
+    assert [len(each) for each in lines] == [8, 8, 8]
+    assert lines[0][3] == "hccn_tool -i 3 -ping -g address 192.168.2.13"
+    assert {line.split()[-1] for each in lines for line in each} == {a for node in nodes for a in node.values()}
+    assert ping_lines(nodes[:1]) == [[]] and ping_lines([]) == []
+    assert ping_lines([nodes[0], {}]) == [[], []], "without hccn_tool on the other node"
+
+
+def test_firmware_is_judged_by_the_npus_where_its_file_is_missing() -> None:
+    first, second = pair()
+    assert findings(first, replace(second, files={**second.files, "firmware": None})) == []
+
+
+def test_nodes_of_a3_that_are_connected_by_hccs_only() -> None:
+    unwired = records_of(*[Machine("a3-unwired", host=host) for host in (1, 2)])
+    found = findings(*unwired)
+    assert {(each.code, each.severity) for each in found} == {("VRA-650", "info")} and status_of(found) == "ok"
+    wired = findings(*records_of(Machine("a3", host=1), Machine("a3-unwired", host=2)))
+    assert {(each.code, each.severity, each.address) for each in wired} == {("VRA-650", "error", SECOND)}
+
+
+def test_a_port_without_link_is_one_finding() -> None:
+    found = findings(*records_of(Machine("a2", host=1), Machine("link-down", "net-down", host=2)))
+    assert [(each.check, each.physical_id) for each in found] == [("roce-link", 3)]

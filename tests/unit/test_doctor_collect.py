@@ -1,0 +1,149 @@
+"""What is collected on this machine, whatever it is: commands, files, permissions, processes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.doctor.machine import Machine
+from vllm_ray_ascend.doctor import collect
+from vllm_ray_ascend.doctor.collect import collect_as_dict, collect_record, decode_record, run_command
+from vllm_ray_ascend.doctor.queries import ADDRESS, ERRORS, HEALTH, LINK, LIST, PROCESSES
+from vllm_ray_ascend.doctor.records import Output
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The programs and files of a recorded A2 node, on PATH and in the environment."""
+    for name, value in Machine("a2").install(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    return tmp_path
+
+
+def program(folder: Path, name: str, script: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+@pytest.mark.usefixtures("machine")
+def test_a_record_survives_its_journey_as_json() -> None:
+    values = json.loads(json.dumps(collect_as_dict("127.0.0.1", [LINK.command, PROCESSES.command], [], 120.0)))
+    found = decode_record({**values, "of_a_later_version": 1})
+    assert len(found.facts.dies) == 8 and len(found.outputs) == 1 + 2 * 8
+    assert found.outputs[LINK.line(found.facts.dies[3])] == Output(0, "link status: UP\n")
+    assert "Version=25.5.1" in (found.files["driver"] or "") and "version=8.5.1" in (found.files["cann"] or "")
+    assert found.limits["Max open files"].soft and found.user and found.shared_memory
+    assert found.mtu and 0 < found.started <= found.ended <= time.time()
+
+
+def test_the_same_as_the_recorded_machine(machine: Path) -> None:
+    """The fake programs answer as `Machine.run`, so that tests of checks and of the command see one machine."""
+    commands = [query.command for query in (HEALTH, ADDRESS, ERRORS)]
+    outputs = collect_record("127.0.0.1", commands, limit_s=120).outputs
+    recorded = Machine("a2").record().outputs
+    assert len(outputs) == 1 + 4 * 8 and outputs == {line: recorded[line] for line in outputs}
+
+
+def test_commands_of_a_later_version_are_left_out(machine: Path) -> None:
+    assert set(collect_record("", ["npu-smi info -t magic -i {card}"]).outputs) == {LIST}
+
+
+def test_tools_that_are_missing_or_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    soon = time.monotonic() + 1
+    assert run_command("hccn_tool -i 0 -link -g", tmp_path, soon) == Output(None, "hccn_tool is not there")
+    program(tmp_path, "npu-smi", "exec sleep 60")
+    assert run_command("npu-smi info -m", tmp_path, soon) == Output(None, "npu-smi gave no answer in time")
+    program(tmp_path, "npu-smi", "echo out; echo err >&2; exit 3")
+    assert run_command("npu-smi info -m", tmp_path, time.monotonic() + 30) == Output(3, "out\nerr\n")
+    program(tmp_path, "npu-smi", "")
+    (tmp_path / "npu-smi").write_text("#!/no/such/shell\n")
+    assert run_command("npu-smi info", tmp_path, time.monotonic() + 30).code is None
+
+
+def test_hccn_tool_is_found_in_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    (tmp_path / "tools").mkdir()
+    program(tmp_path / "tools", "hccn_tool", 'echo "link status: UP"')
+    assert run_command("hccn_tool -i 0 -link -g", tmp_path, time.monotonic() + 30).text == "link status: UP\n"
+
+
+def test_files_below_another_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ASCEND_DRIVER_PATH", "ASCEND_HOME_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    for path, text in {
+        "etc/ascend_install.info": "Driver_Install_Path_Param=/opt/npu\n",
+        "opt/npu/driver/version.info": "Version=1\n",
+        "opt/npu/firmware/version.info": "Version=2\n",
+        "usr/local/Ascend/cann-8.5.1/aarch64-linux/ascend_toolkit_install.info": "version=8.5.1\n",
+        "usr/local/Ascend/nnal/atb/8.5.1/version.info": "x",
+        "dev/davinci_manager": "",
+        "dev/davinci0": "",
+        "dev/davinci_other": "",
+    }.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    found = collect_record("", [], root=tmp_path)
+    assert (found.files["driver"], found.files["firmware"], found.files["cann"]) == (
+        "Version=1\n",
+        "Version=2\n",
+        "version=8.5.1\n",
+    )
+    assert found.cann_home.endswith("/usr/local/Ascend/cann-8.5.1") and len(found.nnal) == 1
+    assert set(found.devices) == {"davinci_manager", "davinci0"}
+    assert found.devices["davinci0"].error == "" and found.devices["davinci0"].uid == os.geteuid()
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EACCES])
+def test_why_a_device_cannot_be_opened(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/davinci0").write_text("")
+
+    def refuse(*_: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert collect._device_files(tmp_path)["davinci0"].error == errno.errorcode[code]
+
+
+def test_secrets_are_not_collected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    for name in ("RAY_AUTH_TOKEN", "VLLM_API_KEY", "HF_TOKEN", "MY_VARIABLE"):
+        monkeypatch.setenv(name, "planted")
+    monkeypatch.setenv("HCCL_TEST", "http://me:planted@proxy")
+    values = collect_as_dict("", [], [], 20.0)
+    assert values["environment"]["RAY_AUTH_MODE"] == "token" and "planted" not in json.dumps(values)
+
+
+def test_processes_that_have_an_npu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_RAYLET_PID", raising=False)
+    stranger = collect._holder(os.getpid())
+    assert stranger is not None and "pytest" in stranger.command and not stranger.of_ray
+    monkeypatch.setenv("RAY_RAYLET_PID", str(os.getppid()))
+    child = collect._holder(os.getpid())
+    assert child is not None and child.of_ray
+    assert collect._holder(2**22 + 1) is None
+
+
+def test_peers_that_cannot_be_reached() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        reachable = f"127.0.0.1:{listener.getsockname()[1]}"
+        assert collect._unreachable([reachable, "127.0.0.1:1"]) == {"127.0.0.1:1": "Connection refused"}
+    assert collect._unreachable([]) == {}
+
+
+def test_packages_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    required = ["torch==2.10.0", "flashinfer-python==0.6", "nvidia-cutlass-dsl>=4", "xformers ; extra == 'x'"]
+    monkeypatch.setattr(collect, "requires", lambda package: required)
+    assert collect._cuda_requirements() == ["flashinfer-python==0.6", "nvidia-cutlass-dsl>=4"]
+    monkeypatch.setattr(collect, "requires", lambda package: None)
+    assert collect._cuda_requirements() == []

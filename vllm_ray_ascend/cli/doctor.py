@@ -1,0 +1,115 @@
+"""``vllm-ray-ascend doctor``: what is wrong with the nodes of a Ray cluster, each finding with its remedy."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from vllm_ray_ascend.cluster.connect import connect_as_observer
+from vllm_ray_ascend.doctor.checks.network import PING
+from vllm_ray_ascend.doctor.gather import snapshot_of_cluster, snapshot_of_this_node
+from vllm_ray_ascend.doctor.judge import EXIT_CODES, choose_checks, make_report
+from vllm_ray_ascend.doctor.records import Level, Report, Snapshot
+from vllm_ray_ascend.doctor.text import format_report
+from vllm_ray_ascend.doctor.views import Check
+from vllm_ray_ascend.errors import DoctorError, VllmRayAscendError
+
+_LIMITS_S: dict[Level, float] = {"quick": 30.0, "full": 90.0}
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="check every node of a Ray cluster: driver, CANN, NPUs, network, hosts",
+        epilog="Exit codes: 0 all is well, 1 a warning, 2 an error, 3 something could not be checked.",
+    )
+    parser.add_argument("--address", default="auto", help="the Ray cluster's address (default: that of this node)")
+    parser.add_argument("--local", action="store_true", help="this node alone, without Ray")
+    parser.add_argument("--nodes", type=_names, default=[], metavar="A,B", help="only these: addresses or host names")
+    parser.add_argument("--checks", type=_names, default=[], metavar="X,Y", help="only these checks, of any level")
+    parser.add_argument("--skip", type=_names, default=[], metavar="X,Y", help="without these checks")
+    parser.add_argument(
+        "--level",
+        choices=list(_LIMITS_S),
+        default="quick",
+        help="quick (default): seconds; full: also each RoCE port's statistics, temperatures. Neither changes anything",
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON, by the schema of docs/doctor.schema.json")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write all that was collected to FILE, as JSON")
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="show what has changed since a saved FILE")
+    parser.add_argument(
+        "--timeout", type=float, metavar="S", help="seconds for all nodes (default: 30; level full: 90)"
+    )
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report and return its exit code; 3 as well where nothing could be checked at all."""
+    try:
+        report = _examine(args)
+    except VllmRayAscendError as error:
+        print(f"vllm-ray-ascend: {error}", file=sys.stderr)
+        return EXIT_CODES["unknown"]
+    except Exception:  # noqa: BLE001  Python's own exit code, 1, would be a warning
+        traceback.print_exc()
+        return EXIT_CODES["unknown"]
+    if args.json:
+        print(msgspec.json.format(msgspec.json.encode(report)).decode())
+    else:
+        colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        print("\n".join(format_report(report, colours=colours)))
+    return report.exit_code
+
+
+def _examine(args: argparse.Namespace) -> Report:
+    checks = choose_checks(args.level, args.checks, args.skip)
+    before = read_snapshot(args.compare) if args.compare else None
+    snapshot = _take_snapshot(args, checks)
+    if args.save:
+        _save(snapshot, args.save)
+    return make_report(snapshot, checks, before)
+
+
+def _take_snapshot(args: argparse.Namespace, checks: Sequence[Check]) -> Snapshot:
+    """Collect what the checks ask for, no more."""
+    level: Level = "full" if any(check.level == "full" for check in checks) else "quick"
+    commands = list(dict.fromkeys(query.command for check in checks for query in check.queries))
+    limit_s = args.timeout or _LIMITS_S[level]
+    if args.local:
+        return snapshot_of_this_node(level, commands, limit_s)
+    import ray
+
+    connect_as_observer(args.address)
+    try:
+        with_pings = any(check.name == PING for check in checks)
+        return snapshot_of_cluster(level, commands, limit_s, args.nodes, with_pings=with_pings)
+    finally:
+        ray.shutdown()
+
+
+def read_snapshot(path: Path) -> Snapshot:
+    """Return a saved snapshot. Raise DoctorError where the file has none."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Snapshot)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise DoctorError(
+            "VRA-605", f"{path} is no snapshot of doctor ({error}). `vllm-ray-ascend doctor --save {path}` writes one."
+        ) from error
+
+
+def _save(snapshot: Snapshot, path: Path) -> None:
+    try:
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(snapshot)))
+    except OSError as error:
+        raise DoctorError("VRA-606", f"{path} cannot be written ({error}). Give --save another FILE.") from error
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]

@@ -1,0 +1,301 @@
+"""NPUs: device files and permissions, what Ray counts, health, memory."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+
+from vllm_ray_ascend.cluster.audit import audit_node
+from vllm_ray_ascend.cluster.findings import Finding
+from vllm_ray_ascend.devices.visible import VISIBLE_DEVICES, usable_physical_ids
+from vllm_ray_ascend.doctor.queries import (
+    ECC,
+    HBM,
+    HCCS,
+    HEALTH,
+    LIST,
+    PROCESSES,
+    SUPER_POD,
+    TEMPERATURE,
+)
+from vllm_ray_ascend.doctor.views import Check, NodeView, on_a3
+
+_MANAGERS = ("davinci_manager", "devmm_svm", "hisi_hdc")
+_HOT_C = 85
+_IDLE_HBM_PERCENT = 12
+"""An idle NPU has about 3 to 5 % of its HBM in use."""
+_IN_CONTAINER = "`docker run --device /dev/davinci_manager --device /dev/devmm_svm --device /dev/hisi_hdc`"
+
+
+def audit(name: str) -> Callable[[NodeView], Iterator[Finding]]:
+    """Return the check ``name`` of the audit that runs before each start of an engine: the same code and messages."""
+
+    def check(node: NodeView) -> Iterator[Finding]:
+        if node.ray is None:
+            return
+        found = audit_node(node.record.facts, node.ray.npus, node.ray.gpus, node.head_address, node.driver)
+        yield from (finding for finding in found if finding.check == name)
+
+    return check
+
+
+def check_split_cards(node: NodeView) -> Iterator[Finding]:
+    """Yield a warning for each card of which Ray has one die only: another owner shares its bandwidth, or it idles."""
+    facts = node.record.facts
+    usable = set(usable_physical_ids(facts.visible_devices, facts.cann_devices or 0))
+    cards: defaultdict[int, list[int]] = defaultdict(list)
+    for die in node.dies:
+        cards[die.card].append(die.physical_id)
+    for card, ids in cards.items():
+        if usable & set(ids) and not usable >= set(ids):
+            yield node.finding(
+                "warning",
+                "VRA-635",
+                f"{VISIBLE_DEVICES}={facts.visible_devices} names NPU {_list(sorted(usable & set(ids)))} of card "
+                f"{card}, whose dies are NPU {_list(ids)}: they share the card's bandwidth.",
+                f"Name both dies of a card in {VISIBLE_DEVICES} before `ray start` there, or none.",
+                card=card,
+            )
+
+
+def check_device_files(node: NodeView) -> Iterator[Finding]:
+    """Yield an error for each file that every process needs beside its NPU's. CANN that counts NPUs has them."""
+    if node.record.facts.cann_devices:
+        return
+    for name in _MANAGERS:
+        if name not in node.record.devices:
+            yield node.finding(
+                "error",
+                "VRA-630",
+                f"/dev/{name} is not there, without which no NPU can be opened.",
+                f"In a container: {_IN_CONTAINER}; on a host, install the driver and reboot.",
+                file=name,
+            )
+
+
+def check_device_access(node: NodeView) -> Iterator[Finding]:
+    """Yield an error for each reason for which device files cannot be opened."""
+    errors: defaultdict[str, list[str]] = defaultdict(list)
+    for name, file in node.record.devices.items():
+        errors[file.error].append(name)
+    if names := errors.pop("EPERM", []):
+        yield node.finding(
+            "error",
+            "VRA-631",
+            f"the container's list of devices forbids to open {_paths(names)}.",
+            f"Give the container these devices: `{' '.join(f'--device /dev/{name}' for name in names)}`.",
+            files=names,
+        )
+    if names := errors.pop("EACCES", []):
+        file, user = node.record.devices[names[0]], node.record.user
+        yield node.finding(
+            "error",
+            "VRA-632",
+            f"user {user.uid if user else '?'} (groups {_list(user.groups if user else [])}) may not open "
+            f"{_paths(names)}, of user {file.uid}, group {file.gid}, mode {file.mode:04o}.",
+            f"Add the user who runs `ray start` to the group: `usermod -aG $(getent group {file.gid} | cut -d: -f1) "
+            f"USER` (usually HwHiAiUser), or `docker run --group-add {file.gid}`, then restart Ray.",
+            files=names,
+        )
+    errors.pop("", None)
+    for error, names in errors.items():
+        yield node.unknown(f"opening {_paths(names)} ends with {error}", "`dmesg` on the host may say why.")
+
+
+def check_user(node: NodeView) -> Iterator[Finding]:
+    """Yield a warning where the user has no name, which CANN and torch ask for."""
+    user = node.record.user
+    if user is not None and not user.name:
+        yield node.finding(
+            "warning",
+            "VRA-633",
+            f"user {user.uid}, who runs Ray, has no entry in /etc/passwd: CANN and torch may find no home folder.",
+            f"`echo 'npu:x:{user.uid}:{user.groups[0]}::/tmp:/bin/sh' >> /etc/passwd` in the image.",
+        )
+
+
+def check_npu_smi(node: NodeView) -> Iterator[Finding]:
+    """Yield an error where npu-smi runs and lists no NPU: the driver's management interface (DCMI) fails."""
+    output = node.record.outputs.get(LIST)
+    if node.dies:
+        return
+    if output is None or output.code is None:
+        yield from node.unknown_answers(HEALTH)
+        return
+    line = next((line.strip() for line in output.text.splitlines() if line.strip()), "")
+    yield node.finding(
+        "error",
+        "VRA-634",
+        f"`{LIST}` lists no NPU; it ended with code {output.code}: {line!r}.",
+        "-8005 or -8020: another container has the NPUs, or the driver is not loaded: `lsmod | grep drv_`, `dmesg`.",
+        output=output.text[:400],
+    )
+
+
+def check_health(node: NodeView) -> Iterator[Finding]:
+    """Yield a finding for each NPU whose health is not OK."""
+    for die, health in node.answers(HEALTH).items():
+        if health.state.upper() == "OK":
+            continue
+        yield node.finding(
+            "warning" if health.state.upper() in ("WARNING", "UNKNOWN") else "error",
+            "VRA-640",
+            f"its health is {health.state}{f', with the codes {_list(health.codes)}' if health.codes else ''}.",
+            f"`npu-smi info -t health -i {die.card} -c {die.chip}` there; look the codes up in the driver's health "
+            "management manual, and leave the NPU out of ASCEND_RT_VISIBLE_DEVICES until it is well.",
+            die,
+            state=health.state,
+            codes=list(health.codes),
+        )
+
+
+def check_ecc(node: NodeView) -> Iterator[Finding]:
+    """Yield a warning for each NPU whose HBM has had errors that could not be corrected."""
+    for die, ecc in node.answers(ECC).items():
+        if ecc.double_bit or ecc.isolated_pages:
+            yield node.finding(
+                "warning",
+                "VRA-641",
+                f"its HBM has had {ecc.double_bit} double-bit errors, {ecc.isolated_pages} pages are isolated.",
+                f"`npu-smi info -t ecc -i {die.card} -c {die.chip}` there; have the card replaced where it grows.",
+                die,
+                double_bit=ecc.double_bit,
+                isolated_pages=ecc.isolated_pages,
+            )
+
+
+def check_temperature(node: NodeView) -> Iterator[Finding]:
+    """Yield a warning for each NPU that is so hot that it slows down."""
+    for die, degrees in node.answers(TEMPERATURE).items():
+        if degrees >= _HOT_C:
+            yield node.finding(
+                "warning",
+                "VRA-642",
+                f"it has {degrees} C, and slows down from about {_HOT_C} C on.",
+                f"Look at fans and air flow; `npu-smi info -t temp -i {die.card} -c {die.chip}` there.",
+                die,
+                celsius=degrees,
+            )
+
+
+def check_strangers(node: NodeView) -> Iterator[Finding]:
+    """Yield an error for each process that has memory of an NPU and is not of this Ray node.
+
+    npu-smi counts processes as the host does: one that this node's /proc does not have is in another container, or in
+    this one under another id. Then only an NPU that Ray has given to nobody tells.
+    """
+    for die, processes in node.answers(PROCESSES).items():
+        for process in processes:
+            holder = node.record.holders.get(process.pid)
+            if holder and not holder.name.startswith(process.name):
+                holder = None  # another process, which has the same id in this container
+            if holder.of_ray if holder else not node.is_idle:
+                continue
+            command = holder.command[:80] if holder else f"{process.name or 'no name'}, not in this node's /proc"
+            end = f"End it (`kill {process.pid}`)" if holder else f"Find it on the host (`ps -p {process.pid}`), end it"
+            yield node.finding(
+                "error",
+                "VRA-643",
+                f"process {process.pid} ({command}) has {process.megabytes} MB of its HBM and is not of this Ray node.",
+                f"{end}, or leave the NPU out of ASCEND_RT_VISIBLE_DEVICES before `ray start`.",
+                die,
+                pid=process.pid,
+                megabytes=process.megabytes,
+            )
+
+
+def check_hbm(node: NodeView) -> Iterator[Finding]:
+    """Yield a warning for each NPU with memory in use of no listed process, where Ray has given away no NPU."""
+    processes = node.answers(PROCESSES)
+    for die, percent in node.answers(HBM).items():
+        if node.is_idle and percent > _IDLE_HBM_PERCENT and not processes.get(die):
+            yield node.finding(
+                "warning",
+                "VRA-644",
+                f"{percent} % of its HBM are in use, though Ray has given no NPU of the node to anybody and npu-smi "
+                "lists no process.",
+                f"On the host, not in a container: `npu-smi info -t proc-mem -i {die.card} -c {die.chip}`; end what it "
+                "shows.",
+                die,
+                percent=percent,
+            )
+
+
+def check_hccs(node: NodeView) -> Iterator[Finding]:
+    """Yield an error for each die whose links to the other dies are down."""
+    for die, state in node.answers(HCCS).items():
+        if state.upper() not in ("OK", "HEALTHY"):
+            yield node.finding(
+                "error",
+                "VRA-645",
+                f"its HCCS links are {state}.",
+                f"`npu-smi info -t hccs -i {die.card} -c {die.chip}` there; reset the NPU, or have the card replaced.",
+                die,
+                state=state,
+            )
+
+
+def check_super_pod(nodes: Sequence[NodeView]) -> Iterator[Finding]:
+    """Yield errors of numbers in the super pod: an SDID is of one die, a Server Index of one node."""
+    owners: dict[int, str] = {}
+    for node in nodes:
+        answers = node.answers(SUPER_POD)
+        for die, pod in answers.items():
+            owner = owners.setdefault(pod.sdid, f"NPU {die.physical_id} of node {node.address}")
+            if owner != f"NPU {die.physical_id} of node {node.address}":
+                yield node.finding(
+                    "error",
+                    "VRA-646",
+                    f"its SDID {pod.sdid} is that of {owner} too.",
+                    "Correct the server's number in the super pod in its BMC, then reboot.",
+                    die,
+                    sdid=pod.sdid,
+                )
+        servers = sorted({pod.server_index for pod in answers.values()})
+        if len(servers) > 1:
+            yield node.finding(
+                "error",
+                "VRA-647",
+                f"its NPUs report different Server Indexes: {_list(servers)}.",
+                "Correct the server's number in the super pod in its BMC, then reboot.",
+                servers=servers,
+            )
+
+
+def _paths(names: Sequence[str]) -> str:
+    return ", ".join(f"/dev/{name}" for name in names)
+
+
+def _list(values: Sequence[object]) -> str:
+    return ", ".join(map(str, values))
+
+
+CHECKS = (
+    Check("npus-declared", "Ray has the NPUs that the node has", "CANN, `ray start`", audit("npus-declared")),
+    Check("plugin", "this plugin is active, and equal on all nodes", "`ray start`, metadata", audit("plugin")),
+    Check("visible-devices", "lists of NPUs are read as they are meant", "`ray start`", audit("visible-devices")),
+    Check("npu-counts", "CANN, device files and npu-smi count alike", "CANN, /dev, npu-smi -m", audit("npu-counts")),
+    Check(
+        "split-cards", "Ray has both dies of a card (A3)", "`ray start`, npu-smi -m", check_split_cards, applies=on_a3
+    ),
+    Check("device-files", "the driver's device files are there", "/dev", check_device_files),
+    Check("device-access", "device files can be opened", "open() of /dev/davinci*", check_device_access),
+    Check("user", "the user who runs Ray has a name", "/etc/passwd", check_user),
+    Check("npu-smi", "npu-smi answers", "npu-smi -m", check_npu_smi),
+    Check("health", "each NPU is healthy", "npu-smi -t health", check_health, (HEALTH,)),
+    Check("ecc", "HBM without uncorrectable errors", "npu-smi -t ecc", check_ecc, (ECC,)),
+    Check("strangers", "no process of others has an NPU", "npu-smi -t proc-mem", check_strangers, (PROCESSES,)),
+    Check("hbm", "the HBM of idle NPUs is free", "npu-smi -t usages", check_hbm, (HBM,)),
+    Check("temperature", "no NPU is too hot", "npu-smi -t temp", check_temperature, (TEMPERATURE,), "full"),
+    Check("hccs", "links between the dies are up (A3)", "npu-smi -t hccs", check_hccs, (HCCS,), "full", applies=on_a3),
+    Check(
+        "super-pod",
+        "numbers in the super pod are unique (A3)",
+        "npu-smi -t spod-info",
+        check_super_pod,
+        (SUPER_POD,),
+        "full",
+        of_cluster=True,
+        applies=on_a3,
+    ),
+)

@@ -1,0 +1,270 @@
+"""The hosts: limits, shared memory, names, clocks, ports, and variables that must be equal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from vllm_ray_ascend.addresses import is_loopback
+from vllm_ray_ascend.cluster.findings import Finding
+from vllm_ray_ascend.doctor.views import Check, NodeView, odd_ones, on_every_node, on_several_nodes
+from vllm_ray_ascend.environment.ports import LAST_PORT, PORTS_PER_NPU
+from vllm_ray_ascend.environment.table import scope_of
+from vllm_ray_ascend.settings import variable_of
+
+_GIB = 1 << 30
+_FILES = 4096
+_LOCKED = 1 << 20
+_SKEW_S = 1.0
+_AUTH_MODE = "RAY_AUTH_MODE"
+_PORT_SETTINGS = ("HCCL_IF_BASE_PORT", "HCCL_HOST_SOCKET_PORT_RANGE")
+_NODE_ENV = variable_of("node_env")
+
+
+def check_limits(node: NodeView) -> Iterator[Finding]:
+    """Yield a warning for each limit of the raylet, which workers inherit, that is too low."""
+    files, locked = node.record.limits.get("Max open files"), node.record.limits.get("Max locked memory")
+    if files is None or locked is None:
+        yield node.unknown("the limits of Ray's raylet cannot be read", "`cat /proc/PID/limits` of the raylet there.")
+        return
+    if files.soft is not None and files.soft < _FILES:
+        yield node.finding(
+            "warning",
+            "VRA-670",
+            f"Ray's raylet may open {files.soft} files; its workers need a socket for each rank and more.",
+            "`ulimit -n 65536` before `ray start` there, or `docker run --ulimit nofile=65536`.",
+            soft=files.soft,
+        )
+    if locked.soft is not None and locked.soft < _LOCKED:
+        yield node.finding(
+            "warning",
+            "VRA-671",
+            f"Ray's raylet may lock {locked.soft >> 10} KiB of memory; pinned memory for NPUs needs more.",
+            "`ulimit -l unlimited` before `ray start` there, or `docker run --ulimit memlock=-1`.",
+            soft=locked.soft,
+        )
+
+
+def check_shared_memory(node: NodeView) -> Iterator[Finding]:
+    """Yield an error where /dev/shm is as small as Docker makes it, a warning where little of it is free."""
+    found = node.record.shared_memory
+    if found is None:
+        yield node.unknown("/dev/shm cannot be read", "`df -h /dev/shm` there.")
+    elif found.total < _GIB:
+        yield node.finding(
+            "error",
+            "VRA-672",
+            f"/dev/shm has {found.total >> 20} MiB: Ray's objects and vLLM's message queues do not fit.",
+            "`docker run --shm-size=16g`, or a volume of medium Memory in Kubernetes.",
+            total=found.total,
+        )
+    elif found.free < _GIB:
+        yield node.finding(
+            "warning",
+            "VRA-673",
+            f"{found.free >> 20} of {found.total >> 20} MiB of /dev/shm are free.",
+            "`ls -l /dev/shm` there shows what is in it; files of processes that are gone may be deleted.",
+            free=found.free,
+        )
+
+
+def check_name(node: NodeView) -> Iterator[Finding]:
+    """Yield a warning where the node's name is a loopback address, which gloo then gives to other nodes.
+
+    Only where VLLM_RAY_ASCEND_NODE_ENV is off: else the interface is derived from Ray's address.
+    """
+    loopback = [address for address in node.record.own_addresses if is_loopback(address)]
+    environment = node.record.environment
+    if loopback and environment.get(_NODE_ENV) == "off" and not environment.get("GLOO_SOCKET_IFNAME"):
+        yield node.finding(
+            "warning",
+            "VRA-674",
+            f"its name {node.record.facts.hostname} is the loopback address {loopback[0]}, {_NODE_ENV} is off, and "
+            "GLOO_SOCKET_IFNAME is not set: gloo gives other nodes an address that they cannot reach.",
+            f"`unset {_NODE_ENV}` before `ray start` there, or correct /etc/hosts.",
+            addresses=loopback,
+        )
+
+
+def check_clock(node: NodeView) -> Iterator[Finding]:
+    """Yield a warning where the node's clock cannot be that of the driver: it began before, or ended after."""
+    if node.ray is None:
+        return
+    behind, ahead = node.ray.sent - node.record.started, node.record.ended - node.ray.received
+    skew = max(behind, ahead)
+    if skew > _SKEW_S:
+        yield node.finding(
+            "warning",
+            "VRA-675",
+            f"its clock is at least {skew:.1f} s {'behind' if behind > ahead else 'ahead of'} that of this node: logs "
+            "of nodes cannot be compared, and tokens may be refused.",
+            "`chronyc makestep`, or `timedatectl set-ntp true`, there.",
+            seconds=round(skew, 1),
+        )
+
+
+def check_reachable(node: NodeView) -> Iterator[Finding]:
+    """Yield an error for each node whose raylet cannot be connected to."""
+    for peer, reason in node.record.unreachable.items():
+        yield node.finding(
+            "error",
+            "VRA-676",
+            f"it cannot connect to Ray on node {peer} ({reason}).",
+            "Open all TCP ports between the nodes (firewall, security group); check routes and HCCL's interface.",
+            peer=peer,
+            reason=reason,
+        )
+
+
+def check_ports(node: NodeView) -> Iterator[Finding]:
+    """Yield a warning where something has HCCL's ports, though Ray has given no NPU of the node to anybody."""
+    listening, (first, last) = node.record.listening_ports, _hccl_ports(node)
+    if listening is None:
+        yield node.unknown("/proc/net/tcp cannot be read", "`ss -ltn` there.")
+    elif node.is_idle and (taken := [port for port in listening if first <= port <= last]):
+        yield node.finding(
+            "warning",
+            "VRA-677",
+            f"something listens on {', '.join(map(str, taken[:5]))}, among HCCL's ports {first} to {last}, and Ray has "
+            "given no NPU of the node to anybody.",
+            f"`ss -ltnp 'sport = :{taken[0]}'` there shows it; end it, or set HCCL_HOST_SOCKET_PORT_RANGE before "
+            "`ray start` there.",
+            ports=taken,
+        )
+
+
+def check_worker_ports(node: NodeView) -> Iterator[Finding]:
+    """Yield a warning where Ray gives its workers ports of HCCL."""
+    workers, (first, last) = node.record.worker_ports, _hccl_ports(node)
+    if workers and workers[0] <= last and first <= workers[1]:
+        yield node.finding(
+            "warning",
+            "VRA-682",
+            f"Ray's workers get the ports {workers[0]} to {workers[1]}, among them HCCL's, {first} to {last}.",
+            f"Give `ray start` there a range that ends below: --max-worker-port={first - 1}.",
+            workers=list(workers),
+        )
+
+
+def _hccl_ports(node: NodeView) -> tuple[int, int]:
+    """Return the first and the last port that engines give HCCL; an empty range where the user has set other ones."""
+    first = node.record.first_port
+    if any(node.record.environment.get(name) for name in _PORT_SETTINGS):
+        return first, first - 1
+    return first, min(first + len(node.dies) * PORTS_PER_NPU - 1, LAST_PORT)
+
+
+def check_same_variables(nodes: Sequence[NodeView]) -> Iterator[Finding]:
+    """Yield a finding for each variable of HCCL that must be equal on all ranks and is not."""
+    names = {name for node in nodes for name in node.record.environment if name.startswith("HCCL_")}
+    for name in sorted(names):
+        if scope_of(name) != "copied":
+            continue
+        found = {node: node.record.environment.get(name) for node in nodes}
+        example, odd = odd_ones(found)
+        for node, value in odd.items():
+            yield node.finding(
+                "error",
+                "VRA-678",
+                f"{name} is {_setting(value)} where Ray was started there, {_setting(found[example])} on node "
+                f"{example.address}: ranks that differ hang.",
+                f"Set {name} where the engine is started, which copies it to all nodes; or restart Ray there with "
+                f"`{_command(name, found[example])}`.",
+                variable=name,
+                here=value,
+                there=found[example],
+            )
+
+
+def check_whitelist(node: NodeView) -> Iterator[Finding]:
+    """Yield a warning where HCCL is to accept listed addresses only, and no list is named."""
+    environment = node.record.environment
+    if environment.get("HCCL_WHITELIST_DISABLE") == "0" and not environment.get("HCCL_WHITELIST_FILE"):
+        yield node.finding(
+            "warning",
+            "VRA-679",
+            "HCCL_WHITELIST_DISABLE=0 lets HCCL accept listed addresses only, and HCCL_WHITELIST_FILE is not set.",
+            "`export HCCL_WHITELIST_DISABLE=1`, or HCCL_WHITELIST_FILE=FILE, before `ray start` there.",
+        )
+
+
+def check_same_auth(nodes: Sequence[NodeView]) -> Iterator[Finding]:
+    """Yield an error for each node whose Ray has another mode of authentication."""
+    found = {node: node.record.environment.get(_AUTH_MODE) for node in nodes}
+    example, odd = odd_ones(found)
+    for node, mode in odd.items():
+        yield node.finding(
+            "error",
+            "VRA-680",
+            f"{_AUTH_MODE} is {_setting(mode)} there, {_setting(found[example])} on node {example.address}.",
+            f"`ray stop` there, `{_command(_AUTH_MODE, found[example])}`, then `ray start`.",
+            here=mode,
+            there=found[example],
+        )
+
+
+def check_same_mtu(nodes: Sequence[NodeView]) -> Iterator[Finding]:
+    """Yield a warning for each node whose interface for Ray has another MTU: large messages then get lost."""
+    found = {node: node.record.mtu for node in nodes if node.record.mtu}
+    if not found:
+        return
+    example, odd = odd_ones(found)
+    for node, mtu in odd.items():
+        yield node.finding(
+            "warning",
+            "VRA-681",
+            f"the interface with its address has an MTU of {mtu}, that of node {example.address} {found[example]}.",
+            f"`ip link set dev INTERFACE mtu {found[example]}` there; `ip -brief address` names the interface.",
+            here=mtu,
+            there=found[example],
+        )
+
+
+def _setting(value: str | None) -> str:
+    return "not set" if value is None else repr(value)
+
+
+def _command(name: str, value: str | None) -> str:
+    return f"unset {name}" if value is None else f"export {name}={value}"
+
+
+CHECKS = (
+    Check("limits", "the raylet may open files and lock memory", "/proc/PID/limits", check_limits),
+    Check("shared-memory", "/dev/shm is large enough", "statvfs", check_shared_memory),
+    Check(
+        "own-name",
+        "the node's name is no loopback address",
+        "its name, resolved there",
+        check_name,
+        applies=on_several_nodes,
+    ),
+    Check("clock", "clocks agree within a second", "time before and after", check_clock, applies=on_every_node),
+    Check(
+        "reachable", "every node reaches Ray on every other", "TCP connections", check_reachable, applies=on_every_node
+    ),
+    Check("hccl-ports", "HCCL's ports are free", "/proc/net/tcp", check_ports),
+    Check("worker-ports", "ports of Ray's workers are not HCCL's", "the raylet's command line", check_worker_ports),
+    Check(
+        "same-variables",
+        "HCCL's variables are equal on all nodes",
+        "environment of `ray start`",
+        check_same_variables,
+        of_cluster=True,
+    ),
+    Check("whitelist", "HCCL's whitelist has a file", "HCCL_WHITELIST_*", check_whitelist),
+    Check(
+        "same-auth",
+        "Ray's authentication is equal on all nodes",
+        "RAY_AUTH_MODE",
+        check_same_auth,
+        of_cluster=True,
+        applies=on_every_node,
+    ),
+    Check(
+        "same-mtu",
+        "interfaces of Ray have one MTU",
+        "psutil.net_if_stats",
+        check_same_mtu,
+        of_cluster=True,
+        applies=on_every_node,
+    ),
+)

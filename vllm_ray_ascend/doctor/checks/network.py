@@ -1,0 +1,382 @@
+"""RoCE ports of the NPUs: links, addresses, TLS, and what must be equal over the cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+from vllm_ray_ascend.cluster.findings import Finding
+from vllm_ray_ascend.devices.cards import Die
+from vllm_ray_ascend.doctor.parsers import parse_loss
+from vllm_ray_ascend.doctor.queries import (
+    ADDRESS,
+    ERRORS,
+    GATEWAY,
+    LINK,
+    LINK_HISTORY,
+    MTU,
+    NET_HEALTH,
+    NETDETECT,
+    SPEED,
+    TLS,
+    VNIC,
+    Query,
+    ping_line,
+)
+from vllm_ray_ascend.doctor.views import Check, NodeView, on_a3, on_several_nodes
+
+PING = "roce-ping"
+"""The check for which nodes are asked a second time, when the addresses of the others are known."""
+_FLAPS = 3
+_Port = tuple[NodeView, Die]
+
+
+def check_link(nodes: Sequence[NodeView]) -> Iterator[Finding]:
+    """Yield an error for each NPU whose RoCE port has no link.
+
+    Nodes of Atlas A3 that are connected by HCCS only have no link at all, which is noted.
+    """
+    states = {node: node.answers(LINK) for node in nodes}
+    is_wired = any(state == "UP" for answers in states.values() for state in answers.values())
+    for node, answers in states.items():
+        for die, state in answers.items():
+            if state != "UP":
+                yield node.finding(
+                    "info" if node.is_a3 and not is_wired else "error",
+                    "VRA-650",
+                    "its RoCE link is down.",
+                    f"Check the cable, the optical module (`hccn_tool -i {die.physical_id} -optical -g`) and the "
+                    f"switch's port; then `hccn_tool -i {die.physical_id} -link -g` there.",
+                    die,
+                )
+
+
+def check_address(node: NodeView) -> Iterator[Finding]:
+    """Yield an error for each NPU whose RoCE port has no address; on Atlas A3, which has HCCS as well, a warning."""
+    for die, found in node.answers(ADDRESS).items():
+        if not found.address and _may_have_link(node, die):
+            yield node.finding(
+                "warning" if node.is_a3 else "error",
+                "VRA-651",
+                "its RoCE port has no address.",
+                f"`hccn_tool -i {die.physical_id} -ip -s address ADDRESS netmask NETMASK` there.",
+                die,
+            )
+
+
+def check_unique_addresses(nodes: Sequence[NodeView]) -> Iterator[Finding]:
+    """Yield an error for each RoCE port with an address that another one has."""
+    owners: dict[str, str] = {}
+    for node in nodes:
+        for die, found in node.answers(ADDRESS).items():
+            owner = f"NPU {die.physical_id} of node {node.address}"
+            if found.address and owners.setdefault(found.address, owner) != owner:
+                yield node.finding(
+                    "error",
+                    "VRA-652",
+                    f"its RoCE port has the address {found.address} of {owners[found.address]}.",
+                    f"`hccn_tool -i {die.physical_id} -ip -s address ADDRESS netmask {found.netmask or 'NETMASK'}` "
+                    "there, with one that is free.",
+                    die,
+                    address=found.address,
+                )
+
+
+def check_gateway(nodes: Sequence[NodeView]) -> Iterator[Finding]:
+    """Yield a warning for each port that has no gateway although ports of other nodes are in another network."""
+    networks = {node: _networks(node) for node in nodes}
+    for node, own in networks.items():
+        elsewhere = {network for other, each in networks.items() if other is not node for network in each.values()}
+        gateways = node.answers(GATEWAY)
+        for die, network in own.items():
+            if gateways.get(die) == "" and (others := elsewhere - {network}):
+                yield node.finding(
+                    "warning",
+                    "VRA-653",
+                    f"its RoCE port is in {network} without a gateway, ports of other nodes are in "
+                    f"{', '.join(sorted(others))}.",
+                    f"`hccn_tool -i {die.physical_id} -gateway -s gateway ADDRESS` there, or addresses of one network.",
+                    die,
+                    network=network,
+                )
+
+
+def check_net_health(node: NodeView) -> Iterator[Finding]:
+    """Yield a finding for each NPU that does not reach the address that it is to ping."""
+    for die, state in node.answers(NET_HEALTH).items():
+        if state.lower() == "success" or not _may_have_link(node, die):
+            continue
+        yield node.finding(
+            "warning" if state.lower() in ("init", "unknown") else "error",
+            "VRA-654",
+            f"its network health is {state!r}: it does not reach the address that it is to ping.",
+            f"`hccn_tool -i {die.physical_id} -netdetect -g` there shows that address; "
+            f"`hccn_tool -i {die.physical_id} -netdetect -s address ADDRESS` sets it, usually to the gateway.",
+            die,
+            state=state,
+        )
+
+
+def check_netdetect(node: NodeView) -> Iterator[Finding]:
+    """Yield a warning for each NPU that has no address to ping, so that its network health says nothing."""
+    for die, address in node.answers(NETDETECT).items():
+        if address in ("", "0.0.0.0"):
+            yield node.finding(
+                "warning",
+                "VRA-655",
+                "it has no address to ping, so its network health says nothing.",
+                f"`hccn_tool -i {die.physical_id} -netdetect -s address ADDRESS` there, usually the gateway.",
+                die,
+            )
+
+
+def check_tls(nodes: Sequence[NodeView]) -> Iterator[Finding]:
+    """Yield an error for each NPU whose TLS switch is not that of most: HCCL cannot connect the two."""
+    for (node, die), enabled, usual in _odd_ports(nodes, TLS):
+        yield node.finding(
+            "error",
+            "VRA-656",
+            f"its RoCE port has TLS switched {_switch(enabled)}, most of the cluster {_switch(usual)}.",
+            f"`hccn_tool -i {die.physical_id} -tls -s enable {int(usual)}` there.",
+            die,
+            here=enabled,
+            there=usual,
+        )
+
+
+def check_speed(nodes: Sequence[NodeView]) -> Iterator[Finding]:
+    """Yield a warning for each NPU whose RoCE port is slower or faster than most."""
+    for (node, die), speed, usual in _odd_ports(nodes, SPEED):
+        yield node.finding(
+            "warning",
+            "VRA-657",
+            f"its RoCE port runs at {speed} Mb/s, most of the cluster at {usual} Mb/s.",
+            f"Check cable, optical module and the switch's port; `hccn_tool -i {die.physical_id} -speed -g` there.",
+            die,
+            here=speed,
+            there=usual,
+        )
+
+
+def check_mtu(nodes: Sequence[NodeView]) -> Iterator[Finding]:
+    """Yield a warning for each NPU whose RoCE port has another MTU than most."""
+    for (node, die), mtu, usual in _odd_ports(nodes, MTU):
+        yield node.finding(
+            "warning",
+            "VRA-658",
+            f"its RoCE port has an MTU of {mtu}, most of the cluster {usual}.",
+            f"`hccn_tool -i {die.physical_id} -mtu -s size {usual}` there.",
+            die,
+            here=mtu,
+            there=usual,
+        )
+
+
+def check_flapping(node: NodeView) -> Iterator[Finding]:
+    """Yield a warning for each NPU whose link went down several times since the node's start."""
+    for die, history in node.answers(LINK_HISTORY).items():
+        if history.downs >= _FLAPS:
+            yield node.finding(
+                "warning",
+                "VRA-659",
+                f"its RoCE link went down {history.downs} times since the node's start.",
+                f"`hccn_tool -i {die.physical_id} -link_stat -g` there has the times; check cable and optical module.",
+                die,
+                downs=history.downs,
+            )
+
+
+def check_errors(node: NodeView) -> Iterator[Finding]:
+    """Yield a warning for each NPU whose counters of errors grew while doctor looked."""
+    later = node.second_answers(ERRORS)
+    for die, counters in node.answers(ERRORS).items():
+        grown = {
+            name: later[die][name] - count
+            for name, count in counters.items()
+            if die in later and later[die].get(name, 0) > count
+        }
+        if grown:
+            yield node.finding(
+                "warning",
+                "VRA-660",
+                f"errors of its RoCE port grow: {', '.join(f'{name} by {count}' for name, count in grown.items())}.",
+                f"`hccn_tool -i {die.physical_id} -stat -g` there, twice; check the cable, the switch's PFC and ECN.",
+                die,
+                **grown,
+            )
+
+
+def check_ping(node: NodeView) -> Iterator[Finding]:
+    """Yield an error for each NPU that does not reach the one with its number on the next node."""
+    for die, (address, output) in node.pings().items():
+        loss = parse_loss(output.text)
+        if loss is None:
+            first = (output.text.strip() or "nothing").splitlines()[0]
+            yield node.unknown(f"hccn_tool -ping says {first!r}", "Run it there to see why.", [die])
+        elif loss > 0:
+            yield node.finding(
+                "error",
+                "VRA-662",
+                f"of what its RoCE port sent to {address} on another node, {loss:g} % got lost.",
+                f"`{ping_line(die.physical_id, address)}` there; check routes, VLAN and the switches between.",
+                die,
+                address=address,
+                loss=loss,
+            )
+
+
+def check_vnic(node: NodeView) -> Iterator[Finding]:
+    """Yield an error for each die of an A3 whose virtual port is down, through which it reaches the super pod."""
+    for die, state in node.answers(VNIC).items():
+        if state != "UP":
+            yield node.finding(
+                "error",
+                "VRA-661",
+                "its virtual port (vNIC) is down, through which HCCL connects in the super pod.",
+                f"`hccn_tool -i {die.physical_id} -vnic -g` there; reset the NPU.",
+                die,
+            )
+
+
+def _may_have_link(node: NodeView, die: Die) -> bool:
+    """Return whether a port is not known to be down, which is a finding of its own."""
+    return bool(node.answers(LINK).get(die) != "DOWN")
+
+
+def _odd_ports(nodes: Sequence[NodeView], query: Query) -> Iterator[tuple[_Port, Any, Any]]:
+    """Yield each NPU whose answer is not the most frequent one of the cluster, with both; the first wins a tie."""
+    values: Mapping[_Port, Hashable] = {
+        (node, die): value for node in nodes for die, value in node.answers(query).items()
+    }
+    listed = list(values.values())
+    usual = max(dict.fromkeys(listed), key=listed.count, default=None)
+    yield from ((port, value, usual) for port, value in values.items() if value != usual)
+
+
+def _networks(node: NodeView) -> dict[Die, str]:
+    """Return the network of each RoCE port, as far as it is known."""
+    networks = {}
+    for die, found in node.answers(ADDRESS).items():
+        with contextlib.suppress(ValueError):
+            networks[die] = str(ipaddress.ip_network(f"{found.address}/{found.netmask}", strict=False))
+    return networks
+
+
+def _switch(enabled: bool) -> str:
+    return "on" if enabled else "off"
+
+
+CHECKS = (
+    Check(
+        "roce-link",
+        "RoCE ports have a link",
+        "hccn_tool -link",
+        check_link,
+        (LINK,),
+        of_cluster=True,
+        applies=on_several_nodes,
+    ),
+    Check(
+        "roce-address",
+        "RoCE ports have addresses",
+        "hccn_tool -ip",
+        check_address,
+        (ADDRESS,),
+        applies=on_several_nodes,
+    ),
+    Check(
+        "unique-addresses",
+        "no two RoCE ports have one address",
+        "hccn_tool -ip",
+        check_unique_addresses,
+        (ADDRESS,),
+        of_cluster=True,
+        applies=on_several_nodes,
+    ),
+    Check(
+        "net-health",
+        "RoCE ports reach their network",
+        "hccn_tool -net_health",
+        check_net_health,
+        (NET_HEALTH,),
+        applies=on_several_nodes,
+    ),
+    Check(
+        "tls",
+        "TLS is equal on all RoCE ports",
+        "hccn_tool -tls",
+        check_tls,
+        (TLS,),
+        of_cluster=True,
+        applies=on_several_nodes,
+    ),
+    Check(
+        "gateway",
+        "ports of several networks have gateways",
+        "hccn_tool -gateway, -ip",
+        check_gateway,
+        (ADDRESS, GATEWAY),
+        "full",
+        of_cluster=True,
+        applies=on_several_nodes,
+    ),
+    Check(
+        "netdetect",
+        "RoCE ports have an address to ping",
+        "hccn_tool -netdetect",
+        check_netdetect,
+        (NETDETECT,),
+        "full",
+        applies=on_several_nodes,
+    ),
+    Check(
+        "speed",
+        "RoCE ports are equally fast",
+        "hccn_tool -speed",
+        check_speed,
+        (SPEED,),
+        "full",
+        of_cluster=True,
+        applies=on_several_nodes,
+    ),
+    Check(
+        "roce-mtu",
+        "RoCE ports have one MTU",
+        "hccn_tool -mtu",
+        check_mtu,
+        (MTU,),
+        "full",
+        of_cluster=True,
+        applies=on_several_nodes,
+    ),
+    Check(
+        "flapping",
+        "links do not go up and down",
+        "hccn_tool -link_stat",
+        check_flapping,
+        (LINK_HISTORY,),
+        "full",
+        applies=on_several_nodes,
+    ),
+    Check(
+        "roce-errors",
+        "no errors on RoCE ports now",
+        "hccn_tool -stat, twice",
+        check_errors,
+        (ERRORS,),
+        "full",
+        applies=on_several_nodes,
+    ),
+    Check(
+        PING,
+        "RoCE ports reach those of the next node",
+        "hccn_tool -ping",
+        check_ping,
+        (ADDRESS,),
+        "full",
+        applies=lambda node: on_several_nodes(node) and not node.is_a3,
+    ),
+    Check("vnic", "virtual ports are up (A3)", "hccn_tool -vnic", check_vnic, (VNIC,), "full", applies=on_a3),
+)

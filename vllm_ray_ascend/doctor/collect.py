@@ -1,0 +1,332 @@
+"""Collect what the checks need of the node of this process. Runs in a Ray task there, or with `--local`.
+
+Nothing is changed and nothing is raised: what cannot be read is missing in the record.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+import msgspec
+
+from vllm_ray_ascend.addresses import split_host_port
+from vllm_ray_ascend.cluster.node_facts import NodeFacts, collect_node_facts, raylet_environment
+from vllm_ray_ascend.compat.versions import installed
+from vllm_ray_ascend.devices.cards import Die
+from vllm_ray_ascend.doctor import parsers
+from vllm_ray_ascend.doctor.queries import HCCN_TOOL, PROCESSES, command_lines, second_command_lines
+from vllm_ray_ascend.doctor.records import (
+    DeviceFile,
+    Holder,
+    Limit,
+    NodeRecord,
+    Output,
+    SharedMemory,
+    User,
+)
+from vllm_ray_ascend.environment.derive import interface_with_address
+from vllm_ray_ascend.environment.node import list_interfaces, read_first_port
+from vllm_ray_ascend.environment.redact import redact_value
+from vllm_ray_ascend.environment.table import scope_of
+
+Run = Callable[[str], Output]
+"""Runs a command line and returns its output."""
+
+PACKAGES = ("vllm", "vllm-ascend", "vllm-ray-ascend", "ray", "torch", "torch-npu")
+_ALSO = ("RAY_AUTH_MODE", "RAY_ADDRESS")
+_AT_ONCE = 8
+_CONNECT_S = 3.0
+_CUDA_ONLY = ("nvidia-", "flashinfer", "xformers")
+_DRIVER, _ASCEND = "usr/local/Ascend/driver", "usr/local/Ascend"
+_TOOLKIT_INFO = ("ascend_toolkit_install.info", "*-linux/ascend_toolkit_install.info", "version.cfg")
+
+
+def collect_as_dict(address: str, commands: Sequence[str], peers: Sequence[str], limit_s: float) -> dict[str, Any]:
+    """Return this node's record as plain data, for which `decode_record` is the inverse."""
+    record: dict[str, Any] = msgspec.to_builtins(collect_record(address, commands, peers, limit_s), str_keys=True)
+    return record
+
+
+def decode_record(values: Mapping[str, Any]) -> NodeRecord:
+    """Return the record of a dictionary that another version of this package may have made."""
+    return msgspec.convert(values, NodeRecord, strict=False)
+
+
+def collect_record(
+    address: str,
+    commands: Sequence[str],
+    peers: Sequence[str] = (),
+    limit_s: float = 20.0,
+    root: Path = Path("/"),
+    run: Run | None = None,
+) -> NodeRecord:
+    """Return what the checks need of this node, whose address for Ray is ``address``, within ``limit_s`` seconds.
+
+    ``commands`` are those of queries, ``peers`` HOST:PORT of the other nodes' raylets. Files are read below ``root``,
+    commands are given to ``run``.
+    """
+    started, deadline = time.time(), time.monotonic() + limit_s
+    pool = ThreadPoolExecutor(2)  # what waits for the network does so meanwhile
+    unreachable, own_addresses = pool.submit(_unreachable, peers), pool.submit(_own_addresses)
+    environment = raylet_environment()
+    facts = collect_node_facts(address, limit_s / 2)
+    driver = _driver_folder(environment, root)
+    outputs = _run_commands(run or partial(run_command, driver=driver, deadline=deadline), facts.dies, commands)
+    cann = _cann_home(environment, root)
+    return NodeRecord(
+        address=address,
+        facts=facts,
+        root=os.geteuid() == 0,
+        outputs=outputs,
+        files=_read_files(driver, cann, root),
+        devices=_device_files(root),
+        environment=_known_variables(environment),
+        versions={**{package: installed(package) for package in PACKAGES}, "Python": python_version()},
+        cuda_packages=_cuda_requirements(),
+        cann_home=str(cann or ""),
+        nnal=[str(path) for path in sorted((root / _ASCEND).glob("nnal/atb/*/version.info"))],
+        limits=_raylet_limits(),
+        user=_user(),
+        shared_memory=_shared_memory(),
+        holders=_holders(outputs, facts),
+        listening_ports=_listening_ports(),
+        first_port=read_first_port(),
+        worker_ports=_worker_ports(),
+        own_addresses=own_addresses.result(),
+        mtu=_mtu(address),
+        unreachable=unreachable.result(),
+        started=started,
+        ended=time.time(),
+    )
+
+
+def ping_as_dict(lines: Sequence[str], limit_s: float) -> dict[str, Any]:
+    """Return what these command lines wrote on this node, as plain data, for which `decode_outputs` is the inverse."""
+    deadline = time.monotonic() + limit_s
+    driver = _driver_folder(raylet_environment(), Path("/"))
+    outputs: dict[str, Any] = msgspec.to_builtins(
+        _run_all(partial(run_command, driver=driver, deadline=deadline), lines)
+    )
+    return outputs
+
+
+def decode_outputs(values: Mapping[str, Any]) -> dict[str, Output]:
+    """Return the outputs by command line of a dictionary that another version of this package may have made."""
+    return msgspec.convert(values, dict[str, Output])
+
+
+def run_command(line: str, driver: Path, deadline: float) -> Output:
+    """Run a command line and return its output. hccn_tool is looked for in the driver too, where it is not on PATH."""
+    name, *arguments = line.split()
+    program = shutil.which(name) or (shutil.which(driver / "tools" / name) if name == HCCN_TOOL else None)
+    if program is None:
+        return Output(None, f"{name} is not there")
+    left_s = deadline - time.monotonic()
+    try:
+        done = subprocess.run(
+            [program, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=max(left_s, 0.1),
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Output(None, f"{name} gave no answer in time")
+    except OSError as error:
+        return Output(None, f"{name} could not be run ({error.strerror})")
+    return Output(done.returncode, done.stdout)
+
+
+def _run_commands(run: Run, dies: Sequence[Die], commands: Sequence[str]) -> dict[str, Output]:
+    outputs = _run_all(run, command_lines(dies, commands))
+    again = second_command_lines(dies, commands)
+    later = _run_all(run, [line for line, _ in again])
+    return outputs | {name: later[line] for line, name in again}
+
+
+def _run_all(run: Run, lines: Sequence[str]) -> dict[str, Output]:
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return dict(zip(lines, pool.map(run, lines), strict=True))
+
+
+def _driver_folder(environment: Mapping[str, str], root: Path) -> Path:
+    """Return the driver's folder: that of the environment, or of the installation's own record, or the usual one."""
+    if given := environment.get("ASCEND_DRIVER_PATH"):
+        return Path(given)
+    recorded = parsers.parse_properties(_read(root / "etc/ascend_install.info") or "")
+    return root / recorded.get("Driver_Install_Path_Param", _ASCEND).lstrip("/") / "driver"
+
+
+def _cann_home(environment: Mapping[str, str], root: Path) -> Path | None:
+    """Return where CANN is; since 8.5 in cann-VERSION, with the link `cann`."""
+    usual = [root / _ASCEND / name for name in ("ascend-toolkit/latest", "cann")]
+    given = [Path(environment["ASCEND_HOME_PATH"])] if environment.get("ASCEND_HOME_PATH") else []
+    versioned = sorted((root / _ASCEND).glob("cann-*"), reverse=True)
+    return next((path for path in [*given, *usual, *versioned] if path.is_dir()), None)
+
+
+def _read_files(driver: Path, cann: Path | None, root: Path) -> dict[str, str | None]:
+    """Return the version files by a name of ours, so that nodes can be compared whatever their paths."""
+    toolkit = (path for pattern in _TOOLKIT_INFO for path in sorted(cann.glob(pattern))) if cann else iter(())
+    paths = {
+        "driver": driver / "version.info",
+        "firmware": driver.parent / "firmware" / "version.info",
+        "cann": next(toolkit, None),
+        "hccn.conf": root / "etc/hccn.conf",
+        "transparent_hugepage": Path("/sys/kernel/mm/transparent_hugepage/enabled"),
+        "overcommit_memory": Path("/proc/sys/vm/overcommit_memory"),
+    }
+    return {name: _read(path) if path else None for name, path in paths.items()}
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return None
+
+
+_DEVICE_FILES = ("davinci[0-9]*", "davinci_manager", "devmm_svm", "hisi_hdc")
+
+
+def _device_files(root: Path) -> dict[str, DeviceFile]:
+    folder = root / "dev"
+    paths = (path for pattern in _DEVICE_FILES for path in sorted(folder.glob(pattern)))
+    return {path.name: found for path in paths if (found := _device_file(path))}
+
+
+def _device_file(path: Path) -> DeviceFile | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return DeviceFile(mode=status.st_mode & 0o777, uid=status.st_uid, gid=status.st_gid, error=_open_error(path))
+
+
+def _open_error(path: Path) -> str:
+    """Return why the file cannot be opened: EPERM is the container's list of devices, EACCES its owner."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))
+    except OSError as error:
+        return errno.errorcode.get(error.errno or 0, str(error.errno))
+    return ""
+
+
+def _known_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that the table knows, secrets hidden."""
+    return {
+        name: redact_value(name, value)
+        for name, value in sorted(environment.items())
+        if scope_of(name) in ("node", "copied") or name in _ALSO
+    }
+
+
+def _cuda_requirements() -> list[str]:
+    try:
+        required = requires("vllm") or []
+    except PackageNotFoundError:
+        return []
+    return sorted(
+        {name for each in required if (name := each.split()[0]).startswith(_CUDA_ONLY) and "extra" not in each}
+    )
+
+
+def _raylet_limits() -> dict[str, Limit]:
+    text = _read(Path("/proc") / os.environ.get("RAY_RAYLET_PID", "self") / "limits") or ""
+    return {name: Limit(*limits) for name, limits in parsers.parse_limits(text).items()}
+
+
+def _user() -> User:
+    try:
+        name = pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        name = ""
+    return User(uid=os.geteuid(), groups=sorted({os.getegid(), *os.getgroups()}), name=name)
+
+
+def _shared_memory() -> SharedMemory | None:
+    try:
+        found = os.statvfs("/dev/shm")
+    except OSError:
+        return None
+    return SharedMemory(found.f_frsize * found.f_blocks, found.f_frsize * found.f_bavail)
+
+
+def _holders(outputs: Mapping[str, Output], facts: NodeFacts) -> dict[int, Holder]:
+    lines = (PROCESSES.line(die) for die in facts.dies)
+    texts = (outputs[line].text for line in lines if line in outputs)
+    pids = {process.pid for text in texts for process in parsers.parse_processes(text) or ()}
+    return {pid: found for pid in sorted(pids) if (found := _holder(pid))}
+
+
+def _holder(pid: int) -> Holder | None:
+    import psutil  # type: ignore[import-untyped]
+
+    try:
+        process = psutil.Process(pid)
+        above = {parent.pid for parent in process.parents()}
+        of_ray = os.environ.get("RAY_RAYLET_PID", "") in map(str, above) or "RAY_RAYLET_PID" in process.environ()
+        name = (_read(Path(f"/proc/{pid}/comm")) or "").strip()
+        command = redact_value("", " ".join(process.cmdline())) or name
+        return Holder(name=name, command=command, of_ray=of_ray)
+    except (psutil.Error, OSError):
+        return None
+
+
+def _listening_ports() -> list[int] | None:
+    texts = [_read(Path("/proc/net") / name) for name in ("tcp", "tcp6")]
+    if not any(texts):
+        return None
+    return sorted({port for text in texts for port in parsers.parse_listening(text or "")})
+
+
+def _worker_ports() -> tuple[int, int] | None:
+    command = _read(Path("/proc") / os.environ.get("RAY_RAYLET_PID", "self") / "cmdline") or ""
+    return parsers.parse_worker_ports(command.replace("\0", " "))
+
+
+def _own_addresses() -> list[str]:
+    try:
+        found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
+    except OSError:
+        return []
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+def _mtu(address: str) -> int | None:
+    import psutil
+
+    interface = interface_with_address(address, list_interfaces())
+    found = psutil.net_if_stats().get(interface)
+    return None if found is None else int(found.mtu)
+
+
+def _unreachable(peers: Collection[str]) -> dict[str, str]:
+    with ThreadPoolExecutor(max(1, min(len(peers), 32))) as pool:
+        errors = dict(zip(peers, pool.map(_connect_error, peers), strict=True))
+    return {peer: error for peer, error in errors.items() if error}
+
+
+def _connect_error(peer: str) -> str:
+    host, port = split_host_port(peer)
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""

@@ -1,0 +1,111 @@
+"""Take a snapshot: of every node of the joined Ray cluster at once, or of this one without Ray."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from msgspec.structs import replace
+
+from vllm_ray_ascend import __version__
+from vllm_ray_ascend.addresses import join_host_port
+from vllm_ray_ascend.cluster.connect import this_driver
+from vllm_ray_ascend.cluster.placement_groups import current_nodes
+from vllm_ray_ascend.cluster.probe import run_on_nodes
+from vllm_ray_ascend.cluster.resources import NodeResources
+from vllm_ray_ascend.doctor.collect import (
+    collect_as_dict,
+    collect_record,
+    decode_outputs,
+    decode_record,
+    ping_as_dict,
+)
+from vllm_ray_ascend.doctor.queries import device_addresses, ping_lines
+from vllm_ray_ascend.doctor.records import Failure, Level, NodeRecord, Output, RayNode, Snapshot
+from vllm_ray_ascend.errors import DoctorError
+
+_MARGIN_S = 3.0
+"""A node has so much less than the driver waits for it, so that a slow tool does not cost the whole record."""
+
+
+def snapshot_of_this_node(level: Level, commands: Sequence[str], limit_s: float) -> Snapshot:
+    """Return a snapshot of the node of this process, without Ray."""
+    record = collect_record(os.uname().nodename, commands, (), limit_s)
+    return Snapshot(version=__version__, time=time.time(), level=level, nodes=[record])
+
+
+def snapshot_of_cluster(
+    level: Level, commands: Sequence[str], limit_s: float, only: Collection[str] = (), *, with_pings: bool = False
+) -> Snapshot:
+    """Return a snapshot of all nodes of the joined cluster, or of those with the addresses or host names ``only``.
+
+    ``with_pings``: then NPUs ping those of other nodes, which takes a few seconds more.
+    """
+    import ray
+
+    rows = {str(row["NodeID"]): row for row in ray.nodes() if row["Alive"]}
+    nodes = {node.node_id: node for node in current_nodes() if not only or _names(rows[node.node_id]) & set(only)}
+    _require_all_found(only, [rows[node_id] for node_id in nodes])
+    arguments = {
+        node_id: (node.address, commands, _peers(rows, node_id), max(1.0, limit_s - _MARGIN_S))
+        for node_id, node in nodes.items()
+    }
+    found = run_on_nodes(collect_as_dict, decode_record, arguments, limit_s)
+    records = {
+        node_id: replace(answer.value, ray=_ray_node(nodes[node_id], answer.sent, answer.received))
+        for node_id, answer in sorted(found.answers.items(), key=lambda entry: nodes[entry[0]].address)
+    }
+    if with_pings:
+        records = _with_pings(records, limit_s)
+    failures = [Failure(nodes[node_id].address, nodes[node_id].npus, why) for node_id, why in found.failures.items()]
+    driver = this_driver()
+    return Snapshot(
+        version=__version__,
+        time=time.time(),
+        level=level,
+        head_address=ray.get_runtime_context().gcs_address,
+        versions=dict(driver.versions),
+        switches=sorted(driver.switches),
+        nodes=list(records.values()),
+        failures=failures,
+    )
+
+
+def _with_pings(records: Mapping[str, NodeRecord], limit_s: float) -> dict[str, NodeRecord]:
+    """Return the records with what NPUs say who have pinged those of the next node."""
+    lines = dict(zip(records, ping_lines([device_addresses(record) for record in records.values()]), strict=True))
+    arguments = {node_id: (each, max(1.0, limit_s - _MARGIN_S)) for node_id, each in lines.items() if each}
+    found = run_on_nodes(ping_as_dict, decode_outputs, arguments, limit_s)
+    late = {node_id: dict.fromkeys(lines[node_id], Output(None, why)) for node_id, why in found.failures.items()}
+    outputs = late | {node_id: answer.value for node_id, answer in found.answers.items()}
+    return {
+        node_id: replace(record, outputs={**record.outputs, **outputs.get(node_id, {})})
+        for node_id, record in records.items()
+    }
+
+
+def _names(row: Mapping[str, Any]) -> set[str]:
+    return {str(row["NodeManagerAddress"]), str(row["NodeManagerHostname"])}
+
+
+def _require_all_found(only: Collection[str], rows: Collection[Mapping[str, Any]]) -> None:
+    known = {name for row in rows for name in _names(row)}
+    if missing := [name for name in only if name not in known]:
+        raise DoctorError(
+            "VRA-604", f"No live node of the Ray cluster is {', '.join(missing)}. `ray status` lists the nodes."
+        )
+
+
+def _peers(rows: Mapping[str, Mapping[str, Any]], node_id: str) -> list[str]:
+    """Return HOST:PORT of the raylets of the other nodes."""
+    return [
+        join_host_port(str(row["NodeManagerAddress"]), int(row["NodeManagerPort"]))
+        for other, row in rows.items()
+        if other != node_id
+    ]
+
+
+def _ray_node(node: NodeResources, sent: float, received: float) -> RayNode:
+    return RayNode(npus=node.npus, gpus=node.gpus, free_npus=node.free, sent=sent, received=received)

@@ -1,0 +1,107 @@
+"""Findings of a snapshot. Pure: what was saved can be judged again, anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+
+from msgspec.structs import replace
+
+from vllm_ray_ascend.cluster.audit import Driver, unreachable_finding
+from vllm_ray_ascend.cluster.findings import Finding, Severity
+from vllm_ray_ascend.doctor.checks import CHECKS
+from vllm_ray_ascend.doctor.compare import changes_between
+from vllm_ray_ascend.doctor.records import ExitCode, Level, NodeRecord, NodeSummary, Report, Snapshot, Status
+from vllm_ray_ascend.doctor.views import Check, NodeView, has_npus
+from vllm_ray_ascend.errors import DoctorError
+
+EXIT_CODES: Mapping[Status, ExitCode] = {"ok": 0, "warning": 1, "critical": 2, "unknown": 3}
+"""As monitoring systems take them from plugins of Nagios."""
+_WORST_FIRST = ("error", "warning", "unknown", "info")
+
+
+def choose_checks(level: Level, only: Collection[str] = (), skipped: Collection[str] = ()) -> list[Check]:
+    """Return the checks of a level, or those named, without those skipped. Raise DoctorError for unknown names."""
+    if wrong := sorted({*only, *skipped} - CHECKS.keys()):
+        raise DoctorError("VRA-602", f"There is no check {', '.join(wrong)}. The checks: {', '.join(CHECKS)}.")
+    chosen = [check for check in CHECKS.values() if check.name in only or (not only and level in ("full", check.level))]
+    return [check for check in chosen if check.name not in skipped]
+
+
+def make_report(snapshot: Snapshot, checks: Sequence[Check], before: Snapshot | None = None) -> Report:
+    """Return the report of a snapshot; with what has changed since the one ``before``."""
+    findings = sorted(find(snapshot, checks), key=lambda finding: _WORST_FIRST.index(finding.severity))
+    status = status_of(findings)
+    return Report(
+        version=snapshot.version,
+        time=snapshot.time,
+        level=snapshot.level,
+        status=status,
+        exit_code=EXIT_CODES[status],
+        nodes=[_summary(record) for record in snapshot.nodes],
+        checks=[check.name for check in checks],
+        findings=findings,
+        changes=changes_between(before, snapshot) if before else [],
+    )
+
+
+def status_of(findings: Iterable[Finding]) -> Status:
+    """Return the status of the worst finding: what is known to be wrong counts more than what is not known."""
+    severities = {finding.severity for finding in findings}
+    found: dict[Severity, Status] = {"error": "critical", "warning": "warning", "unknown": "unknown"}
+    return next((status for severity, status in found.items() if severity in severities), "ok")
+
+
+def find(snapshot: Snapshot, checks: Sequence[Check]) -> list[Finding]:
+    """Return the findings of all checks on all nodes, and of nodes that did not answer."""
+    nodes = _views(snapshot)
+    failures = [
+        unreachable_finding(failure.address, failure.npus, failure.reason, snapshot.version)
+        for failure in snapshot.failures
+    ]
+    if not failures and not any(node.has_npus for node in nodes):
+        return [_no_npus()]
+    return failures + [replace(finding, check=check.name) for check in checks for finding in _run(check, nodes)]
+
+
+def _run(check: Check, nodes: Sequence[NodeView]) -> Iterator[Finding]:
+    nodes = [node for node in nodes if check.applies(node)]
+    for query in check.queries:
+        for node in nodes:
+            yield from node.unknown_answers(query)
+    if check.of_cluster:
+        yield from check.judge(nodes) if nodes else ()
+    else:
+        for node in nodes:
+            yield from check.judge(node)
+
+
+def _views(snapshot: Snapshot) -> list[NodeView]:
+    driver = Driver(snapshot.versions, snapshot.switches)
+    several = sum(map(has_npus, snapshot.nodes)) + len(snapshot.failures) > 1
+    return [
+        NodeView(record, several=several, head_address=snapshot.head_address, driver=driver)
+        for record in snapshot.nodes
+    ]
+
+
+def _no_npus() -> Finding:
+    return Finding(
+        "",
+        "unknown",
+        "VRA-603",
+        "No node has NPUs, nor declares any: there is nothing to check.",
+        "Where there are NPUs, the driver is missing (`ls /dev/davinci*`, `npu-smi info`).",
+    )
+
+
+def _summary(record: NodeRecord) -> NodeSummary:
+    view = NodeView(record, several=False, head_address="", driver=Driver())
+    cann = view.properties("cann")
+    return NodeSummary(
+        address=record.address,
+        hostname=record.facts.hostname,
+        npus=record.facts.cann_devices,
+        chip=next((die.name for die in record.facts.dies), ""),
+        driver=view.properties("driver").get("Version", ""),
+        cann=cann.get("version") or cann.get("Version", ""),
+    )

@@ -1,0 +1,180 @@
+"""What was collected on a node: plain data that travels, is saved, and is judged anywhere."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from vllm_ray_ascend.cluster.findings import Finding
+from vllm_ray_ascend.cluster.node_facts import NodeFacts
+from vllm_ray_ascend.environment.ports import FIRST_PORT
+
+Level = Literal["quick", "full"]
+
+
+class Output(msgspec.Struct, frozen=True):
+    """What a command wrote, and its exit code: None where it did not run or did not end, and ``text`` says why."""
+
+    code: int | None
+    text: str
+
+
+class DeviceFile(msgspec.Struct, frozen=True, kw_only=True):
+    """A device file, and what opening it for reading and writing says: the name of an error, such as EACCES, or ""."""
+
+    mode: int
+    uid: int
+    gid: int
+    error: str = ""
+
+
+class Limit(msgspec.Struct, frozen=True):
+    """A limit of the raylet's resources; None: unlimited."""
+
+    soft: int | None
+    hard: int | None
+
+
+class User(msgspec.Struct, frozen=True, kw_only=True):
+    """The user who runs Ray, as whom every engine runs; ``name`` is empty where /etc/passwd has no entry."""
+
+    uid: int
+    groups: list[int]
+    name: str
+
+
+class Holder(msgspec.Struct, frozen=True, kw_only=True):
+    """A process of this node that npu-smi names. ``of_ray``: it descends from this node's raylet."""
+
+    name: str
+    """The kernel's short name."""
+    command: str
+    of_ray: bool
+
+
+class SharedMemory(msgspec.Struct, frozen=True):
+    """Size of /dev/shm in bytes, and what is free of it."""
+
+    total: int
+    free: int
+
+
+class RayNode(msgspec.Struct, frozen=True, kw_only=True):
+    """What Ray has of the node. ``sent`` and ``received`` are times of the driver's clock around the collection."""
+
+    npus: float
+    gpus: float
+    free_npus: float
+    sent: float
+    received: float
+
+
+class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that was collected on one node. What could not be read is None or missing."""
+
+    address: str
+    facts: NodeFacts
+    root: bool = True
+    """Whether it was collected as root, without which hccn_tool answers little."""
+    outputs: dict[str, Output] = {}
+    """By command line, with the tool's name alone in front."""
+    files: dict[str, str | None] = {}
+    """Text by path. None: it is not there, or may not be read."""
+    devices: dict[str, DeviceFile] = {}
+    """Device files by path."""
+    environment: dict[str, str] = {}
+    """Known variables with which Ray was started there, secrets hidden."""
+    versions: dict[str, str | None] = {}
+    """Versions of packages, and of Python; None where not installed."""
+    cuda_packages: list[str] = []
+    """Packages that only vLLM's build for CUDA requires, as its metadata lists them."""
+    cann_home: str = ""
+    """Where CANN was found; empty where it was not."""
+    nnal: list[str] = []
+    """Paths of ATB's version.info."""
+    limits: dict[str, Limit] = {}
+    user: User | None = None
+    shared_memory: SharedMemory | None = None
+    holders: dict[int, Holder] = {}
+    """Processes that npu-smi names and this node's /proc has, by pid."""
+    listening_ports: list[int] | None = None
+    first_port: int = FIRST_PORT
+    """The first one that HCCL is given on this node."""
+    worker_ports: tuple[int, int] | None = None
+    """Range of ports of Ray's workers; None where the system chooses, or without Ray."""
+    own_addresses: list[str] = []
+    """To what the node's own name resolves."""
+    mtu: int | None = None
+    """That of the interface with Ray's address."""
+    unreachable: dict[str, str] = {}
+    """Peers that could not be connected to, HOST:PORT, with the reason."""
+    started: float = 0.0
+    ended: float = 0.0
+    ray: RayNode | None = None
+    """None where Ray was not looked at."""
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """A node that returned no record."""
+
+    address: str
+    npus: float
+    reason: str
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """All that was collected, as `--save` writes it: findings are made of nothing else."""
+
+    version: str
+    """Of vllm-ray-ascend."""
+    time: float
+    level: Level
+    head_address: str = ""
+    """HOST:PORT of the Ray cluster; empty with `--local`."""
+    versions: dict[str, str | None] = {}
+    """Of the packages of which all nodes are to have the driver's."""
+    switches: list[str] = []
+    """Variables that the driver passes to its workers, whatever is set on their nodes."""
+    nodes: list[NodeRecord]
+    failures: list[Failure] = []
+
+
+Status = Literal["ok", "warning", "critical", "unknown"]
+ExitCode = Literal[0, 1, 2, 3]
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """What `--json` writes."""
+
+    version: str
+    time: float
+    level: Level
+    status: Status
+    exit_code: ExitCode
+    nodes: list[NodeSummary]
+    checks: list[str]
+    """Names of the checks that were made."""
+    findings: list[Finding]
+    changes: list[Change] = []
+    """Against the file of `--compare`."""
+
+
+class NodeSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """One node in a report. ``npus`` are those that CANN counts, None where it cannot."""
+
+    address: str
+    hostname: str
+    npus: int | None
+    chip: str
+    driver: str
+    cann: str
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """One value that differs between two snapshots; None: it is not in that one."""
+
+    address: str
+    what: str
+    before: str | None
+    now: str | None

@@ -1,0 +1,97 @@
+"""The report for people: one screen when all is well. Pure."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+
+from vllm_ray_ascend.cluster.findings import Finding, Severity
+from vllm_ray_ascend.doctor.records import NodeSummary, Report
+
+Painter = Callable[[str, str], str]
+
+_COLOURS = {"error": "31", "warning": "33", "unknown": "35", "info": "36", "ok": "32", "critical": "31"}
+_WIDTH = 110
+_PLURAL: dict[Severity, str] = {"error": "errors", "warning": "warnings", "unknown": "unknown", "info": "notes"}
+
+
+def format_report(report: Report, *, colours: bool = False) -> Iterator[str]:
+    """Yield the lines of a report: nodes, findings from the worst on, changes, the status."""
+    paint = _paint if colours else _plain
+    npus = sum(node.npus or 0 for node in report.nodes)
+    yield (
+        f"vllm-ray-ascend {report.version} doctor: {_count(len(report.nodes), 'node')}, {_count(npus, 'NPU')}, "
+        f"{_count(len(report.checks), 'check')} ({report.level})"
+    )
+    for node in report.nodes:
+        yield f"  {_format_node(node)}: {_format_counts(report.findings, node.address) or paint('ok', 'ok')}"
+    for findings in _group(report.findings):
+        yield ""
+        yield from _format_group(findings, paint)
+    if report.changes:
+        yield ""
+        yield f"{_count(len(report.changes), 'change')} since the saved snapshot:"
+        for change in report.changes:
+            yield f"  {change.address}: {change.what}: {_short(change.before)} -> {_short(change.now)}"
+    yield ""
+    counts = _format_counts(report.findings)
+    yield f"{paint(report.status.upper(), report.status)}{f': {counts}' if counts else ''}"
+
+
+def _format_node(node: NodeSummary) -> str:
+    versions = {"driver": node.driver, "CANN": node.cann}
+    known = [f"{name} {version}" for name, version in versions.items() if version]
+    npus = f"{_count(node.npus, 'NPU')} {node.chip}".rstrip() if node.npus else "no NPUs"
+    return f"{node.address} ({node.hostname}): {', '.join([npus, *known])}"
+
+
+def _format_counts(findings: Sequence[Finding], address: str | None = None) -> str:
+    """Return how many findings there are of each severity, of one node or of all; empty where there is none."""
+    counts = Counter(finding.severity for finding in findings if address in (None, finding.address))
+    return ", ".join(
+        f"{counts[severity]} {severity if counts[severity] == 1 and severity != 'info' else plural}"
+        for severity, plural in _PLURAL.items()
+        if counts[severity]
+    )
+
+
+def _group(findings: Sequence[Finding]) -> list[list[Finding]]:
+    """Return the findings, together those that say the same of several NPUs, or of several checks."""
+    groups: defaultdict[tuple[str, ...], list[Finding]] = defaultdict(list)
+    for finding in findings:
+        groups[finding.severity, finding.code, finding.address, finding.text].append(finding)
+    return list(groups.values())
+
+
+def _format_group(findings: Sequence[Finding], paint: Painter) -> Iterator[str]:
+    first = findings[0]
+    npus = list(dict.fromkeys(finding.physical_id for finding in findings if finding.physical_id is not None))
+    place = f"{first.address}{f', NPU {_join(npus)}' if npus else ''}: " if first.address else ""
+    checks = list(dict.fromkeys(finding.check for finding in findings if finding.check))
+    yield f"{paint(first.severity.upper(), first.severity)} {first.code} [{_join(checks)}]"
+    yield from textwrap.wrap(f"{place}{first.text}", _WIDTH, initial_indent="  ", subsequent_indent="  ")
+    others = " Likewise for the other NPUs." if len({finding.remedy for finding in findings}) > 1 else ""
+    yield from textwrap.wrap(
+        first.remedy + others, _WIDTH, initial_indent="  -> ", subsequent_indent="     ", break_on_hyphens=False
+    )
+
+
+def _short(value: str | None) -> str:
+    return "not there" if value is None else textwrap.shorten(value, 80, placeholder="...")
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def _join(values: Sequence[object]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _plain(text: str, _kind: str) -> str:
+    return text
+
+
+def _paint(text: str, kind: str) -> str:
+    return f"\033[{_COLOURS[kind]}m{text}\033[0m"
