@@ -66,9 +66,10 @@ class Trainer:
 
 def update(llm: LLM, trainer: Any) -> None:
     """Replace the engine's weights by the trainer's."""
+    update_info = {**ray.get(trainer.describe.remote()), "packed": True}
     llm.start_weight_update()
-    sent = trainer.send.remote()
-    llm.update_weights({"update_info": {**ray.get(trainer.describe.remote()), "packed": True}})
+    sent = trainer.send.remote()  # from here on the trainer waits for the engine, and answers nothing else
+    llm.update_weights({"update_info": update_info})
     ray.get(sent)
     llm.finish_weight_update()
     llm.reset_prefix_cache()  # computed with the old weights
