@@ -763,7 +763,7 @@ PATCHES: tuple[Patch, ...] = (
         by="compat/ray_llm.py",
         what="parts of NPUs in bundles are the share of each worker, as parts of GPUs are",
         why="a worker asks for a whole NPU, which a bundle with half of one never has",
-        releases="ray >=2.56",
+        releases="ray >=2.53",
         removable=_RAY_KNOWS_NPUS,
         applied=_PLATFORM_LOAD,
     ),

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum, EnumMeta
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -69,7 +70,7 @@ def _loading_plugins(get_class: Callable[[Any], Any]) -> staticmethod[[Any], Any
 
 def _default_to_npus(is_npu: Callable[[], bool], _: ModuleType) -> None:
     """Let the GPU backend of _ACCELERATORS ask for NPUs where the platform ``is_npu``."""
-    if _knows_npus():
+    if not _lacks_npus():
         return
 
     def bundles_of_platform(upstream: Any) -> Any:
@@ -96,7 +97,7 @@ def _default_to_npus(is_npu: Callable[[], bool], _: ModuleType) -> None:
 
 def _accept_npus(_: ModuleType) -> None:
     """Let `LLMConfig` of _LLM_CONFIG take bundles with NPUs, and the names of Ascend's chips."""
-    if _knows_npus():
+    if not _lacks_npus():
         return
     _wrap(f"{_LLM_CONFIG}.infer_hardware_kind_from_bundles", _with_npus_as_gpus)
     _wrap(f"{_LLM_CONFIG}.AcceleratorType", with_soc_names)
@@ -104,7 +105,7 @@ def _accept_npus(_: ModuleType) -> None:
 
 def _accept_npu_shares(_: ModuleType) -> None:
     """Let `VLLMEngineConfig` of _VLLM_MODELS take the share of a worker from bundles with parts of NPUs."""
-    if not _knows_npus():
+    if _lacks_npus():
         _wrap(
             f"{_VLLM_MODELS}.VLLMEngineConfig._detect_fractional_gpu_from_pg",
             lambda upstream: staticmethod(_with_npus_as_gpus(upstream)),
@@ -124,9 +125,11 @@ def _add_mooncake(module: ModuleType) -> None:
             factory.register_backend(name, _MOONCAKE_BACKEND)
 
 
-def _knows_npus() -> bool:
-    """Return whether Ray has a kind of accelerator for NPUs (ray-project/ray#63617)."""
-    return any(hasattr(import_module(_ACCELERATORS), name) for name in ("NPUConfig", "NPUAccelerator"))
+def _lacks_npus() -> bool:
+    """Return whether Ray has kinds of accelerators (2.56 and later), and none for NPUs (ray-project/ray#63617)."""
+    if find_spec(_ACCELERATORS) is None:
+        return False
+    return not any(hasattr(import_module(_ACCELERATORS), name) for name in ("NPUConfig", "NPUAccelerator"))
 
 
 def _wrap(target: str, decorator: Callable[[Any], Any]) -> None:
