@@ -292,7 +292,7 @@ class WorkerSupervisor:
         the cause, and nobody would remove the files of their queues. So the engine ends a moment earlier, in order.
         """
         answered_at, was_gone = time.monotonic(), False
-        poll_s = min(poll_s, limit_s / _HEAD_POLLS)
+        poll_s = min(poll_s, max(limit_s / _HEAD_POLLS, _HEAD_GONE_POLL_S))
         while True:
             with self._changed:
                 wait_s = min(poll_s, _HEAD_GONE_POLL_S) if was_gone else poll_s
