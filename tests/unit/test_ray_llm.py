@@ -42,6 +42,7 @@ def test_other_names_stay_unknown(name: Any) -> None:
             {"bundles": [{"NPU": 1}, {"GPU": 1}], "strategy": "SPREAD"},
             {"bundles": [{"GPU": 1}, {"GPU": 1}], "strategy": "SPREAD"},
         ),
+        ({"bundle_per_worker": {"NPU": 1, "GPU": 0}}, {"bundle_per_worker": {"GPU": 1}}),
         ({"bundles": None, "bundle_per_worker": None}, {"bundles": None, "bundle_per_worker": None}),
     ],
 )

@@ -165,7 +165,10 @@ def npus_as_gpus(placement_group_config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _renamed(bundle: Mapping[str, float], old: str, new: str) -> dict[str, float]:
-    return {new if name == old else name: amount for name, amount in bundle.items()}
+    if old not in bundle:
+        return dict(bundle)
+    others = {name: amount for name, amount in bundle.items() if name != old}
+    return {**others, new: max(bundle[old], bundle.get(new, 0))}  # Ray itself adds "GPU": 0
 
 
 class _SocName:
