@@ -27,8 +27,7 @@ class FolderConnector(ExampleConnector):  # type: ignore[misc]
                 continue
             stored = load_file(self._generate_filename_debug(name, request.token_ids, request.mm_hashes))
             for cache, key in zip(caches, ("keys", "values"), strict=True):
-                slots = request.slot_mapping.to(cache.device)
-                cache.view(-1, *cache.shape[2:])[slots] = stored[key].to(cache.device)
+                cache[self._places(request, cache)] = stored[key].to(cache.device)
             self._note("loaded", name, len(request.slot_mapping))
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **_: Any) -> None:
@@ -36,10 +35,15 @@ class FolderConnector(ExampleConnector):  # type: ignore[misc]
         for request, name in self._requests(stores=True, names=[layer_name]):
             tensors: dict[str, torch.Tensor] = {}
             for cache, key in zip(kv_layer, ("keys", "values"), strict=True):
-                slots = request.slot_mapping.to(cache.device)
-                tensors[key] = cache.view(-1, *cache.shape[2:])[slots].cpu().contiguous()
+                tensors[key] = cache[self._places(request, cache)].cpu().contiguous()
             save_file(tensors, self._generate_filename_debug(name, request.token_ids, request.mm_hashes))
             self._note("stored", name, len(request.slot_mapping))
+
+    def _places(self, request: Any, cache: torch.Tensor) -> tuple[Any, ...]:
+        """Return the index of a request's tokens: heads are before or after the tokens of a block."""
+        slots = request.slot_mapping.to(cache.device)
+        block, token = slots // self._block_size, slots % self._block_size
+        return (block, token) if cache.shape[1] == self._block_size else (block, slice(None), token)
 
     def _requests(self, *, stores: bool, names: list[str]) -> Iterator[tuple[Any, str]]:
         for request in self._get_connector_metadata().requests:
