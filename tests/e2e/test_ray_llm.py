@@ -47,15 +47,27 @@ def cluster() -> Iterator[Cluster]:
 
 
 @contextlib.contextmanager
-def started(cluster: Cluster, log: Path, *command: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a command on the head node; afterwards Serve is shut down, and nothing of it is left in the cluster."""
+def on_head(cluster: Cluster, log: Path, *command: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Start Python on the head node, with every line of its output in the log; end it afterwards."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             manager.node_command(cluster, 1, [sys.executable, *command]),
             env={**manager.command_environment(cluster, 1, os.environ), "RAY_DEDUP_LOGS": "0"},
+            cwd=ROOT,
             stdout=output,
             stderr=subprocess.STDOUT,
         )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+
+@contextlib.contextmanager
+def started(cluster: Cluster, log: Path, *command: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a command on the head node; afterwards Serve is shut down, and nothing of it is left in the cluster."""
+    with on_head(cluster, log, *command) as process:
         try:
             yield process
         finally:
@@ -95,6 +107,12 @@ def used_npus(engines: Sequence[Mapping[str, Any]]) -> set[tuple[str, int]]:
     return {(rank["address"], rank["physical"]) for engine in engines for rank in engine["ranks"]}
 
 
+def kill(cluster: Cluster, rank: Mapping[str, Any]) -> None:
+    """Kill the process of a rank of the topology."""
+    node = next(node.index for node in cluster.nodes if node.address == rank["address"])
+    send_signal(cluster, node, rank["pid"], signal.SIGKILL)
+
+
 def check_answers(cluster: Cluster) -> None:
     """Check the model's name, a text that is streamed, and those of many simultaneous requests."""
     done = run_on_head(cluster, "-m", "tests.e2e.serve_client")
@@ -106,11 +124,18 @@ def check_answers(cluster: Cluster) -> None:
     assert answers["texts"] == [zen_after(PROMPTS[-1 - each % 2]) for each in range(CONCURRENT)]
 
 
-def deploy(tmp_path: Path, example: str, model: Path, engine_kwargs: Mapping[str, Any]) -> list[str]:
-    """Return the words of `serve run` with an example's YAML, whose model is ``model``."""
+def deploy(
+    tmp_path: Path,
+    example: str,
+    model: Path,
+    engine_kwargs: Mapping[str, Any],
+    change: Callable[[dict[str, Any]], None] = lambda llm_config: None,
+) -> list[str]:
+    """Return the words of `serve run` with an example's YAML for ``model``; ``change`` is called with each config."""
     config = yaml.safe_load((EXAMPLES / "serve" / example).read_text().replace(MODEL_PATH, str(model)))
     for llm_config in configs_of(config):
         llm_config["engine_kwargs"] = {**engine_kwargs, **llm_config.get("engine_kwargs", {})}
+        change(llm_config)
     path = tmp_path / example
     path.write_text(yaml.safe_dump(config))
     return [str(Path(sys.executable).parent / "serve"), "run", str(path)]
@@ -146,25 +171,24 @@ def test_replicas_on_npus_of_their_own_and_one_that_is_killed(cluster: Cluster, 
         engines = check_topology(cluster)
         assert len(used_npus(engines)) == 2
         (rank,) = engines[0]["ranks"]
-        node = next(node.index for node in cluster.nodes if node.address == rank["address"])
-        send_signal(cluster, node, rank["pid"], signal.SIGKILL)
+        kill(cluster, rank)
         wait_for_engines(3, process, log)
         wait_until(lambda: len(read_topology(cluster)["engines"]) == 2, process, log)
         check_answers(cluster)
-        actors = {each["actor"] for engine in check_topology(cluster) for each in engine["ranks"]}
+        now = check_topology(cluster)
+        actors = {each["actor"] for engine in now for each in engine["ranks"]}
         assert rank["actor"] not in actors and engines[1]["ranks"][0]["actor"] in actors
-        assert len(used_npus(check_topology(cluster))) == 2
+        assert len(used_npus(now)) == 2
 
 
 @pytest.mark.slow
 def test_two_replicas_share_an_npu(cluster: Cluster, tmp_path: Path) -> None:
     log = tmp_path / "shares.log"
-    run = deploy(tmp_path, "shares.yaml", DENSE, EAGER)
-    config = yaml.safe_load(Path(run[-1]).read_text())
-    for llm_config in configs_of(config):  # else Ray may place them on two nodes
-        bundle = llm_config["placement_group_config"]["bundle_per_worker"]
-        bundle[f"node:{cluster.nodes[1].address}"] = 0.001
-    Path(run[-1]).write_text(yaml.safe_dump(config))
+
+    def place(llm_config: dict[str, Any]) -> None:  # else Ray may choose two nodes
+        llm_config["placement_group_config"]["bundle_per_worker"][f"node:{cluster.nodes[1].address}"] = 0.001
+
+    run = deploy(tmp_path, "shares.yaml", DENSE, EAGER, place)
     with started(cluster, log, *run) as process:
         wait_for_application(cluster, 2, process, log)
         check_answers(cluster)
@@ -187,16 +211,16 @@ def test_data_parallel_ranks_of_a_mixture_of_experts(cluster: Cluster, tmp_path:
 def test_prefill_on_one_node_decode_on_the_other(cluster: Cluster, tmp_path: Path) -> None:
     log, notes_file, store = tmp_path / "pd.log", tmp_path / "notes", tmp_path / "store"
     store.mkdir()
-    run = deploy(tmp_path, "prefill_decode.yaml", DENSE, {**EAGER, "enable_prefix_caching": False})
-    config = yaml.safe_load(Path(run[-1]).read_text())
-    for llm_config in configs_of(config):  # Mooncake needs hardware
+
+    def connect(llm_config: dict[str, Any]) -> None:  # Mooncake needs hardware
         llm_config["engine_kwargs"]["kv_transfer_config"] |= {
             "kv_connector": "FolderConnector",
             "kv_connector_module_path": "tests.e2e.folder_connector",
             "kv_connector_extra_config": {"shared_storage_path": str(store), "notes": str(notes_file)},
         }
         llm_config["placement_group_config"] = {"bundle_per_worker": {"CPU": 6, "NPU": 1}}  # no second one on a node
-    Path(run[-1]).write_text(yaml.safe_dump(config))
+
+    run = deploy(tmp_path, "prefill_decode.yaml", DENSE, {**EAGER, "enable_prefix_caching": False}, connect)
     with started(cluster, log, *run) as process:
         wait_for_application(cluster, 2, process, log)
         prompt = zen_text().rpartition("\n")[0] + "\n"
@@ -232,8 +256,7 @@ def test_a_dataset_whose_engine_dies_in_the_middle(cluster: Cluster, tmp_path: P
         wait_until(lambda: MARKER in log.read_text(errors="replace"), process, log)
         (engine,) = read_topology(cluster)["engines"]
         rank = engine["ranks"][-1]
-        node = next(node.index for node in cluster.nodes if node.address == rank["address"])
-        send_signal(cluster, node, rank["pid"], signal.SIGKILL)
+        kill(cluster, rank)
         check_rows(process, log)
         wait_for_engines(2, process, log)
     check_nothing_left(cluster)
@@ -246,20 +269,8 @@ DATASET = [prompt for prompt in PROMPTS for _ in range(8)]
 def dataset(cluster: Cluster, log: Path, engines: int, **sizes: int) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     """Start a dataset on the head node, with engines of these sizes; what it prints is in the log."""
     options = {"model": str(DENSE), "prompts": DATASET, "concurrency": engines, **EAGER, **sizes}
-    command = [sys.executable, "-m", "tests.e2e.data_batch", json.dumps(options)]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            manager.node_command(cluster, 1, command),
-            env={**manager.command_environment(cluster, 1, os.environ), "RAY_DEDUP_LOGS": "0"},
-            cwd=ROOT,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            yield process, log
-        finally:
-            process.kill()
-            process.wait()
+    with on_head(cluster, log, "-m", "tests.e2e.data_batch", json.dumps(options)) as process:
+        yield process, log
 
 
 def check_rows(process: subprocess.Popen[bytes], log: Path) -> None:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +25,7 @@ from vllm_ray_ascend.environment.redact import redact_value
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE_LIMIT_S = 1800.0
-_COUNT = """
+_COUNT = f"""
 import json, ray, torch, torch_npu
 here = torch.npu.device_count()
 try:
@@ -33,7 +33,8 @@ try:
     nodes = [node["Resources"].get("NPU", 0) for node in ray.nodes() if node["Alive"]]
 except ConnectionError:
     nodes = [here]
-print("ENGINE " + json.dumps({"npus_here": here, "nodes": sum(1 for npus in nodes if npus), "npus": sum(nodes)}))
+found = dict(npus_here=here, nodes=sum(1 for npus in nodes if npus), npus=sum(nodes))
+print({MARKER!r} + json.dumps(found))
 """
 
 
@@ -127,14 +128,9 @@ def _compared(outcome: Outcome, mp: Outcome) -> Outcome:
     ratio = median(outcome.figures["tokens_per_s"]) / median(mp.figures["tokens_per_s"])
     figures = {**outcome.figures, "texts_as_mp": same, "tokens_per_s_over_mp": round(ratio, 3)}
     failed = not same and outcome.name != "eager"
-    return Outcome(
-        outcome.name,
-        outcome.what,
-        "failed" if failed else outcome.state,
-        "other texts than with mp" if failed else outcome.why,
-        outcome.seconds,
-        figures,
-    )
+    if failed:
+        outcome = replace(outcome, state="failed", why="other texts than with mp")
+    return replace(outcome, figures=figures)
 
 
 def describe(facts: Mapping[str, Any], outcomes: Sequence[Outcome]) -> str:

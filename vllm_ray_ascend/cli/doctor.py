@@ -84,9 +84,9 @@ def _take_snapshot(args: argparse.Namespace, checks: Sequence[Check]) -> Snapsho
     limit_s = args.timeout or _LIMITS_S[level]
     if args.local:
         return snapshot_of_this_node(level, commands, limit_s)
+    connect_as_observer(args.address)  # which names the remedy where Ray is not installed
     import ray
 
-    connect_as_observer(args.address)
     try:
         with_pings = any(check.name == PING for check in checks)
         return snapshot_of_cluster(level, commands, limit_s, args.nodes, with_pings=with_pings)

@@ -96,12 +96,11 @@ def _no_npus() -> Finding:
 
 def _summary(record: NodeRecord) -> NodeSummary:
     view = NodeView(record, several=False, head_address="", driver=Driver())
-    cann = view.properties("cann")
     return NodeSummary(
         address=record.address,
         hostname=record.facts.hostname,
         npus=record.facts.cann_devices,
         chip=next((die.name for die in record.facts.dies), ""),
         driver=view.properties("driver").get("Version", ""),
-        cann=cann.get("version") or cann.get("Version", ""),
+        cann=view.cann_version,
     )

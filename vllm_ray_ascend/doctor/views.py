@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +20,7 @@ _MOUNT = {
 }
 _AS_ROOT = "Start Ray as root there, or run `vllm-ray-ascend doctor --local` as root."
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -95,6 +96,12 @@ class NodeView:
         """Return the `name=value` lines of a collected file; none where it was not there."""
         return parsers.parse_properties(self.record.files.get(file) or "")
 
+    @property
+    def cann_version(self) -> str:
+        """The release of CANN; empty where it is not known."""
+        properties = self.properties("cann")
+        return properties.get("version") or properties.get("Version", "")
+
     def finding(
         self, severity: Severity, code: str, text: str, remedy: str, die: Die | None = None, **values: Any
     ) -> Finding:
@@ -166,12 +173,17 @@ def on_every_node(node: NodeView) -> bool:
     return True
 
 
-def odd_ones(values: Mapping[NodeView, T]) -> tuple[NodeView, dict[NodeView, T]]:
-    """Return a node with the most frequent value, and the nodes that differ. Of two equally frequent the first wins."""
-    counts = {value: list(values.values()).count(value) for value in values.values()}
-    usual = max(counts, key=lambda value: counts[value])
-    example = next(node for node, value in values.items() if value == usual)
-    return example, {node: value for node, value in values.items() if value != usual}
+def odd_ones(values: Mapping[K, T]) -> Iterator[tuple[K, T, K, T]]:
+    """Yield each node, or NPU, whose value is not the most frequent one, and one that has that: both with their values.
+
+    Of two equally frequent values the first wins.
+    """
+    if not values:
+        return
+    listed = list(values.values())
+    usual = max(dict.fromkeys(listed), key=listed.count)
+    example = next(key for key, value in values.items() if value == usual)
+    yield from ((key, value, example, usual) for key, value in values.items() if value != usual)
 
 
 def _reason(output: Output, title: str) -> str:

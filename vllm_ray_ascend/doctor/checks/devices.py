@@ -182,7 +182,7 @@ def check_strangers(node: NodeView) -> Iterator[Finding]:
     """Yield an error for each process that has memory of an NPU and is not of this Ray node.
 
     npu-smi counts processes as the host does: one that this node's /proc does not have is in another container, or in
-    this one under another id. Then only an NPU that Ray has given to nobody tells.
+    this one under another id. Then only an NPU that Ray has given to nobody shows it.
     """
     for die, processes in node.answers(PROCESSES).items():
         for process in processes:

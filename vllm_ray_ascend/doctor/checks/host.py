@@ -160,18 +160,17 @@ def check_same_variables(nodes: Sequence[NodeView]) -> Iterator[Finding]:
         if scope_of(name) != "copied":
             continue
         found = {node: node.record.environment.get(name) for node in nodes}
-        example, odd = odd_ones(found)
-        for node, value in odd.items():
+        for node, value, example, usual in odd_ones(found):
             yield node.finding(
                 "error",
                 "VRA-678",
-                f"{name} is {_setting(value)} where Ray was started there, {_setting(found[example])} on node "
+                f"{name} is {_setting(value)} where Ray was started there, {_setting(usual)} on node "
                 f"{example.address}: ranks that differ hang.",
                 f"Set {name} where the engine is started, which copies it to all nodes; or restart Ray there with "
-                f"`{_command(name, found[example])}`.",
+                f"`{_command(name, usual)}`.",
                 variable=name,
                 here=value,
-                there=found[example],
+                there=usual,
             )
 
 
@@ -190,32 +189,28 @@ def check_whitelist(node: NodeView) -> Iterator[Finding]:
 def check_same_auth(nodes: Sequence[NodeView]) -> Iterator[Finding]:
     """Yield an error for each node whose Ray has another mode of authentication."""
     found = {node: node.record.environment.get(_AUTH_MODE) for node in nodes}
-    example, odd = odd_ones(found)
-    for node, mode in odd.items():
+    for node, mode, example, usual in odd_ones(found):
         yield node.finding(
             "error",
             "VRA-680",
-            f"{_AUTH_MODE} is {_setting(mode)} there, {_setting(found[example])} on node {example.address}.",
-            f"`ray stop` there, `{_command(_AUTH_MODE, found[example])}`, then `ray start`.",
+            f"{_AUTH_MODE} is {_setting(mode)} there, {_setting(usual)} on node {example.address}.",
+            f"`ray stop` there, `{_command(_AUTH_MODE, usual)}`, then `ray start`.",
             here=mode,
-            there=found[example],
+            there=usual,
         )
 
 
 def check_same_mtu(nodes: Sequence[NodeView]) -> Iterator[Finding]:
     """Yield a warning for each node whose interface for Ray has another MTU: large messages then get lost."""
     found = {node: node.record.mtu for node in nodes if node.record.mtu}
-    if not found:
-        return
-    example, odd = odd_ones(found)
-    for node, mtu in odd.items():
+    for node, mtu, example, usual in odd_ones(found):
         yield node.finding(
             "warning",
             "VRA-681",
-            f"the interface with its address has an MTU of {mtu}, that of node {example.address} {found[example]}.",
-            f"`ip link set dev INTERFACE mtu {found[example]}` there; `ip -brief address` names the interface.",
+            f"the interface with its address has an MTU of {mtu}, that of node {example.address} {usual}.",
+            f"`ip link set dev INTERFACE mtu {usual}` there; `ip -brief address` names the interface.",
             here=mtu,
-            there=found[example],
+            there=usual,
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vllm_ray_ascend.cluster.findings import Finding
@@ -25,7 +25,7 @@ from vllm_ray_ascend.doctor.queries import (
     Query,
     ping_line,
 )
-from vllm_ray_ascend.doctor.views import Check, NodeView, on_a3, on_several_nodes
+from vllm_ray_ascend.doctor.views import Check, NodeView, odd_ones, on_a3, on_several_nodes
 
 PING = "roce-ping"
 """The check for which nodes are asked a second time, when the addresses of the others are known."""
@@ -246,13 +246,9 @@ def _may_have_link(node: NodeView, die: Die) -> bool:
 
 
 def _odd_ports(nodes: Sequence[NodeView], query: Query) -> Iterator[tuple[_Port, Any, Any]]:
-    """Yield each NPU whose answer is not the most frequent one of the cluster, with both; the first wins a tie."""
-    values: Mapping[_Port, Hashable] = {
-        (node, die): value for node in nodes for die, value in node.answers(query).items()
-    }
-    listed = list(values.values())
-    usual = max(dict.fromkeys(listed), key=listed.count, default=None)
-    yield from ((port, value, usual) for port, value in values.items() if value != usual)
+    """Yield each NPU whose answer is not the most frequent one of the cluster, with both."""
+    values: dict[_Port, Any] = {(node, die): value for node in nodes for die, value in node.answers(query).items()}
+    yield from ((port, value, usual) for port, value, _, usual in odd_ones(values))
 
 
 def _networks(node: NodeView) -> dict[Die, str]:

@@ -115,40 +115,29 @@ def check_nnal(node: NodeView) -> Iterator[Finding]:
 def check_same_driver(nodes: Sequence[NodeView]) -> Iterator[Finding]:
     """Yield a warning for each node with another driver than most."""
     found = {node: version for node in nodes if (version := node.properties("driver").get("Version"))}
-    if not found:
-        return
-    example, odd = odd_ones(found)
-    for node, version in odd.items():
+    for node, version, example, usual in odd_ones(found):
         yield node.finding(
             "warning",
             "VRA-616",
-            f"driver {version} there, {found[example]} on node {example.address}.",
-            f"Install driver {found[example]} there.",
+            f"driver {version} there, {usual} on node {example.address}.",
+            f"Install driver {usual} there.",
             here=version,
-            there=found[example],
+            there=usual,
         )
 
 
 def check_same_cann(nodes: Sequence[NodeView]) -> Iterator[Finding]:
     """Yield an error for each node with another CANN than most: ranks that differ hang, or fail in HCCL."""
-    found = {node: version for node in nodes if (version := _cann_version(node))}
-    if not found:
-        return
-    example, odd = odd_ones(found)
-    for node, version in odd.items():
+    found = {node: version for node in nodes if (version := node.cann_version)}
+    for node, version, example, usual in odd_ones(found):
         yield node.finding(
             "error",
             "VRA-617",
-            f"CANN {version} there ({node.record.cann_home}), {found[example]} on node {example.address}.",
-            f"Install CANN {found[example]} there, or set ASCEND_HOME_PATH to it, then restart Ray.",
+            f"CANN {version} there ({node.record.cann_home}), {usual} on node {example.address}.",
+            f"Install CANN {usual} there, or set ASCEND_HOME_PATH to it, then restart Ray.",
             here=version,
-            there=found[example],
+            there=usual,
         )
-
-
-def _cann_version(node: NodeView) -> str:
-    properties = node.properties("cann")
-    return properties.get("version") or properties.get("Version", "")
 
 
 _EQUAL = ("Python", "ray", "vllm", "torch", "torch-npu")
@@ -158,9 +147,7 @@ def check_same_packages(nodes: Sequence[NodeView]) -> Iterator[Finding]:
     """Yield an error for each node with another Python, Ray, vLLM or torch; the audit compares ours and vllm-ascend."""
     for package in _EQUAL:
         found = {node: node.record.versions.get(package) for node in nodes}
-        example, odd = odd_ones(found)
-        for node, version in odd.items():
-            usual = found[example]
+        for node, version, example, usual in odd_ones(found):
             yield node.finding(
                 "error",
                 "VRA-618",
