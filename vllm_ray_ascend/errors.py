@@ -79,7 +79,7 @@ class ControlServerError(VllmRayAscendError, RuntimeError):
 
 
 class HeadLostError(VllmRayAscendError, RuntimeError):
-    """Ray's head has been gone for so long that Ray is about to end the processes of an engine."""
+    """Ray's head is gone: a worker died with it, or Ray is about to end all processes of the engine."""
 
 
 class WorkerLateError(VllmRayAscendError, TimeoutError):

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_ray_ascend.errors import SettingError
+from vllm_ray_ascend.errors import HeadLostError, SettingError, WorkerDiedError
 from vllm_ray_ascend.executor.pipeline_warmup import connect_pipeline_pairs
 from vllm_ray_ascend.executor.recovery import Recovery, check_recoverable, restart_obstacle
 
 pytestmark = pytest.mark.unit
+DIED = WorkerDiedError("VRA-1", "died")
 
 
 def test_readiness_calls_are_recorded_in_order_with_their_arguments() -> None:
@@ -28,23 +29,28 @@ def test_readiness_calls_are_recorded_in_order_with_their_arguments() -> None:
         ("initialize_from_config", ([1],)),
         ("compile_or_warm_up_model", ()),
     ]
-    assert recovery.restart_obstacle() == ""
+    assert recovery.restart_obstacle(DIED) == ""
 
 
 def test_our_own_calls_are_not_recorded() -> None:
     recovery = Recovery()
     recovery.record_call(connect_pipeline_pairs, (), {})
-    assert recovery.calls == [] and recovery.restart_obstacle() == ""
+    assert recovery.calls == [] and recovery.restart_obstacle(DIED) == ""
 
 
 def test_workers_changed_by_a_call_are_not_replaced() -> None:
     recovery = Recovery()
     recovery.record_call("update_weights", (), {})
     recovery.record_call("sleep", (), {})
-    assert "collective_rpc('update_weights') may have changed the workers" in recovery.restart_obstacle()
+    assert "collective_rpc('update_weights') may have changed the workers" in recovery.restart_obstacle(DIED)
     own = Recovery()
     own.record_call(test_workers_changed_by_a_call_are_not_replaced, (), {})
-    assert "test_workers_changed_by_a_call" in own.restart_obstacle()
+    assert "test_workers_changed_by_a_call" in own.restart_obstacle(DIED)
+
+
+def test_without_ray_s_head_no_worker_is_started() -> None:
+    gone = HeadLostError("VRA-1", "gone")
+    assert restart_obstacle(gone, "", [], 0.0) == "Ray's head is gone, and without it no worker can be started."
 
 
 @pytest.mark.parametrize(
@@ -52,7 +58,7 @@ def test_workers_changed_by_a_call_are_not_replaced() -> None:
     [([], False), ([100.0, 300.0], False), ([0.0, 100.0, 300.0], True), ([-500.0, 1, 2], False)],
 )
 def test_a_cause_that_persists_ends_the_engine(restarts: list[float], refused: bool) -> None:
-    assert bool(restart_obstacle("", restarts, now=400.0)) is refused
+    assert bool(restart_obstacle(DIED, "", restarts, now=400.0)) is refused
 
 
 def config(

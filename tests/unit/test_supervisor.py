@@ -128,7 +128,7 @@ class PatientSupervisor(WorkerSupervisor):
         super().__init__(list, Settings(), 240.0)
         self.looking, self.terminated = threading.Event(), terminated
 
-    def _death_error(self, loss: PeerLost) -> WorkerDiedError:
+    def _death_error(self, loss: PeerLost) -> VllmRayAscendError:
         self.looking.set()
         assert self.terminated.wait(LIMIT_S), "the sibling continues while the cause is looked for"
         return super()._death_error(loss)
@@ -184,6 +184,7 @@ def test_a_head_that_is_gone_and_comes_back_is_logged(caplog: pytest.LogCaptureF
         monitor.start()
         try:
             wait_for_text(caplog, f"VRA-362: Ray's head (GCS) at 127.0.0.1:{port} does not answer (Connection refused)")
+            assert "600 s after the loss" in caplog.text
             head.listen()
             wait_for_text(caplog, f"VRA-363: Ray's head (GCS) at 127.0.0.1:{port} answers again")
         finally:

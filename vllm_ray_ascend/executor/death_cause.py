@@ -66,22 +66,22 @@ def reconnect_limit_s(environ: Mapping[str, str]) -> float:
         return _RECONNECT_S
 
 
-def head_lost_message(address: str, obstacle: str, loss: str) -> str:
+def head_lost_message(address: str, obstacle: str, limit_s: float, loss: str) -> str:
     """Return the text for a ``loss`` that follows from that of Ray's head."""
     return (
-        f"Ray's head (GCS) at {address} is gone ({obstacle}): Ray ends all processes of its cluster 60 s later "
-        "(RAY_gcs_rpc_server_reconnect_timeout_s). Start Ray again on all nodes, then the engine; a head with durable "
-        f"storage (Redis, RocksDB) may come back within that time (Ray's GCS fault tolerance). {loss}"
+        f"Ray's head (GCS) at {address} is gone ({obstacle}): Ray ends all processes of its cluster {limit_s:.0f} s "
+        f"later ({_RECONNECT}). Start Ray again on all nodes, then the engine; a head with durable storage (Redis, "
+        f"RocksDB) may come back within that time (Ray's GCS fault tolerance). {loss}"
     )
 
 
-def head_silent_message(address: str, obstacle: str) -> str:
+def head_silent_message(address: str, obstacle: str, limit_s: float) -> str:
     """Return the text for a head that is gone while the engine still serves."""
     return (
         f"Ray's head (GCS) at {address} does not answer ({obstacle}). Requests are served on, until Ray ends all "
-        "processes of this engine, 60 s after the loss (RAY_gcs_rpc_server_reconnect_timeout_s). Start the head again "
-        "within that time if its storage is durable (Redis, RocksDB: Ray's GCS fault tolerance), else all of the "
-        "cluster, then the engine."
+        f"processes of this engine, {limit_s:.0f} s after the loss ({_RECONNECT}). Start the head again within that "
+        "time if its storage is durable (Redis, RocksDB: Ray's GCS fault tolerance), else all of the cluster, then "
+        "the engine."
     )
 
 

@@ -366,9 +366,9 @@ class RayAscendExecutor(RpcResyncExecutor, ReboundStartup):
 
     def can_restart(self, limit_s: float = 0.0) -> bool:
         """Return whether a worker has failed, within ``limit_s`` seconds from now, and `restart` may be called."""
-        if self._recovery is None or self._supervisor.wait_for_failure(limit_s) is None:
+        if self._recovery is None or (cause := self._supervisor.wait_for_failure(limit_s)) is None:
             return False
-        if obstacle := self._recovery.restart_obstacle():
+        if obstacle := self._recovery.restart_obstacle(cause):
             logger.error("VRA-310: the workers are not restarted: %s", obstacle)
         return not obstacle
 

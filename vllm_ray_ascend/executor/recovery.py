@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from vllm_ray_ascend.control.timeouts import STEPS
-from vllm_ray_ascend.errors import SettingError
+from vllm_ray_ascend.errors import HeadLostError, SettingError
 
 READINESS_CALLS = frozenset(
     {
@@ -71,13 +71,15 @@ class Recovery:
         elif name not in STATELESS_CALLS and not self.changed_by:
             self.changed_by = name
 
-    def restart_obstacle(self) -> str:
-        """Return why the workers are not restarted; empty where they may be."""
-        return restart_obstacle(self.changed_by, self.restarts, time.monotonic())
+    def restart_obstacle(self, cause: Exception) -> str:
+        """Return why the workers are not restarted after the failure ``cause``; empty where they may be."""
+        return restart_obstacle(cause, self.changed_by, self.restarts, time.monotonic())
 
 
-def restart_obstacle(changed_by: str, restarts: Sequence[float], now: float) -> str:
+def restart_obstacle(cause: Exception, changed_by: str, restarts: Sequence[float], now: float) -> str:
     """Return why workers are not restarted, or an empty string. Times are in seconds."""
+    if isinstance(cause, HeadLostError):
+        return "Ray's head is gone, and without it no worker can be started."
     if changed_by:
         return (
             f"collective_rpc({changed_by!r}) may have changed the workers (weights, sleep), and new ones would lack "

@@ -84,6 +84,7 @@ class WorkerSupervisor:
         self.health_check = IdleHealthCheck(self.request_reports, self._idle_limit_s, self._handle_silent_workers)
         self._server: ControlServer | None = None
         self._gcs_address = ""
+        self._reconnect_s = reconnect_limit_s(os.environ)
         self._ray_report: threading.Thread | None = None
         self._changed = threading.Condition()
         self._stopping = False
@@ -156,7 +157,7 @@ class WorkerSupervisor:
         if self._gcs_address:
             threading.Thread(
                 target=self._monitor_head,
-                args=(reconnect_limit_s(os.environ),),
+                args=(self._reconnect_s,),
                 daemon=True,
                 name="RayAscendHeadMonitor",
             ).start()
@@ -249,11 +250,11 @@ class WorkerSupervisor:
         if self._fail(lambda: self._death_error(loss)):
             self._log_ray_failure(loss.rank)
 
-    def _death_error(self, loss: PeerLost) -> WorkerDiedError:
+    def _death_error(self, loss: PeerLost) -> VllmRayAscendError:
         """Return the error for a worker process that has died, after a look at Ray's head, which may take a second."""
         text = worker_died_message(loss)
         if obstacle := self._head_obstacle():
-            return WorkerDiedError("VRA-360", head_lost_message(self._gcs_address, obstacle, text))
+            return HeadLostError("VRA-360", head_lost_message(self._gcs_address, obstacle, self._reconnect_s, text))
         return WorkerDiedError("VRA-322", text)
 
     def _head_obstacle(self) -> str | None:
@@ -301,7 +302,7 @@ class WorkerSupervisor:
             asked_at = time.monotonic()
             obstacle = self._head_obstacle()
             if obstacle and not was_gone:
-                logger.error("VRA-362: %s", head_silent_message(self._gcs_address, obstacle))
+                logger.error("VRA-362: %s", head_silent_message(self._gcs_address, obstacle, limit_s))
             elif was_gone and not obstacle:
                 logger.warning("VRA-363: Ray's head (GCS) at %s answers again", self._gcs_address)
             was_gone = bool(obstacle)
