@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -59,20 +60,53 @@ def spread(values: Sequence[float]) -> Spread:
 
 def figures(samples: Iterable[Sample], base: str) -> dict[tuple[str, str, str], Figure]:
     """Return the figure of every (case, metric, executor). Ratios pair the medians of one round: noise affects both."""
+    rounds = _by_round(samples)
+    return {key: _figure(own, rounds.get((key[0], key[1], base))) for key, own in rounds.items()}
+
+
+def ratios(samples: Iterable[Sample], base: str) -> dict[tuple[str, str, str], list[float]]:
+    """Return the ratio to ``base`` in each round that has both, of every (case, metric, executor)."""
+    rounds = _by_round(samples)
+    return {key: _ratios(own, rounds.get((key[0], key[1], base))) for key, own in rounds.items()}
+
+
+def interval(values: Sequence[float], share: float = 0.95, resamples: int = 2000) -> Spread:
+    """Return the median of ``values`` and the interval in which ``share`` of the medians of its resamples lie.
+
+    A percentile bootstrap with a fixed seed: the same values give the same interval. Raises ValueError for no values.
+    """
+    draw = random.Random(0)
+    medians = [percentile(draw.choices(values, k=len(values)), 0.5) for _ in range(resamples)]
+    outside = (1 - share) / 2
+    return Spread(percentile(medians, outside), percentile(values, 0.5), percentile(medians, 1 - outside))
+
+
+def verdict(found: Spread, goal: float) -> str:
+    """Return whether a ratio is at most ``goal``; "undecided" where its interval reaches to both sides."""
+    if found.most <= goal:
+        return "met"
+    return "missed" if found.least > goal else "undecided"
+
+
+def _by_round(samples: Iterable[Sample]) -> dict[tuple[str, str, str], dict[int, list[float]]]:
     rounds: dict[tuple[str, str, str], dict[int, list[float]]] = {}
     for sample in samples:
         if sample.values:
             of_key = rounds.setdefault((sample.case, sample.metric, sample.executor), {})
             of_key.setdefault(sample.round, []).extend(sample.values)
-    return {key: _figure(own, rounds.get((key[0], key[1], base))) for key, own in rounds.items()}
+    return rounds
 
 
-def _figure(own: dict[int, list[float]], base: dict[int, list[float]] | None) -> Figure:
-    values = [value for of_round in own.values() for value in of_round]
-    ratios = [
+def _ratios(own: dict[int, list[float]], base: dict[int, list[float]] | None) -> list[float]:
+    return [
         percentile(own[each], 0.5) / divisor
         for each in own
         if base is not None and each in base and (divisor := percentile(base[each], 0.5)) > 0
     ]
+
+
+def _figure(own: dict[int, list[float]], base: dict[int, list[float]] | None) -> Figure:
+    values = [value for of_round in own.values() for value in of_round]
+    of_rounds = _ratios(own, base)
     least, median, most = spread(values)
-    return Figure(median, percentile(values, 0.99), least, most, len(values), spread(ratios) if ratios else None)
+    return Figure(median, percentile(values, 0.99), least, most, len(values), spread(of_rounds) if of_rounds else None)

@@ -91,7 +91,7 @@ def test_a_head_that_is_gone_is_named() -> None:
     obstacle = gcs_obstacle(address)
     assert obstacle == "Connection refused"
     assert head_lost_message(address, obstacle, 600.0, "Rank 1 died.").startswith(
-        f"Ray's head (GCS) at {address} is gone (Connection refused): Ray ends all processes of its cluster 600 s later "
+        f"Ray's head (GCS) at {address} is gone (Connection refused): Ray ends all processes of its cluster 600 s "
     )
 
 
