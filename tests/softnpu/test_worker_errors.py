@@ -199,13 +199,13 @@ def test_a_step_that_fails_without_a_report_ends_the_engine_before_its_error_is_
     executor: Any = RayAscendExecutor.__new__(RayAscendExecutor)
     executor.is_failed, executor.futures_queue, executor.rpc_broadcast_mq = False, deque(), workers.requests
     executor.response_mqs = [MessageQueue.create_from_handle(each.export_handle(), 0) for each in workers.responses]
-    executor._supervisor = WorkerSupervisor(list, Settings(), 240.0)
+    executor._supervisor, executor._recovery = WorkerSupervisor(list, Settings(), 240.0), None
     executor._startup, executor._hang_s = StartupRayProxy(executor._supervisor, Settings()), LIMIT_S
     _kept_alive.extend((workers, executor))
     monkeypatch.setattr(executor_module, "STEPS", ("fail 1",))
 
     def call() -> None:
-        response = executor._call_within_limit("fail 1", None, (2,), {}, not waited_for)
+        response = executor.collective_rpc("fail 1", None, (2,), {}, not waited_for)
         response.result()
 
     with pytest.raises((WorkerFailedError, RuntimeError), match="Worker failed with error"):

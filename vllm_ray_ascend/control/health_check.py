@@ -41,19 +41,28 @@ class IdleHealthCheck:
         """Stop the check. May be called in any thread, and again."""
         self._stopped.set()
 
-    def track(self, call: Callable[[], Any]) -> Any:
+    def track(self, call: Callable[[], Any], on_error: Callable[[BaseException], object] | None = None) -> Any:
         """Return the result of ``call``, which uses the workers. They count as busy until it has completed.
 
-        A call that returns a Future has completed with the Future. One that failed here, as after a timeout, may still
-        run in the workers, which process calls in order: it counts as completed once a later call has.
+        A call that returns a Future has completed with the Future, whose error ``on_error`` is called with. One that
+        failed here, as after a timeout, may still run in the workers, which process calls in order: it counts as
+        completed once a later call has.
         """
         with self._count_lock:
             self._calls_started = number = self._calls_started + 1
         result = call()
-        if isinstance(result, Future):
-            result.add_done_callback(lambda done: None if done.exception() else self._record_completion(number))
-        else:
+        if not isinstance(result, Future):
             self._record_completion(number)
+            return result
+
+        def handle_done(done: Future[Any]) -> None:
+            error = done.exception()
+            if error is None:
+                self._record_completion(number)
+            elif on_error is not None:
+                on_error(error)
+
+        result.add_done_callback(handle_done)
         return result
 
     def _record_completion(self, number: int) -> None:

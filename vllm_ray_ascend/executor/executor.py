@@ -9,7 +9,6 @@ import pickle
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any
 
 from vllm import envs
@@ -251,7 +250,16 @@ class RayAscendExecutor(RpcResyncExecutor, ReboundStartup):
         self._supervisor.raise_if_failed()
         if self._recovery is not None:
             self._recovery.record_call(method, args, kwargs)
-        return self._supervisor.health_check.track(lambda: self._call_within_limit(method, timeout, *args, **kwargs))
+        call = super().collective_rpc
+        phase = self._startup.current_phase
+        if not phase and method not in STEPS:
+            return self._supervisor.health_check.track(lambda: call(method, timeout, *args, **kwargs))
+        limit_s = self._startup.limit_s(phase) if phase else self._hang_s
+        if timeout is not None:
+            limit_s = timeout if limit_s is None else min(timeout, limit_s)
+        fail = functools.partial(self._fail_call, str(method), phase, limit_s or 0.0)
+        limited = functools.partial(self._raise_cause, fail, call, method, limit_s, *args, **kwargs)
+        return self._supervisor.health_check.track(limited, fail)
 
     def add_lora(self, lora_request: Any) -> Any:
         """Load an adapter in all workers, as upstream; a relative path is that of this process.
@@ -279,43 +287,30 @@ class RayAscendExecutor(RpcResyncExecutor, ReboundStartup):
                 request.lora_request.lora_path = absolute_if_here(request.lora_request.lora_path)
         return super().execute_model(scheduler_output, *args, **kwargs)
 
-    def _call_within_limit(
-        self, method: str | Callable[..., Any], timeout: float | None, *args: Any, **kwargs: Any
+    @staticmethod
+    def _raise_cause(
+        fail: Callable[[BaseException], VllmRayAscendError | None], call: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        phase = self._startup.current_phase
-        if phase:
-            limit_s = self._startup.limit_s(phase)
-        elif method in STEPS:
-            limit_s = self._hang_s
-        else:
-            return super().collective_rpc(method, timeout, *args, **kwargs)
-        if timeout is not None:
-            limit_s = timeout if limit_s is None else min(timeout, limit_s)
-        fail = functools.partial(self._fail_call, str(method), phase, limit_s or 0.0)
+        """Make a call. Raises the engine's first failure in place of an error that follows from it."""
         try:
-            response = super().collective_rpc(method, limit_s, *args, **kwargs)
+            return call(*args, **kwargs)
         except Exception as error:  # whatever it is: a failed worker may be its cause
             cause = fail(error)
             if cause in (None, error):
                 raise
             raise cause from error
-        if isinstance(response, Future):
-            response.add_done_callback(lambda done: fail(done.exception()))
-        return response
 
-    def _fail_call(
-        self, method: str, phase: str, limit_s: float, error: BaseException | None
-    ) -> VllmRayAscendError | None:
+    def _fail_call(self, method: str, phase: str, limit_s: float, error: BaseException) -> VllmRayAscendError | None:
         """End the engine, a call of whose startup or steps has failed, before anybody sees the error.
 
         Return the first failure: the worker's own report, with its rank, or where none comes, one of ``error``. None
-        where there is no error, or where the engine is stopping anyway.
+        where the engine is stopping anyway.
         """
         if isinstance(error, TimeoutError):
             return self._fail_late(method, phase, limit_s)
-        if error is not None and self._supervisor.wait_for_failure(_FAILURE_REPORT_S) is None:
+        if self._supervisor.wait_for_failure(_FAILURE_REPORT_S) is None:
             self._supervisor.fail(WorkerFailedError("VRA-371", f"{method} failed: {error}"))
-        return None if error is None else self.cause
+        return self.cause
 
     def _fail_late(self, method: str, phase: str, limit_s: float) -> WorkerLateError:
         """End the engine, whose workers are late or hang, and return the error that says so."""

@@ -12,7 +12,7 @@ import contextlib
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
@@ -232,19 +232,9 @@ class CancellableQueue(MessageQueue):  # type: ignore[misc]  # vLLM is untyped
         except ConnectionError as error:
             raise self._reason_of(error) from error
 
-    @contextlib.contextmanager
-    def acquire_write(self, timeout: float | None = None) -> Iterator[Any]:
+    def acquire_write(self, timeout: float | None = None) -> _Block:
         """Give the next block of shared memory, as vLLM does; waiting for it ends by `cancel` too."""
-        started = time.monotonic()
-        with contextlib.ExitStack() as block:
-            while True:
-                self._raise_if_cancelled()
-                with contextlib.suppress(TimeoutError):
-                    buffer = block.enter_context(super().acquire_write(_POLL_MS / 1000))
-                    break
-                if timeout is not None and time.monotonic() - started > timeout:
-                    raise TimeoutError(self._full_message(timeout))
-            yield buffer
+        return _Block(super().acquire_write, self._raise_if_cancelled, timeout, self._full_message)
 
     def dequeue(self, timeout: float | None = None, indefinite: bool = False) -> Any:
         """Return the next object, as vLLM does. Raises what `cancel` was given."""
@@ -334,6 +324,41 @@ def ranks_of_other_nodes(bundles: Sequence[tuple[int, str, str]], node_id: str) 
     """Return the ranks of each node but one, in the order of their first ranks; ``bundles`` as for `ranks_on_node`."""
     nodes = dict.fromkeys(node for _, node, _ in bundles if node != node_id)
     return [ranks_on_node(bundles, node) for node in nodes]
+
+
+class _Block:
+    """The next block of shared memory, once there is room. Entered for every message, so that it is no generator."""
+
+    def __init__(
+        self,
+        acquire: Callable[[float], Any],
+        check: Callable[[], None],
+        limit_s: float | None,
+        late_message: Callable[[float], str],
+    ) -> None:
+        """``acquire(seconds)`` is vLLM's. ``check`` ends the wait where it raises; TimeoutError after ``limit_s``."""
+        self._acquire = acquire
+        self._check = check
+        self._limit_s = limit_s
+        self._late_message = late_message
+        self._acquired: Any = None
+
+    def __enter__(self) -> Any:
+        started = time.monotonic()
+        while True:
+            self._check()
+            acquired = self._acquire(_POLL_MS / 1000)
+            try:
+                buffer = acquired.__enter__()
+            except TimeoutError:
+                if self._limit_s is not None and time.monotonic() - started > self._limit_s:
+                    raise TimeoutError(self._late_message(self._limit_s)) from None
+            else:
+                self._acquired = acquired
+                return buffer
+
+    def __exit__(self, *error: Any) -> Any:
+        return self._acquired.__exit__(*error)
 
 
 def _call_if_alive(method: weakref.WeakMethod[Callable[[], None]]) -> None:

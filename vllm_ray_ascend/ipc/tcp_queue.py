@@ -274,6 +274,8 @@ class _Outbox:
 
     def wait_for_space(self, limit_s: float | None) -> None:
         """Wait until less than the bound is pending for every reader."""
+        if not self._closed and self._fullest() is None:  # usual, and then no lock is needed
+            return
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._fullest() is None, limit_s)
             self._raise_if_closed()
@@ -385,7 +387,10 @@ class _Outbox:
 
     def _fullest(self) -> _Reader | None:
         """Return a reader for which as much is pending as may be; None where there is none."""
-        return next((reader for reader in self._readers if reader.pending_bytes >= self._max_pending_bytes), None)
+        for reader in self._readers:
+            if reader.pending_bytes >= self._max_pending_bytes:
+                return reader
+        return None
 
     def _raise_if_closed(self) -> None:
         if self._closed:
