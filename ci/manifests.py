@@ -1,7 +1,7 @@
 """Check the Kubernetes manifests of docs/kuberay: `python -m ci.manifests [--crds FOLDER]`, part of `make lint`.
 
-Pod templates and services are held against Kubernetes' own schema. That of KubeRay's resources is in no package of the
-registries; FOLDER with its ray.io_*.yaml (helm-chart/kuberay-operator/crds of its repository) checks those too.
+Pod templates and services are held against Kubernetes' own schema. Those of KubeRay, Kueue and Volcano are in no
+package of the registries; with a FOLDER of the definitions from their repositories the check has these too.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import yaml
 MANIFESTS = Path(__file__).resolve().parent.parent / "docs" / "kuberay"
 KUBERNETES = "1.33"
 _NPU_PREFIX = "huawei.com/Ascend"
+_CUSTOM_GROUPS = ("ray.io", "kueue.x-k8s.io", "scheduling.volcano.sh")
+"""Groups of resources that Kubernetes itself does not have."""
 
 
 def documents(text: str) -> list[dict[str, Any]]:
@@ -61,6 +63,28 @@ def problems_of_group(name: str, group: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name}: with num-gpus Ray may not look for NPUs"
 
 
+def problems_of_size(cluster: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with numbers of pods: only the autoscaler changes them."""
+    for group in cluster.get("workerGroupSpecs", ()):
+        if group["minReplicas"] < group["maxReplicas"] and not cluster.get("enableInTreeAutoscaling"):
+            yield f"{group['groupName']}: without enableInTreeAutoscaling nobody adds pods up to maxReplicas"
+
+
+def queue_resources(document: Mapping[str, Any]) -> set[str] | None:
+    """Return the resources that a queue of Kueue or Volcano has; None for any other document."""
+    if document["kind"] == "ClusterQueue":
+        return {name for group in document["spec"]["resourceGroups"] for name in group["coveredResources"]}
+    if document["kind"] == "Queue":
+        return set(document["spec"]["capability"])
+    return None
+
+
+def requested_resources(cluster: Mapping[str, Any]) -> set[str]:
+    """Return the names of the resources that the pods of a Ray cluster ask for."""
+    pods = [group["template"]["spec"] for _, group in groups(cluster)]
+    return {name for pod in pods for container in pod["containers"] for name in container["resources"]["requests"]}
+
+
 def ray_start_resources(text: str) -> dict[str, float]:
     """Return the resources that `ray start --resources=TEXT` gets from a shell. Raises ValueError without JSON."""
     words = shlex.split(text)
@@ -74,6 +98,7 @@ def problems(text: str) -> list[str]:
     """Return what is wrong with the Ray clusters of a file."""
     clusters = [cluster for document in documents(text) if (cluster := cluster_of(document)) is not None]
     found = [each for cluster in clusters for name, group in groups(cluster) for each in problems_of_group(name, group)]
+    found += [each for cluster in clusters for each in problems_of_size(cluster)]
     images = {
         container["image"]
         for cluster in clusters
@@ -89,11 +114,10 @@ def kubernetes_problems(text: str) -> list[str]:
 
     parts: list[dict[str, Any]] = []
     for document in documents(text):
-        cluster = cluster_of(document)
-        if cluster is None:
+        if not is_custom(document):
             parts.append(document)
-            continue
-        for name, group in groups(cluster):
+        cluster = cluster_of(document)
+        for name, group in groups(cluster) if cluster else ():
             parts.append({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, **_pod(group["template"])})
     found = []
     for part in parts:
@@ -104,22 +128,33 @@ def kubernetes_problems(text: str) -> list[str]:
     return found
 
 
-def custom_problems(text: str, crds: Path) -> list[str]:
-    """Return the violations of the schema of KubeRay's resources, which is in the files of ``crds``."""
+def is_custom(document: Mapping[str, Any]) -> bool:
+    """Return whether a document is of a kind that Kubernetes itself does not have."""
+    return str(document["apiVersion"]).partition("/")[0] in _CUSTOM_GROUPS
+
+
+def read_schemas(crds: Path) -> dict[tuple[str, str], Any]:
+    """Return the schema of each kind that is defined in a folder, by apiVersion and kind."""
+    definitions = [yaml.safe_load(path.read_text())["spec"] for path in crds.glob("*.yaml")]
+    return {
+        (f"{each['group']}/{version['name']}", each["names"]["kind"]): strict(version["schema"]["openAPIV3Schema"])
+        for each in definitions
+        for version in each["versions"]
+    }
+
+
+def custom_problems(text: str, schemas: Mapping[tuple[str, str], Any]) -> list[str]:
+    """Return the violations of the schemas of KubeRay's, Kueue's and Volcano's resources, and those without one."""
     import jsonschema
 
-    schemas = {}
-    for path in crds.glob("ray.io_*.yaml"):
-        definition = yaml.safe_load(path.read_text())["spec"]
-        for version in definition["versions"]:
-            schemas[definition["names"]["kind"], version["name"]] = strict(version["schema"]["openAPIV3Schema"])
     found = []
-    for document in documents(text):
-        group, _, version = document["apiVersion"].rpartition("/")
-        if group != "ray.io":
+    for document in filter(is_custom, documents(text)):
+        schema = schemas.get((document["apiVersion"], document["kind"]))
+        if schema is None:
+            found.append(f"{document['kind']}: no definition of {document['apiVersion']}")
             continue
-        validator = jsonschema.Draft202012Validator(schemas[document["kind"], version])
-        found += [f"{error.json_path}: {error.message[:200]}" for error in validator.iter_errors(document)]
+        errors = jsonschema.Draft202012Validator(schema).iter_errors(document)
+        found += [f"{error.json_path}: {error.message[:200]}" for error in errors]
     return found
 
 
@@ -143,15 +178,16 @@ def _pod(template: Mapping[str, Any]) -> dict[str, Any]:
 def main(arguments: list[str]) -> int:
     """Check every manifest; 1 where something is wrong."""
     parser = argparse.ArgumentParser(prog="python -m ci.manifests", description=__doc__.partition("\n")[0])
-    parser.add_argument("--crds", type=Path, help="folder with KubeRay's ray.io_*.yaml")
+    parser.add_argument("--crds", type=Path, help="folder with CustomResourceDefinitions of KubeRay, Kueue and Volcano")
     options = parser.parse_args(arguments)
     files = sorted(MANIFESTS.glob("*.yaml"))
+    schemas = read_schemas(options.crds) if options.crds else {}
     bad = 0
     for path in files:
         text = path.read_text()
         found = [*problems(text), *kubernetes_problems(text)]
-        if options.crds:
-            found += custom_problems(text, options.crds)
+        if schemas:
+            found += custom_problems(text, schemas)
         for each in found:
             print(f"{path.name}: {each}")
         bad += len(found)
