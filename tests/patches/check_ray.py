@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -84,6 +87,36 @@ def ray_llm() -> None:
     }
 
 
+def dashboard() -> None:
+    load_dcmi()
+    from ray.dashboard.modules.reporter.gpu_providers import GpuMetricProvider
+
+    found = GpuMetricProvider().get_gpu_usage()
+    assert len(found) == 3, f"NPUs in the dashboard: {found}"
+    assert [each["index"] for each in found] == [0, 1, 2], "a card with two dies, and one with one"
+    last = dict(found[-1])
+    assert last.pop("uuid") == "00000001-00000000-00000002-00000003-00000004"
+    process = {"pid": 4713, "gpu_memory_usage": 512, "gpu_utilization": None}
+    assert last == {
+        "index": 2,
+        "name": "Ascend 910B3",
+        "utilization_gpu": 42,
+        "memory_used": 1024,
+        "memory_total": 65536,
+        "processes_pids": {4713: process},
+        "power_mw": 93500,
+        "temperature_c": 39,
+    }
+
+
+def load_dcmi() -> None:
+    """Build the library of the driver's management interface, and load it under its name."""
+    library = Path.cwd() / "libdcmi.so"
+    source = Path(__file__).with_name("dcmi.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-Wl,-soname,libdcmi.so", "-o", library, source], check=True)
+    ctypes.CDLL(str(library))
+
+
 if __name__ == "__main__":
     ray.init(
         address="local",
@@ -97,5 +130,13 @@ if __name__ == "__main__":
     )
     holder: Any = Holder
     holders = [holder.remote() for _ in range(2)]
-    run({"ray-0001": auto_transport, "ray-0002": devices, "ray-0003": detection, "ray-0004": ray_llm})
+    run(
+        {
+            "ray-0001": auto_transport,
+            "ray-0002": devices,
+            "ray-0003": detection,
+            "ray-0004": ray_llm,
+            "ray-0005": dashboard,
+        }
+    )
     ray.shutdown()
