@@ -14,7 +14,7 @@ from vllm_ray_ascend.errors import SettingError
 PREFIX = "VLLM_RAY_ASCEND"
 _HOUR_S = 3600
 _DAY_S = 24 * _HOUR_S
-_WEEK_S = 7 * _DAY_S
+WEEK_S = 7 * _DAY_S
 """Upper bounds: every wait of the system that is given such a number accepts it (TCP's keepalive up to a day)."""
 
 
@@ -38,28 +38,28 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         float,
         Meta(
             ge=0,
-            le=_WEEK_S,
+            le=WEEK_S,
             description="seconds to wait for NPUs that are missing or still in use; unset with an autoscaler: 1800; "
             "0: fail immediately",
         ),
     ] = 10.0
     worker_limit_s: Annotated[
         float,
-        Meta(ge=0, le=_WEEK_S, description="seconds until all worker processes of an engine have started; 0: no limit"),
+        Meta(ge=0, le=WEEK_S, description="seconds until all worker processes of an engine have started; 0: no limit"),
     ] = 300.0
     device_limit_s: Annotated[
         float,
-        Meta(ge=0, le=_WEEK_S, description="seconds to open the NPUs and to connect the HCCL groups; 0: no limit"),
+        Meta(ge=0, le=WEEK_S, description="seconds to open the NPUs and to connect the HCCL groups; 0: no limit"),
     ] = 600.0
     load_limit_s: Annotated[
         float,
-        Meta(ge=0, le=_WEEK_S, description="seconds to load the model; 0: no limit"),
+        Meta(ge=0, le=WEEK_S, description="seconds to load the model; 0: no limit"),
     ] = 7200.0
     warm_up_limit_s: Annotated[
         float,
         Meta(
             ge=0,
-            le=_WEEK_S,
+            le=WEEK_S,
             description="seconds for each later phase of the start, such as graph capture; 0: no limit",
         ),
     ] = 3600.0
@@ -67,7 +67,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         float,
         Meta(
             ge=0,
-            le=_WEEK_S,
+            le=WEEK_S,
             description="seconds after which a step counts as hung; 0: 0.8 x VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS",
         ),
     ] = 0.0
@@ -119,7 +119,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         float,
         Meta(
             ge=0,
-            le=_WEEK_S,
+            le=WEEK_S,
             description="seconds after which a pair of actors destroys its unused communicator; 0: never",
         ),
     ] = 300.0

@@ -466,6 +466,18 @@ def test_the_token_is_neither_sent_nor_shown(server: ControlServer, caplog: pyte
     assert token not in f"{shown} {' '.join(map(str, shown))} {caplog.text}"
 
 
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="this kernel has no IPv6")
+@pytest.mark.parametrize(("host", "location"), [("::1", "[::1]"), ("[::1]", "[::1]"), ("localhost", "localhost")])
+def test_a_server_listens_at_a_name_and_at_ipv6_in_any_form(losses: Losses, host: str, location: str) -> None:
+    server = ControlServer(host, 30.0, losses)
+    with connect_authenticated(server.address, LIMIT_S) as peer:
+        peer.sendall(HELLO)
+        wait_for_ranks(server, [9])
+    assert losses.wait(1)[0].rank == 9
+    assert server_location(server.address_json()) == f"{location}:{server.address.port}"
+    server.close()
+
+
 def received_until_closed(connection: socket.socket) -> bytes:
     received = b""
     with contextlib.suppress(ConnectionError):

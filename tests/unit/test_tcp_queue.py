@@ -8,6 +8,7 @@ import pickle
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -117,6 +118,17 @@ def test_a_write_that_waits_ends_after_its_limit_and_names_the_reader() -> None:
         writer.wait_for_space(0.1)
     assert stalled.recv() == LARGE
     writer.wait_for_space(LIMIT_S)
+
+
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="this kernel has no IPv6")
+def test_a_reader_over_ipv6_is_named_with_brackets() -> None:
+    writer = TcpQueueWriter("[::1]", 1, max_pending_bytes=1000)
+    reader = TcpQueueReader(writer.address)
+    writer.recv()
+    writer.send(LARGE)
+    with pytest.raises(TimeoutError, match=r"VRA-593: \d+ MiB wait for the reader at \[::1\]:\d+"):
+        writer.wait_for_space(0.1)
+    assert reader.recv() == LARGE
 
 
 def test_a_write_that_waits_goes_on_once_the_reader_reads() -> None:

@@ -6,12 +6,14 @@ import pytest
 
 from vllm_ray_ascend.control.timeouts import DEVICE, MODEL, WORKERS, limit_variable, startup_limits, step_limit_s
 from vllm_ray_ascend.executor.pipeline_warmup import adjacent_stages
-from vllm_ray_ascend.settings import VARIABLES, Settings
+from vllm_ray_ascend.settings import VARIABLES, WEEK_S, Settings
 
 pytestmark = pytest.mark.unit
 
 
-@pytest.mark.parametrize(("hang_s", "execute_s", "limit_s"), [(0, 300, 240), (100, 300, 100), (0, 1000, 800)])
+@pytest.mark.parametrize(
+    ("hang_s", "execute_s", "limit_s"), [(0, 300, 240), (100, 300, 100), (0, 1000, 800), (0, 10**12, WEEK_S)]
+)
 def test_a_step_is_late_before_vllm_gives_up_or_when_the_user_says(
     hang_s: float, execute_s: float, limit_s: float
 ) -> None:

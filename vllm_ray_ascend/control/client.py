@@ -135,8 +135,7 @@ class ControlClient:
 
 def server_location(address_json: str) -> str:
     """Return host and port of a server's address, without the token, which must not be logged."""
-    address = msgspec.json.decode(address_json, type=Address)
-    return f"{address.host}:{address.port}"
+    return str(msgspec.json.decode(address_json, type=Address))
 
 
 def format_stack(ident: int | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_ray_ascend.settings import Settings
+from vllm_ray_ascend.settings import WEEK_S, Settings
 
 STEPS = ("execute_model", "sample_tokens", "execute_dummy_batch", "take_draft_token_ids")
 """What vLLM calls on workers while it serves: a failure of one of these ends the engine."""
@@ -22,8 +22,9 @@ def step_limit_s(hang_s: float, execute_s: float) -> float:
     It is the only limit of a step that is shorter than vLLM's, whose error does not name who hangs. HCCL's own
     (HCCL_EXEC_TIMEOUT) is not lowered to it: it holds for a whole process, and so for collectives of the startup, of
     netloader and of weight transfers, in which a rank may legitimately be late by many minutes.
+    It has the upper bound of ours too: vLLM takes any number, and a thread that waits for three centuries raises.
     """
-    return hang_s or 0.8 * execute_s
+    return hang_s or min(0.8 * execute_s, WEEK_S)
 
 
 RANKS_PER_GRACE_SECOND = 128

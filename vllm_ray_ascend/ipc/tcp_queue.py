@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from threading import Condition, Lock, Thread
 
+from vllm_ray_ascend.addresses import join_host_port
 from vllm_ray_ascend.ipc.authentication import MAX_HANDSHAKES, AuthenticatingListener, connect_authenticated
 from vllm_ray_ascend.ipc.message_parser import Buffer, MessageParser, frame
 from vllm_ray_ascend.ipc.sockets import Address, shut_down
@@ -433,7 +434,7 @@ def _peer_name(connection: socket.socket) -> str:
         host, port, *_ = connection.getpeername()
     except OSError:
         return "an unknown address"
-    return f"{host}:{port}"
+    return join_host_port(host, port)
 
 
 def deadline_of(timeout_ms: float | None) -> float | None:
