@@ -200,7 +200,8 @@ def _framework_facts(_: Any) -> Any:
 def _worker_facts(worker: Any) -> dict[str, Any]:
     import torch
 
-    names = ("HCCL_IF_IP", "HCCL_SOCKET_IFNAME", "HCCL_CONNECT_TIMEOUT", "SOFTNPU_STREAMS", "VLLM_HOST_IP")
+    hccl = ("HCCL_IF_IP", "HCCL_SOCKET_IFNAME", "HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT")
+    names = (*hccl, "SOFTNPU_STREAMS", "VLLM_HOST_IP")
     return {
         "worker": type(worker.worker).__qualname__,
         "platform": platform(),

@@ -28,11 +28,25 @@ class Worker:
             raise ValueError(error)
         time.sleep(600)
 
-limits = {"memory_usage_threshold": 0.001, "memory_monitor_refresh_ms": 100} if sys.argv[2] == "monitor" else {}
+is_short = sys.argv[2] in ("monitor", "supervised")
+limits = {"memory_usage_threshold": 0.001, "memory_monitor_refresh_ms": 100} if is_short else {}
 ray.init(num_cpus=1, include_dashboard=False, _temp_dir=sys.argv[1], _system_config=limits)
 worker = Worker.remote()
 if sys.argv[2] == "error":
     print("REASON", ray_failure(worker.run.remote("no memory"), 60.0))
+elif sys.argv[2] == "supervised":
+    import logging
+    from types import SimpleNamespace
+    from vllm_ray_ascend.control.server import PeerLost
+    from vllm_ray_ascend.executor.supervisor import WorkerSupervisor
+    from vllm_ray_ascend.settings import Settings
+    logging.getLogger("vllm").addHandler(logging.StreamHandler(sys.stdout))
+    handle = SimpleNamespace(rank=1, run_ref=worker.run.remote())
+    supervisor = WorkerSupervisor(lambda: [handle], Settings(), 240.0)
+    ray.wait([handle.run_ref], timeout=60.0)
+    print("REASON", flush=True)
+    supervisor._handle_lost_worker(PeerLost(1, 7, "node 10.0.0.2", ""))
+    supervisor._ray_report.join()
 else:
     reference = worker.run.remote()
     print("BEFORE", repr(ray_failure(reference)))
@@ -48,7 +62,7 @@ def reason_of(how: str) -> tuple[str, str]:
     with tempfile.TemporaryDirectory(prefix="vra-", ignore_cleanup_errors=True) as folder:  # Ray wants a short path
         command = [sys.executable, "-c", _SCRIPT, folder, how]
         output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=LIMIT_S).stdout
-    before, _, reason = output.partition("REASON ")
+    before, _, reason = output.partition("REASON")
     return reason.strip(), before
 
 
@@ -58,6 +72,12 @@ def test_the_memory_monitor_is_named() -> None:
         r"Ray's memory monitor killed it: .*running low on memory.*threshold.*\. Give the node more", reason
     )
     assert "Object store" not in reason
+
+
+def test_the_memory_monitor_is_named_in_the_engine_s_log() -> None:
+    log, _ = reason_of("supervised")
+    assert log.startswith("VRA-322: Worker process 7 of rank 1 (node 10.0.0.2) died.")
+    assert "\nVRA-361: rank 1 died: Ray's memory monitor killed it: " in log
 
 
 def test_a_process_that_was_killed_otherwise_has_no_reason() -> None:

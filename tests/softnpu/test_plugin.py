@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from softnpu.activate import make_environment
+from softnpu.cluster import namespaces
 
 from tests.softnpu.plugin_script import MARKER
 from tests.softnpu.processes import check_python
@@ -147,13 +148,17 @@ def test_the_text_is_right(healthy: tuple[dict[str, Any], str]) -> None:
 
 
 def test_variables_travel_or_stay_or_are_derived(healthy: tuple[dict[str, Any], str]) -> None:
-    """The driver's address for HCCL holds on its own node; beside it no interface is derived. Others are derived."""
+    """The driver's address for HCCL holds on its own node; beside it no interface is derived. Others are derived.
+
+    HCCL's limit of an operation is HCCL's: it holds for the start and for weight transfers, too.
+    """
     found, _ = healthy
     for worker in found["workers"]:
         assert worker["variables"] == {
             "HCCL_IF_IP": "127.0.0.1",
             "HCCL_SOCKET_IFNAME": None,
             "HCCL_CONNECT_TIMEOUT": "321",
+            "HCCL_EXEC_TIMEOUT": None,
             "SOFTNPU_STREAMS": None,
             "VLLM_HOST_IP": found["address"],
         }
@@ -188,6 +193,23 @@ def test_a_visible_list_with_an_npu_that_does_not_exist() -> None:
     list_ = "ASCEND_RT_VISIBLE_DEVICES=0,9 names NPU '9', which does not exist"
     assert f"it declares 2 NPUs to Ray, but 1 of 2 are usable: {list_}" in found["error"]
     assert found["free"] == 2 and set(found["placements"]) <= {"REMOVED"}, log[-2000:]
+
+
+SMALL_SHM = 'mount -t tmpfs -o size=900k tmpfs /dev/shm && exec "$@"'
+"""As in a container without --shm-size, once others have filled what it has."""
+START_IN_RAY = """
+from vllm_ray_ascend.executor.executor import RayAscendExecutor
+RayAscendExecutor.__new__(RayAscendExecutor)._initialize_ray_cluster(None)
+"""
+
+
+@pytest.mark.skipif(namespaces.missing_requirement() is not None, reason=str(namespaces.missing_requirement()))
+def test_too_little_shared_memory_is_reported_before_ray_is_joined() -> None:
+    """Else the process that writes the first messages ends by SIGBUS, without a word."""
+    command = ["unshare", "--mount", "sh", "-c", SMALL_SHM, "sh", sys.executable, "-c", START_IN_RAY]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert done.returncode != 0
+    assert "ClusterResourceError: VRA-359: /dev/shm has 1 MiB free of 1 MiB: " in done.stderr, done.stderr[-3000:]
 
 
 JOINS_AND_LEAVES = """

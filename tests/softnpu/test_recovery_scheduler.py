@@ -22,6 +22,7 @@ from vllm.multimodal.inputs import (
     MultiModalKwargsItem,
     PlaceholderRange,
 )
+from vllm.sampling_params import StructuredOutputsParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -31,6 +32,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.structured_output.request import StructuredOutputRequest
 
 from demo.train.recitation import DENSE
 from vllm_ray_ascend.engine.recovery import _recovering_post_step, _recovering_step, abort_running_requests
@@ -149,6 +151,30 @@ def test_inputs_that_the_server_does_not_send_again_are_kept(scheduler: AsyncSch
     new = send("new")
     assert running.mm_features[0].data is new.mm_features[0].data is pixels
     assert scheduler.schedule().scheduled_encoder_inputs == {"new": [0]}
+
+
+def structured_request(scheduler: AsyncScheduler, name: str) -> Request:
+    """Create a request whose answer is "yes" or "no", and wait for its grammar."""
+    created = request(name)
+    created.sampling_params.structured_outputs = constraint = StructuredOutputsParams(regex="yes|no")
+    constraint._backend = "xgrammar"
+    created.structured_output_request = StructuredOutputRequest(params=constraint)
+    scheduler.structured_output_manager.grammar_init(created)
+    created.structured_output_request._grammar.result(60)
+    return created
+
+
+def test_a_waiting_request_keeps_its_grammar(scheduler: AsyncScheduler) -> None:
+    """It belongs to the engine core's process, and its client does not send it again."""
+    for name in ("first", "second", "waiting"):
+        scheduler.add_request(structured_request(scheduler, name))
+    begun = scheduler.get_grammar_bitmask(scheduler.schedule())
+    assert begun.structured_output_request_ids == ["first", "second"]
+    allowed = begun.grammar_bitmask[0].copy()
+    assert failed_requests(abort_running_requests(engine_of(scheduler))) == {"first", "second"}
+    grammar = scheduler.get_grammar_bitmask(scheduler.schedule())
+    assert grammar.structured_output_request_ids == ["waiting"]
+    assert (grammar.grammar_bitmask == allowed).all(), "the tokens that may begin an answer"
 
 
 def test_encoder_cache_has_its_whole_room_again(scheduler: AsyncScheduler) -> None:

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -212,6 +213,27 @@ def test_a_step_that_fails_without_a_report_ends_the_engine_before_its_error_is_
         call()
     assert "VRA-371: fail 1 failed: Worker failed with error" in str(executor._supervisor.cause)
     workers.requests.enqueue(("end", (), {}, None))
+
+
+@pytest.mark.parametrize(
+    ("model", "extension", "error", "said"),
+    [
+        ("/nowhere/m", "", OSError("no config.json"), "VRA-357: node .* has no /nowhere/m"),
+        ("m", "a.B", ModuleNotFoundError("No module named 'a'", name="a"), "VRA-393: node .* has no module a "),
+    ],
+    ids=["model", "extension"],
+)
+def test_a_node_that_lacks_what_others_have_is_named(model: str, extension: str, error: Exception, said: str) -> None:
+    worker: Any = RayAscendWorkerProc.__new__(RayAscendWorkerProc)
+    config = {"model_config": SimpleNamespace(model=model)}
+    config["parallel_config"] = SimpleNamespace(worker_extension_cls=extension)
+    worker._init_kwargs = {"vllm_config": SimpleNamespace(**config)}
+
+    def initialize() -> None:
+        raise error
+
+    with pytest.raises(WorkerFailedError, match=said):
+        worker._call_initialize(initialize)
 
 
 def test_a_wake_up_that_raises_can_be_tried_again() -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.threads import in_thread
 from vllm_ray_ascend.control.open_files import files_needed, simultaneous_connections
-from vllm_ray_ascend.control.server import ControlServer
+from vllm_ray_ascend.control.protocol import REQUEST_STATUS, StatusReport, decode_message
+from vllm_ray_ascend.control.server import ControlServer, Peer
 from vllm_ray_ascend.control.timeouts import engine_exit_s, stop_grace_s
 from vllm_ray_ascend.executor.pipeline_warmup import adjacent_stages
 from vllm_ray_ascend.ipc.authentication import MAX_HANDSHAKES
@@ -67,6 +71,46 @@ def test_all_readers_of_a_queue_may_connect_at_the_same_time() -> None:
     writer = TcpQueueWriter("127.0.0.1", 300)
     assert backlog(writer._listener._socket) == expected_backlog(MAX_HANDSHAKES + 300)
     writer.close()
+
+
+class CountedPeer(Peer):
+    """A process that counts how often it is looked up, and how often what it has answered is looked at."""
+
+    looks = 0
+
+    def __hash__(self) -> int:
+        CountedPeer.looks += 1
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        CountedPeer.looks += 1
+        return self is other
+
+    def __getattribute__(self, name: str) -> Any:
+        CountedPeer.looks += name == "report"
+        return super().__getattribute__(name)
+
+
+def test_the_work_of_asking_all_ranks_is_linear_in_their_number() -> None:
+    """An answer wakes nobody but for the last, and is not looked for among all."""
+    ranks = 256
+    server = ControlServer("127.0.0.1", 30.0, print)
+    pairs = [socket.socketpair() for _ in range(ranks)]
+    with contextlib.ExitStack() as sockets:
+        for rank, (ours, theirs) in enumerate(pairs):
+            sockets.enter_context(ours)
+            sockets.enter_context(theirs)
+            server._peers[ours] = CountedPeer(rank, rank, "10.0.0.1")
+        asking, found = in_thread(lambda: server.request_reports(60.0))
+        for ours, theirs in reversed(pairs):
+            assert decode_message(theirs.recv(100)) == REQUEST_STATUS
+            assert asking.is_alive()
+            server._handle_message(ours, StatusReport("in execute_model"))
+        asking.join(60.0)
+        server._peers.clear()
+    server.close()
+    assert found == [dict.fromkeys(range(ranks), "in execute_model")]
+    assert CountedPeer.looks < 16 * ranks
 
 
 @pytest.mark.parametrize(

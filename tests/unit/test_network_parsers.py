@@ -9,6 +9,8 @@ import contextlib
 import json
 import os
 import socket
+import struct
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ from vllm_ray_ascend.control import protocol as control
 from vllm_ray_ascend.control.ipc_resources import is_removable
 from vllm_ray_ascend.control.server import ControlServer
 from vllm_ray_ascend.ipc.authentication import connect_authenticated
+from vllm_ray_ascend.ipc.relay import RelayedReader, RelayWriter, plan_relays
 from vllm_ray_ascend.ray_transport.direct import protocol as direct
 
 pytestmark = pytest.mark.unit
@@ -44,6 +47,8 @@ OBJECTS = st.builds(
 LINES = (
     st.binary(max_size=200) | OBJECTS | st.builds(lambda a, b, cut: a[:cut] + b, OBJECTS, OBJECTS, st.integers(0, 99))
 )
+RANK_7 = struct.pack("!I", 7)
+"""The first message of rank 7 to its node's relay."""
 NESTED = b'{"type":"failed","x":' + b"[" * 3000
 NO_UTF8 = b'{"type":"failed","text":"\xff"}'
 
@@ -89,6 +94,23 @@ def test_a_server_outlives_all_that_peers_send(
         wait_for(lambda: 77 in server.connected_ranks())
     wait_for(lambda: 77 not in server.connected_ranks())
     assert errors == []
+
+
+@given(st.binary(max_size=80).filter(lambda text: not text.startswith(RANK_7)))
+@example(struct.pack("!I", 3))
+@settings(max_examples=60, deadline=None)
+def test_a_relay_takes_nobody_for_a_rank_that_does_not_say_so(hello: bytes) -> None:
+    (relay,) = plan_relays([[0, 7]])
+    writer, reader = RelayWriter(relay), RelayedReader(relay, 7)
+    with connect_authenticated(relay.address, LIMIT_S) as other:
+        other.send(hello)
+        assert not writer.accept_readers(time.monotonic() + 0.01)
+        assert not reader.poll(0)  # it connects
+        assert writer.accept_readers(time.monotonic() + LIMIT_S)
+    writer.send([b"a step"], LIMIT_S)
+    assert reader.recv() == b"a step"
+    writer.close()
+    reader.close()
 
 
 NAMES = st.sampled_from(
