@@ -198,8 +198,11 @@ def test_a_visible_list_with_an_npu_that_does_not_exist() -> None:
 SMALL_SHM = 'mount -t tmpfs -o size=900k tmpfs /dev/shm && exec "$@"'
 """As in a container without --shm-size, once others have filled what it has."""
 START_IN_RAY = """
+from types import SimpleNamespace
 from vllm_ray_ascend.executor.executor import RayAscendExecutor
-RayAscendExecutor.__new__(RayAscendExecutor)._initialize_ray_cluster(None)
+executor = RayAscendExecutor.__new__(RayAscendExecutor)
+executor._own_group, executor.vllm_config = None, SimpleNamespace(parallel_config=None)
+executor._initialize_ray_cluster(None)
 """
 
 
@@ -210,6 +213,16 @@ def test_too_little_shared_memory_is_reported_before_ray_is_joined() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert done.returncode != 0
     assert "ClusterResourceError: VRA-359: /dev/shm has 1 MiB free of 1 MiB: " in done.stderr, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("share", ["0", "2", "nan"])
+def test_a_share_that_no_worker_can_have_is_refused_before_ray_is_joined(share: str) -> None:
+    environment = {**os.environ, "VLLM_RAY_PER_WORKER_GPUS": share}
+    done = subprocess.run(
+        [sys.executable, "-c", START_IN_RAY], capture_output=True, text=True, env=environment, timeout=LIMIT_S
+    )
+    assert done.returncode != 0
+    assert f"PlacementError: VRA-287: VLLM_RAY_PER_WORKER_GPUS={share} is not what" in done.stderr, done.stderr[-3000:]
 
 
 JOINS_AND_LEAVES = """

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ray_ascend.cluster.bundles import BundleOrder, bundle_share, held_share, select_bundles
+from vllm_ray_ascend.cluster.bundles import BundleOrder, bundle_share, check_worker_share, held_share, select_bundles
 from vllm_ray_ascend.errors import PlacementError
 
 pytestmark = pytest.mark.unit
@@ -216,6 +216,14 @@ def test_every_choice_is_distinct_free_and_has_an_npu(
     assert named is None or chosen == named
     assert len(set(chosen)) == world_size
     assert all(specs[index].get("NPU") and free[index] for index in chosen)
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, 1.5, 2.0, float("nan"), float("inf")])
+def test_shares_that_no_worker_can_have(share: float) -> None:
+    with pytest.raises(PlacementError, match=r"VRA-287: VLLM_RAY_PER_WORKER_GPUS=\S+ is not what a worker can have"):
+        check_worker_share(share)
+    check_worker_share(1.0)
+    check_worker_share(0.0001)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,16 @@ from vllm_ray_ascend.errors import PlacementError, ShortageError
 INDICES_VARIABLE = "VLLM_RAY_BUNDLE_INDICES"
 
 
+def check_worker_share(share: float, kind: Kind = NPU) -> None:
+    """Raise PlacementError where no worker can have ``share``, of VLLM_RAY_PER_WORKER_GPUS: vLLM takes any number."""
+    if not 0 < share <= 1:  # nan too
+        raise PlacementError(
+            "VRA-287",
+            f"{SHARE_VARIABLE}={share:g} is not what a worker can have: it has one {kind.key}, or a part of one. Set "
+            "it to a number above 0 and not above 1, or unset it for a whole one.",
+        )
+
+
 def bundle_share(worker_share: float, world_size: int) -> float:
     """Return the part of an NPU that each bundle of an engine's own placement group holds.
 

@@ -9,7 +9,7 @@ from typing import Any
 from vllm import envs
 
 from vllm_ray_ascend.accelerators.choose import current_accelerator
-from vllm_ray_ascend.cluster.bundles import BundleOrder, bundle_share, held_share, select_bundles
+from vllm_ray_ascend.cluster.bundles import BundleOrder, bundle_share, check_worker_share, held_share, select_bundles
 from vllm_ray_ascend.cluster.connect import audit_nodes, connect, parallel_sizes, require_npus
 from vllm_ray_ascend.cluster.dp_placement import is_tied_by_mp_backend
 from vllm_ray_ascend.cluster.node_address import resolve_rendezvous
@@ -48,8 +48,9 @@ def create_placement_group(vllm_config: Any, ray_address: str | None = None, wai
     Raises ClusterResourceError, PlacementError or DeviceMappingError before any actor is created.
     """
     config = vllm_config.parallel_config
-    connect(config, ray_address)
     kind = current_accelerator().kind
+    check_worker_share(envs.VLLM_RAY_PER_WORKER_GPUS, kind)
+    connect(config, ray_address)
     reject_device_ids(getattr(config, "assigned_physical_gpu_ids", None), kind)
     given = _given_group(config)
     if given is not None:
