@@ -15,6 +15,23 @@ from softnpu.errors import SoftNpuError
 
 from softnpu import activate, build
 
+AARCH64 = "aarch64-linux-gnu-g++"
+AARCH64_MACHINE = 183
+"""EM_AARCH64 of elf.h."""
+
+
+def machine_of(path: Path) -> int:
+    """Return e_machine of an ELF file."""
+    return int.from_bytes(path.read_bytes()[18:20], sys.byteorder)
+
+
+def linked_without_torch(library: build.Library, objects: list[Path], folder: Path) -> list[str]:
+    """Return the command that links the library, or one that does nothing for one of torch's."""
+    return ["true"] if library.torch else _make_link_command(library, objects, folder)
+
+
+_make_link_command = build.make_link_command
+
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -116,6 +133,20 @@ def test_no_compiler(sources: Path, monkeypatch: pytest.MonkeyPatch, variables: 
         monkeypatch.setenv(name, value)
     with pytest.raises(SoftNpuError, match=r"no C\+\+ compiler.*CXX=/path/to"):
         build.build_libraries()
+
+
+@pytest.mark.skipif(shutil.which(AARCH64) is None, reason=f"needs {AARCH64} (Debian: g++-aarch64-linux-gnu)")
+def test_sources_compile_for_aarch64(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Hosts of Atlas servers are often aarch64. What links torch is not linked: there is no torch for it here."""
+    monkeypatch.setenv("CXX", AARCH64)
+    monkeypatch.setenv("SOFTNPU_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "make_link_command", linked_without_torch)
+    build.compile_libraries(tmp_path)
+    machines = {path.name: machine_of(path) for path in (tmp_path / "lib").iterdir()}
+    assert machines == {library.name: AARCH64_MACHINE for library in build.LIBRARIES if not library.torch}
+    objects = list((tmp_path / "cache" / "objects").glob("*.o"))
+    assert len(objects) >= len(set(build.SOURCES.rglob("*.cpp")))
+    assert {machine_of(path) for path in objects} == {AARCH64_MACHINE}
 
 
 def test_no_torch_npu(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
