@@ -353,8 +353,6 @@ def test_deaths_are_reported_while_there_are_no_files_for_new_connections(
     wait_for_ranks(server, [0])
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     opened = [socket.socket()]
-    logger = logging.getLogger("vllm_ray_ascend.ipc.authentication")
-    logger.addHandler(caplog.handler)
     resource.setrlimit(resource.RLIMIT_NOFILE, (opened[0].fileno() + 16, hard))
     try:
         with contextlib.suppress(OSError):
@@ -368,7 +366,6 @@ def test_deaths_are_reported_while_there_are_no_files_for_new_connections(
         waiting.close()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        logger.removeHandler(caplog.handler)
         for each in opened:
             each.close()
     start(1)

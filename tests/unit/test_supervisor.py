@@ -59,12 +59,7 @@ def test_an_error_of_the_owner_s_callback_is_logged_and_the_cause_stays(caplog: 
         raise OSError("no memory")
 
     supervisor = WorkerSupervisor(list, Settings(), 240.0, on_failure=fail)
-    logger = logging.getLogger("vllm_ray_ascend.executor.supervisor")
-    logger.addHandler(caplog.handler)
-    try:
-        supervisor.fail(WorkerDiedError("VRA-1", "first"))
-    finally:
-        logger.removeHandler(caplog.handler)
+    supervisor.fail(WorkerDiedError("VRA-1", "first"))
     assert str(supervisor.cause) == "VRA-1: first"
     assert "VRA-336" in caplog.text and "no memory" in caplog.text and "VRA-1: first" in caplog.text
 
@@ -173,8 +168,6 @@ def test_a_worker_that_exits_while_all_are_stopped_does_not_ask_for_ray_s_head()
 
 def test_a_head_that_is_gone_and_comes_back_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     owner = Owner()
-    logger = logging.getLogger("vllm_ray_ascend.executor.supervisor")
-    logger.addHandler(caplog.handler)
     with socket.socket() as head:
         head.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         head.bind(("127.0.0.1", 0))
@@ -190,7 +183,6 @@ def test_a_head_that_is_gone_and_comes_back_is_logged(caplog: pytest.LogCaptureF
         finally:
             owner.supervisor.fail(WorkerDiedError("VRA-1", "a failure ends the monitor"))
             monitor.join(LIMIT_S)
-            logger.removeHandler(caplog.handler)
     assert not monitor.is_alive()
     assert caplog.text.count("VRA-362") == caplog.text.count("VRA-363") == 1
 
@@ -218,6 +210,6 @@ def wait_for_text(caplog: pytest.LogCaptureFixture, text: str) -> None:
 def test_unencrypted_connections_are_reported_where_ray_has_tls(
     value: str | None, warns: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("vllm_ray_ascend"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     warn_if_unencrypted({} if value is None else {"RAY_USE_TLS": value})
     assert ("VRA-337" in caplog.text) is warns
