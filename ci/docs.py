@@ -6,6 +6,7 @@ to a file outside docs/ becomes a link to the page made of that file, or the fil
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from ci.matrix import Matrix, read
 from ci.suites import EVERY_CHANGE, NEEDS, SUITES
 from vllm_ray_ascend.doctor.checks import CHECKS
 from vllm_ray_ascend.environment.table import TABLE
+from vllm_ray_ascend.observability.events import KINDS as EVENT_KINDS
+from vllm_ray_ascend.observability.metrics import METRICS
 from vllm_ray_ascend.patches import KINDS, PATCHES
 from vllm_ray_ascend.settings import list_switches
 
@@ -118,6 +121,29 @@ def doctor_table() -> str:
     return markdown_table(["check", "what is looked at", "source", "level", "judged over"], rows)
 
 
+def metrics_table() -> str:
+    """Return the table of all metrics of observability/metrics.py, with labels beside the common ones."""
+    rows = [
+        [f"`{each.name}`", each.kind, each.unit, ", ".join(f"`{label}`" for label in each.labels), each.help]
+        for each in METRICS.values()
+    ]
+    return markdown_table(["metric", "type", "unit", "labels", "meaning"], rows)
+
+
+def events_table() -> str:
+    """Return the table of all events of observability/events.py."""
+    rows = [
+        [
+            f"`{kind.name}`",
+            logging.getLevelName(kind.level).lower(),
+            kind.help,
+            ", ".join(f"`{f}`" for f in kind.fields),
+        ]
+        for kind in EVENT_KINDS.values()
+    ]
+    return markdown_table(["event", "level", "when", "fields"], rows)
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "settings": settings_table,
     "variables": variables_table,
@@ -125,6 +151,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "suites": suites_table,
     "patches": patches_table,
     "doctor": doctor_table,
+    "metrics": metrics_table,
+    "events": events_table,
     "layers": lambda: markdown_table(["layer", "in `vllm_ray_ascend/`", "purpose"], layers.table_rows()),
 }
 

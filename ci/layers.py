@@ -47,6 +47,10 @@ LAYERS: tuple[Layer, ...] = (
         },
     ),
     Layer(
+        "what is reported",
+        {"observability": "table of metrics with their values, events; prometheus_client and Ray's metrics"},
+    ),
+    Layer(
         "one node",
         {
             "environment": "scope of each variable (node or copied); derivation of HCCL's variables",

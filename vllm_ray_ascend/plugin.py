@@ -39,6 +39,7 @@ _RAY_METRICS = "vllm.v1.metrics.ray_wrappers"
 _ENGINE_ARGS = "vllm.engine.arg_utils"
 _ENGINE_UTILS = "vllm.v1.engine.utils"
 _ENGINE_CORE = "vllm.v1.engine.core"
+_CORE_CLIENT = "vllm.v1.engine.core_client"
 _ENGINE_CLIENT = "vllm.v1.engine.async_llm"
 _SERVERS = ("vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server")
 _SERVER_SUPERVISORS = ("vllm.entrypoints.launchers.dp_supervisor", "vllm.entrypoints.openai.dp_supervisor")
@@ -85,6 +86,8 @@ def general() -> None:
     if settings.executor != "upstream":
         when_imported(_ENGINE_ARGS, _complete_configs)
         when_imported(_ENGINE_CLIENT, _check_adapters)
+        if settings.metrics == "on":
+            when_imported(_CORE_CLIENT, _receive_metrics)
         when_imported(_UPSTREAM_EXECUTOR_MODULE, _load_executor)
         when_imported(_EXECUTOR_MODULE, _select_executor)
 
@@ -167,6 +170,13 @@ def _check_adapters(_: ModuleType) -> None:
     from vllm_ray_ascend.platform_patch import workers_are_ours
 
     check_before_requests(workers_are_ours)
+
+
+def _receive_metrics(_: ModuleType) -> None:
+    """Let this process show the metrics of its engines with vLLM's own."""
+    from vllm_ray_ascend.engine.metrics import receive_values
+
+    receive_values()
 
 
 def _patch_engine_utils(module: ModuleType) -> None:

@@ -115,6 +115,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             description="release: release graphs when the engine sleeps and capture them again on wake; keep: keep them"
         ),
     ] = "release"
+    metrics: Annotated[
+        Literal["on", "off"],
+        Meta(description="on: metrics of the engine in vLLM's /metrics and in Ray's (unless --disable-log-stats)"),
+    ] = "on"
+    events: Annotated[
+        Literal["text", "json"],
+        Meta(description="log lines of failures, restarts and graph fallbacks: text, or one JSON object each"),
+    ] = "text"
     direct_idle_s: Annotated[
         float,
         Meta(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,12 +14,33 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from softnpu.cluster.plan import Cluster
 
 from demo.cluster import to_npu_cluster
 from demo.options import Options
 from demo.server import Server
 from demo.train.recitation import DENSE, PROMPTS, QUESTION, zen_after, zen_text
+from vllm_ray_ascend.observability.metrics import (
+    ABORTED,
+    FAILURE_DETECTION,
+    FAILURE_INFO,
+    FAILURE_TIME,
+    FAILURES,
+    FALLBACKS,
+    GRAPHS,
+    METRICS,
+    PHASES,
+    RANK_INFO,
+    RANKS,
+    RANKS_ALIVE,
+    REPORT_TIME,
+    RESTART_TIME,
+    RESTARTS,
+    ROUND_TRIP,
+    WRITE_TIME,
+    WRITES,
+)
 
 MODEL = DENSE.name
 SHORT = PROMPTS[-1]
@@ -100,6 +122,28 @@ def test_twenty_clients_at_once(client: openai.OpenAI) -> None:
 def running_requests(server: Server) -> float:
     metrics = httpx.get(f"{server.url}/metrics", timeout=30).text.splitlines()
     return sum(float(line.rsplit(" ", 1)[1]) for line in metrics if line.startswith("vllm:num_requests_running"))
+
+
+def test_metrics_of_the_engine_are_with_vllm_s(server: Server, two_nodes_of_two: Cluster) -> None:
+    """After the requests above: what arose in the engine core's process and in the workers."""
+    answer = httpx.get(f"{server.url}/metrics", timeout=30)
+    found: dict[str, dict[tuple[str, ...], float]] = {}
+    for family in text_string_to_metric_families(answer.text):
+        for sample in family.samples:
+            if sample.name.removesuffix("_created") in METRICS:
+                assert sample.labels.pop("model_name") == MODEL and sample.labels.pop("engine") == "0"
+                found.setdefault(sample.name, {})[tuple(sample.labels.values())] = sample.value
+    absent_while_well = {each.name for each in (FAILURE_INFO, FAILURE_DETECTION, FAILURE_TIME, RESTART_TIME)}
+    assert [found[each.name] for each in (FAILURES, RESTARTS, ABORTED, FALLBACKS)] == [{(): 0}] * 4
+    assert set(METRICS) - found.keys() == absent_while_well
+    assert found[RANKS.name] == found[RANKS_ALIVE.name] == {(): 4}
+    assert {node for _, node, _ in found[RANK_INFO.name]} == {node.address for node in two_nodes_of_two.nodes}
+    assert (
+        found[WRITES.name][()] > 100
+        and 0 < found[WRITE_TIME.name][()] < time.time() - found[REPORT_TIME.name][()] + 600
+    )
+    assert found[GRAPHS.name][()] > 0 and ("graphs and warm-up",) in found[PHASES.name]
+    assert 0 < found[ROUND_TRIP.name][()] < 60
 
 
 def test_a_client_that_disconnects(server: Server, client: openai.OpenAI) -> None:

@@ -11,8 +11,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +31,7 @@ pytestmark = [
 ]
 
 LIMIT_S = 120
+PLANTED = "Pl4nted-s3cret"
 COMMAND = str(Path(sys.executable).with_name("vllm-ray-ascend"))
 LISTENER = "import socket; listener = socket.create_server(('', 61010)); print(flush=True); input()"
 SCHEMA = Path(__file__).resolve().parents[2] / "docs" / "doctor.schema.json"
@@ -45,7 +48,10 @@ class Nodes(NamedTuple):
         Machine(*machines, host=node).install(self.folders[node])
 
     def doctor(self, *options: str, node: int = 1) -> subprocess.CompletedProcess[str]:
-        command = manager.node_command(self.cluster, node, [COMMAND, "doctor", *options])
+        return self.run("doctor", *options, node=node)
+
+    def run(self, *arguments: str, node: int = 1) -> subprocess.CompletedProcess[str]:
+        command = manager.node_command(self.cluster, node, [COMMAND, *arguments])
         environment = manager.command_environment(self.cluster, node, os.environ)
         return subprocess.run(
             command, env=environment, cwd=self.cluster.directory, capture_output=True, text=True, timeout=LIMIT_S
@@ -62,21 +68,75 @@ class Nodes(NamedTuple):
         return self.cluster.node(node).address
 
 
+@contextmanager
+def port_in_use(nodes: Nodes, node: int) -> Iterator[None]:
+    """Have a program on the node listen on a port of HCCL."""
+    command = manager.node_command(nodes.cluster, node, [sys.executable, "-c", LISTENER])
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as listener:
+        assert listener.stdout is not None
+        listener.stdout.readline()
+        try:
+            yield
+        finally:
+            listener.kill()
+
+
+@contextmanager
+def two_nodes(folder: str) -> Iterator[Nodes]:
+    """Start two nodes whose programs and version files are below ``folder``, with secrets in their variables."""
+    folders = {number: Path(folder) / str(number) for number in (1, 2)}
+    settings = {
+        number: {
+            **Machine("a2", host=number).install(path),
+            "HF_TOKEN": PLANTED,
+            "PIP_INDEX_URL": f"https://me:{PLANTED}-2@index.example/simple",
+            "ATB_HOME_PATH": "/usr/local/Ascend/nnal/atb/latest",
+            "PATH": f"{path / 'bin'}:{os.environ['PATH']}",
+        }
+        for number, path in folders.items()
+    }
+    made, _ = manager.up(f"doctor-{os.getpid()}", Shape(npus_per_node=8, cpus_per_node=1), settings=settings)
+    try:
+        yield Nodes(made, folders)
+    finally:
+        manager.down(made.name)
+
+
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
-    with tempfile.TemporaryDirectory() as folder:
-        folders = {number: Path(folder) / str(number) for number in (1, 2)}
-        settings = {
-            number: {
-                **Machine("a2", host=number).install(path),
-                "ATB_HOME_PATH": "/usr/local/Ascend/nnal/atb/latest",
-                "PATH": f"{path / 'bin'}:{os.environ['PATH']}",
-            }
-            for number, path in folders.items()
-        }
-        made, _ = manager.up(f"doctor-{os.getpid()}", Shape(npus_per_node=8, cpus_per_node=1), settings=settings)
-        yield Nodes(made, folders)
-        manager.down(made.name)
+    with tempfile.TemporaryDirectory() as folder, two_nodes(folder) as made:
+        yield made
+
+
+HOLDER = """
+import ray, sys
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+ray.init(log_to_driver=False)
+node = next(row["NodeID"] for row in ray.nodes() if row["NodeManagerAddress"] == sys.argv[1])
+class Holder:
+    def hold(self): pass
+options = {"resources": {"NPU": 8}, "num_cpus": 0}
+holder = ray.remote(Holder).options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False), **options)
+holder = holder.remote()
+ray.get(holder.hold.remote())
+print(flush=True)
+input()
+"""
+
+
+@contextmanager
+def npus_in_use(nodes: Nodes, node: int) -> Iterator[None]:
+    """Have an actor hold all NPUs of the node, by Ray."""
+    command = manager.node_command(nodes.cluster, 1, [sys.executable, "-c", HOLDER, nodes.address(node)])
+    environment = manager.command_environment(nodes.cluster, 1, os.environ)
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdin is not None
+        holder.stdout.readline()
+        try:
+            yield
+        finally:
+            holder.stdin.close()
+            holder.wait(LIMIT_S)
 
 
 def test_nothing_is_found_on_a_healthy_pair(nodes: Nodes) -> None:
@@ -95,6 +155,32 @@ def test_nothing_is_found_on_a_healthy_pair(nodes: Nodes) -> None:
         "",
         "OK",
     ]
+
+
+def test_a_bundle_has_every_node_and_no_secret(nodes: Nodes, tmp_path: Path) -> None:
+    """Secrets are planted in variables of each node's Ray, in a URL there, and in the log of a worker."""
+    for node in (1, 2):
+        nodes.install(node, "a2")
+        (logs,) = nodes.cluster.temp_dir(nodes.cluster.node(node)).glob("session_2*/logs")
+        (logs / "worker-planted.err").write_text(
+            f"took {PLANTED}\nurl http://me:other-pass@host/\n--api-key some-key\n"
+        )
+        (logs / "vllm_ray_ascend").mkdir(exist_ok=True)
+        (logs / "vllm_ray_ascend" / "failure-1.000.json").write_text('{"code": "VRA-322", "ranks": []}')
+    done = nodes.run("bundle", "--output", str(tmp_path / "bundle.tar.gz"))
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(tmp_path / "bundle.tar.gz") as archive:
+        texts = {name: archive.extractfile(name).read().decode() for name in archive.getnames()}  # type: ignore[union-attr]
+    everything = "\n".join(texts.values())
+    assert PLANTED not in everything and "other-pass" not in everything and "some-key" not in everything
+    for node in (1, 2):
+        folder = f"bundle/nodes/{nodes.address(node)}"
+        assert texts[f"{folder}/ray/worker-planted.err"] == "took ***\nurl http://***@host/\n--api-key ***\n"
+        assert json.loads(texts[f"{folder}/failures/failure-1.000.json"])["code"] == "VRA-322"
+        assert f"{folder}/ray/raylet.out" in texts
+        assert nodes.address(node) in texts["bundle/doctor.txt"] and nodes.address(node) in texts["bundle/topology.txt"]
+    jsonschema.validate(json.loads(texts["bundle/doctor.json"]), json.loads(SCHEMA.read_text()))
+    assert len(json.loads(texts["bundle/snapshot.json"])["nodes"]) == 2 and json.loads(texts["bundle/topology.json"])
 
 
 FIRST = {
@@ -129,27 +215,31 @@ def test_every_fault_is_found_on_its_node(nodes: Nodes) -> None:
     """Among them one of the host: a program that listens on a port of HCCL."""
     nodes.install(1, *FIRST, "a2")
     nodes.install(2, *SECOND, "a2")
-    listener = subprocess.Popen(
-        manager.node_command(
-            nodes.cluster,
-            2,
-            [sys.executable, "-c", LISTENER],
-        ),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    try:
-        assert listener.stdout is not None
-        listener.stdout.readline()
+    with port_in_use(nodes, 2):
         code, found = nodes.findings("--level", "full")
-    finally:
-        listener.kill()
-        listener.communicate()
     assert code == 2
     for node, expected in ((1, {*FIRST.values()}), (2, {*SECOND.values()} | ALSO_OF_SECOND)):
         assert {finding["code"] for finding in found if finding["address"] == nodes.address(node)} == expected
     assert all(finding["remedy"] and finding["severity"] in ("error", "warning") for finding in found)
     assert {finding["physical_id"] for finding in found if finding["code"] == "VRA-650"} == {3}
+
+
+def test_hccl_between_the_nodes_on_free_npus(nodes: Nodes) -> None:
+    """With one NPU of the second node in use, another one is taken; with all of them in use, none."""
+    for node in (1, 2):
+        nodes.install(node, "a2")
+    done = nodes.run("doctor", "--deep", "--json", "--checks", "health")
+    report = json.loads(done.stdout)
+    jsonschema.validate(report, json.loads(SCHEMA.read_text()))
+    assert (done.returncode, report["findings"]) == (0, []), done.stdout + done.stderr
+    (link,) = report["links"]
+    assert {link["first"], link["second"]} == {nodes.address(1), nodes.address(2)}
+    assert link["error"] == "" and min(link["connect_s"], link["all_reduce_s"], link["send_s"], link["receive_s"]) > 0
+    with npus_in_use(nodes, 2):
+        code, found = nodes.findings("--deep", "--checks", "health")
+    assert code == 3 and [(each["code"], each["address"]) for each in found] == [("VRA-692", nodes.address(2))]
+    refused = nodes.run("doctor", "--deep", "--local")
+    assert refused.returncode == 3 and "VRA-609" in refused.stderr
 
 
 def test_one_node_that_lacks_a_tool(nodes: Nodes) -> None:

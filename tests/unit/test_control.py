@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from tests.threads import in_thread
-from vllm_ray_ascend.control.client import server_location
+from vllm_ray_ascend.control.client import format_stack, server_location
 from vllm_ray_ascend.control.ipc_resources import MAX_RESOURCES
 from vllm_ray_ascend.control.protocol import (
     MAX_HELLO_BYTES,
@@ -502,3 +502,27 @@ def test_extensions_are_passed_on_both_ways(
     reader.stdin.write("client.send(Extension('hello'))\n")
     reader.stdin.flush()
     assert sender.stdout.readline() == "hello from 1\n"
+
+
+def test_the_stack_of_a_thread_that_runs_is_returned() -> None:
+    """The thread calls and returns meanwhile, as a worker does that imports modules while it is asked."""
+    stopped = threading.Event()
+
+    def run(depth: int) -> None:
+        if depth:
+            run(depth - 1)
+
+    def work() -> None:
+        while not stopped.is_set():
+            run(20)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        stacks = [format_stack(thread.ident) for _ in range(2000)]
+    finally:
+        stopped.set()
+        thread.join()
+    assert all(" > " in stack and stack.count(" > ") < 6 for stack in stacks)
+    assert any(stack.endswith(" run") for stack in stacks) and "test_control.py:" in stacks[0]
+    assert format_stack(None) == format_stack(-1) == ""

@@ -110,16 +110,13 @@ def test_an_engine_in_ray_serve_and_others() -> None:
     found = build_topology([given], [engine(rank(0, HEAD, 0))], table, [worker, actor()], [task()])
     assert list(format_lines(found)) == [
         "node 10.0.0.1 (h): 6 NPUs, 0 free",
-        "  NPU 0   engine e1 rank 0 (bundle 0, pid 100)",
+        "  NPU 0   engine zen/dp1 rank 0 (bundle 0, pid 100)",
         "  NPU 1   actor Trainer (pid 5, job 02)",
         *(f"  NPU {number}   -" for number in range(2, 6)),
         "  1 of the NPUs without an owner: held by task f (pid 9, job 03)",
         "  2 of the NPUs without an owner: reserved by placement group bb (later)",
         "  1 of the NPUs without an owner: held by others",
-        (
-            "engine e1: zen, data parallel rank 1, 1 ranks on 10.0.0.1; driver 10.0.0.1 pid 7; placement group aa of "
-            f"{DEPLOYMENT}"
-        ),
+        (f"engine zen/dp1: 1 ranks on 10.0.0.1; driver 10.0.0.1 pid 7; placement group aa of {DEPLOYMENT}"),
         "placement group bb (later): 2 NPUs, not of an engine of this plugin",
     ]
     assert found.has_unknown_owners and not build_topology([node(HEAD, 1, 1, (0,))], [], {}).has_unknown_owners

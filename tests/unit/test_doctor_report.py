@@ -148,7 +148,9 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Stands in the place of a cluster: `doctor` collects these machines."""
 
     def of(*names: str) -> None:
-        monkeypatch.setattr("vllm_ray_ascend.cli.doctor._take_snapshot", lambda args, checks: snapshot(*names))
+        monkeypatch.setattr(
+            "vllm_ray_ascend.cli.doctor.take_snapshot", lambda args, checks, timeout_s: snapshot(*names)
+        )
 
     return of
 
@@ -180,7 +182,7 @@ def test_a_defect_is_no_warning(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     def fail(*_: object) -> None:
         raise RuntimeError("Ray's control store is gone")
 
-    monkeypatch.setattr("vllm_ray_ascend.cli.doctor._take_snapshot", fail)
+    monkeypatch.setattr("vllm_ray_ascend.cli.doctor.take_snapshot", fail)
     assert main(["doctor"]) == 3
     assert "RuntimeError: Ray's control store is gone" in capsys.readouterr().err
 

@@ -14,6 +14,8 @@ from vllm_ray_ascend.control.client import ControlClient
 from vllm_ray_ascend.control.server import ControlServer, PeerLost
 from vllm_ray_ascend.errors import ControlServerError, HeadLostError, VllmRayAscendError, WorkerDiedError
 from vllm_ray_ascend.executor.supervisor import WorkerSupervisor, run_each, warn_if_unencrypted
+from vllm_ray_ascend.observability.events import EVENTS, Event
+from vllm_ray_ascend.observability.metrics import FAILURE_DETECTION, FAILURE_INFO, VALUES
 from vllm_ray_ascend.settings import Settings
 
 pytestmark = pytest.mark.unit
@@ -213,3 +215,20 @@ def test_unencrypted_connections_are_reported_where_ray_has_tls(
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     warn_if_unencrypted({} if value is None else {"RAY_USE_TLS": value})
     assert ("VRA-337" in caplog.text) is warns
+
+
+def test_a_failure_is_reported_as_event_and_in_the_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Detection is counted from the last sign of life: of the lost rank, or of all ranks the end of a step."""
+    heard: list[Event] = []
+    monkeypatch.setattr(EVENTS, "_listeners", [heard.append])
+    owner = Owner()
+    owner.supervisor.health_check.last_completion_at = time.monotonic() - 1000
+    loss = PeerLost(3, 42, "node 10.0.0.9, physical NPU 1", "", heard_at=time.monotonic() - 100)
+    owner.supervisor._handle_lost_worker(loss)
+    (event,) = heard
+    assert (event.event, event.fields["code"], event.fields["rank"]) == ("engine_failed", "VRA-322", 3)
+    assert event.fields["location"] == loss.location
+    detection_s = event.fields["detection_seconds"]
+    assert isinstance(detection_s, float) and 100 <= detection_s < 1000
+    values = {(sample.name, sample.labels): sample.value for sample in VALUES.read()}
+    assert values[FAILURE_DETECTION.name, ()] == detection_s and values[FAILURE_INFO.name, ("VRA-322",)] == 1

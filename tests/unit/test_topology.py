@@ -64,14 +64,11 @@ def test_text() -> None:
     assert list(format_lines(found)) == [
         "node 10.0.0.1 (h): 2 NPUs, 0 free",
         "  NPU 4   -",
-        "  NPU 5   engine e1 rank 0 (bundle 0, pid 100)",
+        "  NPU 5   engine zen/dp1 rank 0 (bundle 0, pid 100)",
         "  1 of the NPUs without an owner: held by others",
         "node 10.0.0.2 (h): 1 NPUs, 0 free",
-        "  NPU 3   engine e1 rank 1 (bundle 1, pid 101)",
-        (
-            "engine e1: zen, data parallel rank 1, 2 ranks on 10.0.0.1, 10.0.0.2; driver 10.0.0.1 pid 7; "
-            "placement group aa"
-        ),
+        "  NPU 3   engine zen/dp1 rank 1 (bundle 1, pid 101)",
+        ("engine zen/dp1: 2 ranks on 10.0.0.1, 10.0.0.2; driver 10.0.0.1 pid 7; placement group aa"),
         "placement group bb (trainer): 1 NPUs, not of an engine of this plugin",
     ]
 
@@ -110,7 +107,7 @@ def test_an_engine_is_alive_with_all_its_workers() -> None:
 def test_every_rank_is_an_owner() -> None:
     claimed = claims_of_engine(engine(rank(0, HEAD, 5), share=0.5))
     assert [(c.owner, c.address, c.physical_id, c.share) for c in claimed] == [
-        ("rank 0 of engine e1 (data parallel rank 1, zen)", HEAD, 5, 0.5)
+        ("rank 0 of engine zen/dp1", HEAD, 5, 0.5)
     ]
 
 
@@ -135,9 +132,9 @@ def test_dies_of_one_card_with_different_engines() -> None:
     )
     assert list(format_lines(build_topology([given], [engine(rank(0, HEAD, 2)), other], {})))[:4] == [
         "node 10.0.0.1 (h): 4 NPUs, 2 free, ASCEND_RT_VISIBLE_DEVICES=2,3",
-        "  NPU 2 (card 1, die 0) engine e1 rank 0 (bundle 0, pid 100)",
-        "  NPU 3 (card 1, die 1) engine e2 rank 0 (bundle 0, pid 100)",
-        "  card 1 is shared by engine e1 and engine e2, and so is its bandwidth",
+        "  NPU 2 (card 1, die 0) engine zen/dp1 (e1) rank 0 (bundle 0, pid 100)",
+        "  NPU 3 (card 1, die 1) engine zen/dp1 (e2) rank 0 (bundle 0, pid 100)",
+        "  card 1 is shared by engine zen/dp1 (e1) and engine zen/dp1 (e2), and so is its bandwidth",
     ]
 
 

@@ -21,6 +21,7 @@ from vllm_ray_ascend.acl_graphs.runner import (
 )
 from vllm_ray_ascend.errors import GraphCaptureError
 from vllm_ray_ascend.log import get_logger
+from vllm_ray_ascend.observability.events import EVENTS, GRAPH_FALLBACK, GRAPHS_CAPTURED
 from vllm_ray_ascend.settings import load, variable_of
 
 logger = get_logger(__name__)
@@ -165,6 +166,8 @@ def _capture_until_success(runner: Any, capture_model: CaptureFunction) -> Any:
         plan = _choose_next_plan(state, plan, requested)
         apply_plan(runner, plan)
     state.released = False
+    if is_first_rank():
+        EVENTS.emit(GRAPHS_CAPTURED, graphs=state.captured, mode=plan.mode)
     if plan != requested and plan.mode == EAGER:
         _disable_capture()
     return result
@@ -211,6 +214,8 @@ def _choose_next_plan(state: CaptureState, plan: CapturePlan, requested: Capture
             _describe_step(lower, plan, requested),
             switch,
         )
+        kept = len(lower.sizes) if lower.mode != EAGER else 0
+        EVENTS.emit(GRAPH_FALLBACK, reason=state.failure_text, mode=lower.mode, graphs=kept)
     return lower
 
 

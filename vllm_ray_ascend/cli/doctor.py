@@ -13,6 +13,7 @@ import msgspec
 
 from vllm_ray_ascend.cluster.connect import connect_as_observer
 from vllm_ray_ascend.doctor.checks.network import PING
+from vllm_ray_ascend.doctor.deep import run_link_tests
 from vllm_ray_ascend.doctor.gather import snapshot_of_cluster, snapshot_of_this_node
 from vllm_ray_ascend.doctor.judge import EXIT_CODES, choose_checks, make_report
 from vllm_ray_ascend.doctor.records import Level, Report, Snapshot
@@ -32,14 +33,21 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--address", default="auto", help="the Ray cluster's address (default: that of this node)")
     parser.add_argument("--local", action="store_true", help="this node alone, without Ray")
-    parser.add_argument("--nodes", type=_names, default=[], metavar="A,B", help="only these: addresses or host names")
-    parser.add_argument("--checks", type=_names, default=[], metavar="X,Y", help="only these checks, of any level")
-    parser.add_argument("--skip", type=_names, default=[], metavar="X,Y", help="without these checks")
+    parser.add_argument(
+        "--nodes", type=parse_names, default=[], metavar="A,B", help="only these: addresses or host names"
+    )
+    parser.add_argument("--checks", type=parse_names, default=[], metavar="X,Y", help="only these checks, of any level")
+    parser.add_argument("--skip", type=parse_names, default=[], metavar="X,Y", help="without these checks")
     parser.add_argument(
         "--level",
         choices=list(_LIMITS_S),
         default="quick",
         help="quick (default): seconds; full: also each RoCE port's statistics, temperatures. Neither changes anything",
+    )
+    parser.add_argument(
+        "--deep",
+        action="store_true",
+        help="level full, and HCCL between the nodes: takes a free NPU of each for some seconds, never a busy one",
     )
     parser.add_argument("--json", action="store_true", help="as JSON, by the schema of docs/doctor.schema.json")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write all that was collected to FILE, as JSON")
@@ -69,29 +77,47 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _examine(args: argparse.Namespace) -> Report:
-    checks = choose_checks(args.level, args.checks, args.skip)
+    if args.deep and args.local:
+        raise DoctorError("VRA-609", "--deep tests HCCL between nodes, for which Ray assigns NPUs: leave out --local.")
+    checks = choose_checks("full" if args.deep else args.level, args.checks, args.skip)
     before = read_snapshot(args.compare) if args.compare else None
-    snapshot = _take_snapshot(args, checks)
+    snapshot = take_snapshot(args, checks, args.timeout)
     if args.save:
         _save(snapshot, args.save)
     return make_report(snapshot, checks, before)
 
 
-def _take_snapshot(args: argparse.Namespace, checks: Sequence[Check]) -> Snapshot:
-    """Collect what the checks ask for, no more."""
-    level: Level = "full" if any(check.level == "full" for check in checks) else "quick"
-    commands = list(dict.fromkeys(query.command for check in checks for query in check.queries))
-    limit_s = args.timeout or _LIMITS_S[level]
+def take_snapshot(args: argparse.Namespace, checks: Sequence[Check], timeout_s: float | None) -> Snapshot:
+    """Collect what the checks ask for, no more; ``args`` has address, local and nodes."""
     if args.local:
-        return snapshot_of_this_node(level, commands, limit_s)
+        level, commands = _demand(checks)
+        return snapshot_of_this_node(level, commands, timeout_s or _LIMITS_S[level])
     connect_as_observer(args.address)  # which names the remedy where Ray is not installed
     import ray
 
     try:
-        with_pings = any(check.name == PING for check in checks)
-        return snapshot_of_cluster(level, commands, limit_s, args.nodes, with_pings=with_pings)
+        snapshot = snapshot_of_joined_cluster(checks, args.nodes, timeout_s)
+        if not getattr(args, "deep", False):
+            return snapshot
+        links, busy = run_link_tests([record.address for record in snapshot.nodes])
+        return msgspec.structs.replace(snapshot, links=links, busy=busy)
     finally:
         ray.shutdown()
+
+
+def snapshot_of_joined_cluster(
+    checks: Sequence[Check], nodes: Sequence[str] = (), timeout_s: float | None = None
+) -> Snapshot:
+    """Collect what the checks ask for on all nodes of the joined cluster, or on those of ``nodes``."""
+    level, commands = _demand(checks)
+    with_pings = any(check.name == PING for check in checks)
+    return snapshot_of_cluster(level, commands, timeout_s or _LIMITS_S[level], nodes, with_pings=with_pings)
+
+
+def _demand(checks: Sequence[Check]) -> tuple[Level, list[str]]:
+    """Return the level of ``checks``, and the commands that they need."""
+    level: Level = "full" if any(check.level == "full" for check in checks) else "quick"
+    return level, list(dict.fromkeys(query.command for check in checks for query in check.queries))
 
 
 def read_snapshot(path: Path) -> Snapshot:
@@ -111,5 +137,6 @@ def _save(snapshot: Snapshot, path: Path) -> None:
         raise DoctorError("VRA-606", f"{path} cannot be written ({error}). Give --save another FILE.") from error
 
 
-def _names(text: str) -> list[str]:
+def parse_names(text: str) -> list[str]:
+    """Return the names in a list with commas."""
     return [name.strip() for name in text.split(",") if name.strip()]

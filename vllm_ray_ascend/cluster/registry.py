@@ -6,7 +6,8 @@ next engine that starts removes it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 
 import msgspec
 
@@ -14,6 +15,7 @@ from vllm_ray_ascend.compat.ray_state import gcs_key_value_store
 from vllm_ray_ascend.devices.kind import NPU, Kind
 from vllm_ray_ascend.devices.owners import Claim
 from vllm_ray_ascend.devices.visible import split_entries
+from vllm_ray_ascend.observability.events import engine_name
 
 _NAMESPACE = b"vllm_ray_ascend"
 _PREFIX = b"engine/"
@@ -44,7 +46,8 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One running engine. ``share`` is the part of an NPU that each worker has, ``started`` in seconds since 1970.
 
     ``group`` is the placement group's id, ``device_key`` Ray's resource: "NPU" or "GPU", ``address`` and ``node_id``
-    are those of the driver's node.
+    are those of the driver's node. ``tensor_parallel`` and ``pipeline_parallel`` are sizes, 0 in records of earlier
+    versions.
     """
 
     engine: str
@@ -58,11 +61,23 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
     ranks: tuple[RankRecord, ...]
     device_key: str = msgspec.field(name="device", default=NPU.key)
     node_id: str = msgspec.field(name="node", default="")
+    tensor_parallel: int = msgspec.field(name="tp", default=0)
+    pipeline_parallel: int = msgspec.field(name="pp", default=0)
 
     @property
     def owner(self) -> str:
         """The engine's name in messages."""
-        return f"engine {self.engine} (data parallel rank {self.dp_rank}, {self.model})"
+        return f"engine {engine_name(self.model, self.dp_rank)}"
+
+
+def engine_names(records: Sequence[EngineRecord]) -> dict[tuple[str, int], str]:
+    """Return a name for each engine, by its id and data parallel rank: model and rank, the id only where it is needed.
+
+    vLLM's id of an engine is a number of 19 digits.
+    """
+    names = {(each.engine, each.dp_rank): engine_name(each.model, each.dp_rank) for each in records}
+    counts = Counter(names.values())
+    return {key: name if counts[name] == 1 else f"{name} ({key[0]})" for key, name in names.items()}
 
 
 def claims_of_engine(record: EngineRecord) -> list[Claim]:

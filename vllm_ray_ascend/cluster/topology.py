@@ -15,7 +15,7 @@ from vllm_ray_ascend.cluster.device_users import (
     serve_deployment,
     users_of_node,
 )
-from vllm_ray_ascend.cluster.registry import EngineRecord, RankRecord
+from vllm_ray_ascend.cluster.registry import EngineRecord, RankRecord, engine_names
 from vllm_ray_ascend.compat.ray_state import ActorRecord, TaskRecord
 from vllm_ray_ascend.devices.cards import Die, die_name, find_shared_cards
 from vllm_ray_ascend.devices.kind import KINDS, NPU, Kind
@@ -130,7 +130,7 @@ def build_topology(
 
 def format_lines(topology: Topology) -> Iterator[str]:
     """Yield the lines of the topology as text for people."""
-    addresses = Counter(node.address for node in topology.nodes)
+    addresses, names = Counter(node.address for node in topology.nodes), engine_names(topology.engines)
     for node in topology.nodes:
         node_id = f", Ray node {node.node_id}" if addresses[node.address] > 1 else ""
         device_list = (
@@ -140,16 +140,17 @@ def format_lines(topology: Topology) -> Iterator[str]:
         yield f"node {node.address} ({node.hostname}{node_id}): {counts}{device_list}"
         for npu in node.npus:
             users = [str(user) for user in node.users if npu.physical_id in user.physical_ids]
-            yield f"  {npu.name:<7} {' + '.join([*map(_format_owner, npu.owners), *users]) or '-'}"
-        for card, owners in node.shared_cards.items():
-            yield f"  card {card} is shared by {' and '.join(owners)}, and so is its bandwidth"
+            owners = [_format_owner(owner, names) for owner in npu.owners]
+            yield f"  {npu.name:<7} {' + '.join([*owners, *users]) or '-'}"
+        for card, sharers in node.shared_cards.items():
+            yield f"  card {card} is shared by {' and '.join(sharers)}, and so is its bandwidth"
         yield from _unnumbered_lines(node)
     for engine in topology.engines:
         places = ", ".join(sorted({rank.address for rank in engine.ranks}))
         deployment = topology.deployments.get(engine.group)
         yield (
-            f"engine {engine.engine}: {engine.model}, data parallel rank {engine.dp_rank}, {len(engine.ranks)} ranks "
-            f"on {places}; driver {engine.address} pid {engine.pid}; placement group {engine.group}"
+            f"engine {names[engine.engine, engine.dp_rank]}: {len(engine.ranks)} ranks on {places}; driver "
+            f"{engine.address} pid {engine.pid}; placement group {engine.group}"
             f"{f' of {deployment}' if deployment else ''}"
         )
     for group in topology.groups:
@@ -188,7 +189,12 @@ def _node_topology(
     reservations = tuple(idle_reservations(node.node_id, node.kind.key, group_table, used))
     others = max(0.0, node.declared - node.free - held)
     known = sum(user.amount for user in users) + sum(each.amount for each in reservations)
-    claims = [(f"engine {owner.engine}", npu) for npu, owners_of_npu in owners.items() for owner in owners_of_npu]
+    names = engine_names(engines)
+    claims = [
+        (f"engine {names[owner.engine, owner.dp_rank]}", npu)
+        for npu, owners_of_npu in owners.items()
+        for owner in owners_of_npu
+    ]
     claims += [(str(user), npu) for user in users for npu in user.physical_ids]
     claimed = [Claim(owner=owner, address=node.address, physical_id=npu, node_id=node.node_id) for owner, npu in claims]
     return NodeTopology(
@@ -225,8 +231,10 @@ def _npu_owner(engine: EngineRecord, rank: RankRecord) -> NpuOwner:
     )
 
 
-def _format_owner(owner: NpuOwner) -> str:
-    return f"engine {owner.engine} rank {owner.rank} (bundle {owner.bundle_index}, pid {owner.pid})"
+def _format_owner(owner: NpuOwner, names: Mapping[tuple[str, int], str]) -> str:
+    return (
+        f"engine {names[owner.engine, owner.dp_rank]} rank {owner.rank} (bundle {owner.bundle_index}, pid {owner.pid})"
+    )
 
 
 def _other_placement_groups(

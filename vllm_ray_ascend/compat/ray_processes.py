@@ -36,6 +36,14 @@ def recorded_address() -> str | None:
     return found
 
 
+def session_log_folder() -> Path | None:
+    """Return the folder with the logs of Ray's processes on this node; None where this process has not joined Ray."""
+    from ray._private import worker
+
+    node = getattr(worker, "_global_node", None)
+    return None if node is None else Path(node.get_logs_dir_path())
+
+
 def needs_local_raylet() -> bool:
     """Return whether Ray looks for the processes of raylets to find the node of a driver, as 2.54 and 2.55 do."""
     from ray._private import services

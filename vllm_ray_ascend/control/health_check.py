@@ -7,6 +7,7 @@ may keep the interpreter busy for as long as it takes (loading a model, capturin
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
@@ -31,6 +32,8 @@ class IdleHealthCheck:
         self._on_silent = on_silent
         self._count_lock = threading.Lock()
         self._calls_started = self._calls_completed = 0
+        self.last_completion_at = time.monotonic()
+        """When the last call of the workers completed: a sign of life of each of them."""
         self._stopped = threading.Event()
 
     def start(self) -> None:
@@ -68,6 +71,7 @@ class IdleHealthCheck:
     def _record_completion(self, number: int) -> None:
         with self._count_lock:
             self._calls_completed = max(self._calls_completed, number)
+            self.last_completion_at = time.monotonic()
 
     def _run_checks(self) -> None:
         # Asked twice: where this very process, or the whole machine, was stopped, the first request's time is over

@@ -65,6 +65,13 @@ class StatusReport(msgspec.Struct, frozen=True, tag="status"):
     text: str
 
 
+class EventReported(msgspec.Struct, frozen=True, tag="event"):
+    """An event of the client (observability/events.py), which the server's owner is to log."""
+
+    name: str
+    fields: dict[str, str | int | float | None]
+
+
 class Command(msgspec.Struct, frozen=True, tag="command"):
     """What the server orders a client to do."""
 
@@ -89,7 +96,16 @@ MAX_HELLO_BYTES = 1 << 12
 """Of the first line of a connection, which is a `Hello` or a `SentinelHello`."""
 
 Message = (
-    Hello | SentinelHello | DeviceOpened | PhaseStarted | IpcResource | Failed | StatusReport | Command | Extension
+    Hello
+    | SentinelHello
+    | DeviceOpened
+    | PhaseStarted
+    | IpcResource
+    | Failed
+    | StatusReport
+    | EventReported
+    | Command
+    | Extension
 )
 _LINES: JsonLines[Message] = JsonLines(Message)
 encode_message, decode_message = _LINES.encode, _LINES.decode

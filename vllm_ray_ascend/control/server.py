@@ -21,6 +21,7 @@ from vllm_ray_ascend.control.protocol import (
     REQUEST_STATUS,
     Command,
     DeviceOpened,
+    EventReported,
     Extension,
     Failed,
     Hello,
@@ -56,12 +57,23 @@ class Peer:
     phase_seconds: dict[str, float] = field(default_factory=dict)
     ipc_resources: list[str] = field(default_factory=list)
     report: str | None = None
+    heard_at: float = field(default_factory=time.monotonic)
+    """When its last message arrived."""
+    asked_at: float | None = None
+    round_trip_s: float | None = None
+    """Seconds from the last request for its status to the answer."""
     failure_reported: bool = False
     loss_reported: bool = False
 
     def location(self) -> str:
         """Return node and device, as messages name them."""
         return f"node {self.node}" + ("" if self.physical is None else f", physical {self.device} {self.physical}")
+
+    def note_report(self, text: str) -> None:
+        """Note what the process is doing, and how long it took to say so where it was asked."""
+        self.report = text
+        if self.asked_at is not None:
+            self.round_trip_s, self.asked_at = time.monotonic() - self.asked_at, None
 
     def start_phase(self, phase: str) -> None:
         """Note that a phase begins, and what the last one took."""
@@ -75,7 +87,8 @@ class Peer:
 class PeerLost:
     """A process that failed or died. ``failure`` is the failure that it reported; empty where its process died.
 
-    ``log`` is the file on its node with its output; empty where that is not known.
+    ``log`` is the file on its node with its output; empty where that is not known. ``heard_at`` is when its last
+    message arrived, by time.monotonic(), None where it has no connection.
     """
 
     rank: int
@@ -84,19 +97,23 @@ class PeerLost:
     failure: str
     ipc_resources: tuple[str, ...] = ()
     log: str = field(default="", compare=False)
+    heard_at: float | None = field(default=None, compare=False)
 
 
 class _ReportRequest:
     """A wait for the reports of ``peers``, which ends with the last of them. Used under the server's lock."""
 
     def __init__(self, peers: Iterable[Peer]) -> None:
-        self._pending = set(peers)
+        self.reports: dict[Peer, str | None] = dict.fromkeys(peers)
+        self._pending = set(self.reports)
         self.answered = threading.Event()
         if not self._pending:
             self.answered.set()
 
-    def mark_answered(self, peer: Peer) -> None:
-        """Note that ``peer`` has answered, or never will."""
+    def mark_answered(self, peer: Peer, report: str | None) -> None:
+        """Note that ``peer`` has answered, or that it never will: None."""
+        if peer in self._pending:
+            self.reports[peer] = report
         self._pending.discard(peer)
         if not self._pending:
             self.answered.set()
@@ -131,6 +148,8 @@ class ControlServer:
         self._on_peer_lost = on_peer_lost
         self.on_extension: Callable[[int, str], None] = lambda *_: None
         """Called in the server's thread with the rank that sent an Extension, and its name."""
+        self.on_event: Callable[[int, EventReported], None] = lambda *_: None
+        """Called in the server's thread with the rank that reports an event."""
         self._on_error = on_error or _log_error
         self._silence_s = silence_s
         self._socket_folder = socket_folder
@@ -138,6 +157,8 @@ class ControlServer:
         self._peers: dict[socket.socket, Peer] = {}
         self._peers_by_process: dict[tuple[int, int], Peer] = {}
         """By rank and pid."""
+        self._latest_peers: dict[int, Peer] = {}
+        """The last process of each rank, connected or not."""
         self._sentinels: dict[socket.socket, tuple[int, int]] = {}
         """For each connection of an exit sentinel: rank and pid of the process with which it ends."""
         self._requests: list[_ReportRequest] = []
@@ -169,6 +190,11 @@ class ControlServer:
         with self._lock:
             return sorted(self._peers.values(), key=lambda peer: peer.rank)
 
+    def latest_peers(self) -> list[Peer]:
+        """Return the last process of each rank, also where it has ended, with what it said last."""
+        with self._lock:
+            return sorted(self._latest_peers.values(), key=lambda peer: peer.rank)
+
     def connected_ranks(self) -> list[int]:
         """Return the ranks of the connected processes, in order."""
         return [peer.rank for peer in self.peers()]
@@ -184,16 +210,16 @@ class ControlServer:
     def request_reports(self, limit_s: float) -> dict[int, str | None]:
         """Return what each rank is doing; None for one that does not answer within ``limit_s`` seconds."""
         with self._lock:
-            peers = list(self._peers.values())
+            peers = sorted(self._peers.values(), key=lambda peer: peer.rank)
             for peer in peers:
-                peer.report = None
+                peer.asked_at = time.monotonic()
             request = _ReportRequest(peers)
             self._requests.append(request)
         self.broadcast(REQUEST_STATUS)
         request.answered.wait(limit_s)
         with self._lock:
             self._requests.remove(request)
-            return {peer.rank: peer.report for peer in sorted(peers, key=lambda peer: peer.rank)}
+            return {peer.rank: report for peer, report in request.reports.items()}
 
     def wait_for_exit(self, limit_s: float) -> list[int]:
         """Wait until nobody is connected; return the ranks that still are after ``limit_s`` seconds."""
@@ -289,6 +315,7 @@ class ControlServer:
             peer = self._peers.get(connection)
             if peer is None:
                 return self._identify(connection, message)
+            previous, peer.heard_at = peer.heard_at, time.monotonic()
             if isinstance(message, DeviceOpened):
                 peer.physical, peer.device = message.physical, message.device
             elif isinstance(message, PhaseStarted):
@@ -296,15 +323,17 @@ class ControlServer:
             elif isinstance(message, IpcResource):
                 self._note_ipc_resource(peer, message.name)
             elif isinstance(message, StatusReport):
-                peer.report = message.text
-                self._mark_reports_answered(peer)
+                peer.note_report(message.text)
+                self._mark_reports_answered(peer, message.text)
             elif isinstance(message, Failed) and not peer.failure_reported:
                 peer.failure_reported = True
-                loss = PeerLost(peer.rank, peer.pid, peer.location(), message.text)
+                loss = PeerLost(peer.rank, peer.pid, peer.location(), message.text, heard_at=previous)
         if loss is not None:
             self._notify(lambda: self._on_peer_lost(loss))
         if isinstance(message, Extension):
             self._notify(lambda: self.on_extension(peer.rank, message.name))
+        if isinstance(message, EventReported):
+            self._notify(lambda: self.on_event(peer.rank, message))
         return True
 
     def _identify(self, connection: socket.socket, message: Message | None) -> bool:
@@ -313,7 +342,7 @@ class ControlServer:
             self._sentinels[connection] = (message.rank, message.pid)
         elif isinstance(message, Hello):
             peer = self._peers[connection] = Peer(message.rank, message.pid, message.node, log=message.log)
-            self._peers_by_process[peer.rank, peer.pid] = peer
+            self._peers_by_process[peer.rank, peer.pid] = self._latest_peers[peer.rank] = peer
         else:
             return False
         return True
@@ -324,9 +353,9 @@ class ControlServer:
         else:
             logger.debug("rank %d names %r, which is not removed after its death", peer.rank, name)
 
-    def _mark_reports_answered(self, peer: Peer) -> None:
+    def _mark_reports_answered(self, peer: Peer, report: str | None) -> None:
         for request in self._requests:
-            request.mark_answered(peer)
+            request.mark_answered(peer, report)
 
     def _drop_connection(self, connection: socket.socket) -> None:
         self._selector.unregister(connection)
@@ -336,7 +365,8 @@ class ControlServer:
             lost = self._remove_connection(connection)
         if lost is not None and not lost.loss_reported:
             lost.loss_reported = True
-            loss = PeerLost(lost.rank, lost.pid, lost.location(), "", tuple(lost.ipc_resources), lost.log)
+            location, resources = lost.location(), tuple(lost.ipc_resources)
+            loss = PeerLost(lost.rank, lost.pid, location, "", resources, lost.log, lost.heard_at)
             self._notify(lambda: self._on_peer_lost(loss))
 
     def _remove_connection(self, connection: socket.socket) -> Peer | None:
@@ -348,7 +378,7 @@ class ControlServer:
         if peer is not None:
             if self._peers_by_process.get((peer.rank, peer.pid)) is peer:
                 del self._peers_by_process[peer.rank, peer.pid]
-            self._mark_reports_answered(peer)
+            self._mark_reports_answered(peer, None)
             if not self._peers:
                 self._nobody_connected.notify_all()
         return peer

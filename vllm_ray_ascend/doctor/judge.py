@@ -10,6 +10,7 @@ from vllm_ray_ascend.cluster.audit import Driver, unreachable_finding
 from vllm_ray_ascend.cluster.findings import Finding, Severity
 from vllm_ray_ascend.doctor.checks import CHECKS
 from vllm_ray_ascend.doctor.compare import changes_between
+from vllm_ray_ascend.doctor.links import judge_links
 from vllm_ray_ascend.doctor.records import ExitCode, Level, NodeRecord, NodeSummary, Report, Snapshot, Status
 from vllm_ray_ascend.doctor.views import Check, NodeView, has_npus
 from vllm_ray_ascend.errors import DoctorError
@@ -40,6 +41,7 @@ def make_report(snapshot: Snapshot, checks: Sequence[Check], before: Snapshot | 
         nodes=[_summary(record) for record in snapshot.nodes],
         checks=[check.name for check in checks],
         findings=findings,
+        links=snapshot.links,
         changes=changes_between(before, snapshot) if before else [],
     )
 
@@ -60,7 +62,8 @@ def find(snapshot: Snapshot, checks: Sequence[Check]) -> list[Finding]:
     ]
     if not failures and not any(node.has_npus for node in nodes):
         return [_no_npus()]
-    return failures + [replace(finding, check=check.name) for check in checks for finding in _run(check, nodes)]
+    checked = [replace(finding, check=check.name) for check in checks for finding in _run(check, nodes)]
+    return [*failures, *checked, *judge_links(snapshot.links, snapshot.busy)]
 
 
 def _run(check: Check, nodes: Sequence[NodeView]) -> Iterator[Finding]:

@@ -123,6 +123,24 @@ class Failure(msgspec.Struct, frozen=True):
     reason: str
 
 
+class Link(msgspec.Struct, frozen=True):
+    """HCCL between one NPU of each of two nodes, by Ray's addresses: seconds of the shortest transfers of 16 MiB.
+
+    ``error`` is why it failed; then there are no times. ``memory_bytes`` is what the communicator takes of the first.
+    """
+
+    first: str
+    first_physical_id: int
+    second: str
+    second_physical_id: int
+    error: str = ""
+    connect_s: float = 0.0
+    all_reduce_s: float = 0.0
+    send_s: float = 0.0
+    receive_s: float = 0.0
+    memory_bytes: int = 0
+
+
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """All that was collected, as `--save` writes it: findings are made of nothing else."""
 
@@ -138,6 +156,10 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Variables that the driver passes to its workers, whatever is set on their nodes."""
     nodes: list[NodeRecord]
     failures: list[Failure] = []
+    links: list[Link] = []
+    """Of `--deep`."""
+    busy: list[str] = []
+    """Nodes whose NPUs were in use, so that `--deep` did not test them."""
 
 
 Status = Literal["ok", "warning", "critical", "unknown"]
@@ -156,6 +178,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     checks: list[str]
     """Names of the checks that were made."""
     findings: list[Finding]
+    links: list[Link] = []
+    """What `--deep` measured."""
     changes: list[Change] = []
     """Against the file of `--compare`."""
 

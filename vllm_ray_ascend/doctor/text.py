@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
 from vllm_ray_ascend.cluster.findings import Finding, Severity
-from vllm_ray_ascend.doctor.records import NodeSummary, Report
+from vllm_ray_ascend.doctor.records import Link, NodeSummary, Report
 
 Painter = Callable[[str, str], str]
 
@@ -26,6 +26,9 @@ def format_report(report: Report, *, colours: bool = False) -> Iterator[str]:
     )
     for node in report.nodes:
         yield f"  {_format_node(node)}: {_format_counts(report.findings, node.address) or paint('ok', 'ok')}"
+    for link in report.links:
+        if not link.error:
+            yield f"  {_format_link(link)}"
     for findings in _group(report.findings):
         yield ""
         yield from _format_group(findings, paint)
@@ -44,6 +47,13 @@ def _format_node(node: NodeSummary) -> str:
     known = [f"{name} {version}" for name, version in versions.items() if version]
     npus = f"{_count(node.npus, 'NPU')} {node.chip}".rstrip() if node.npus else "no NPUs"
     return f"{node.address} ({node.hostname}): {', '.join([npus, *known])}"
+
+
+def _format_link(link: Link) -> str:
+    ends = f"{link.first} NPU {link.first_physical_id} - {link.second} NPU {link.second_physical_id}"
+    seconds = {"all-reduce": link.all_reduce_s, "send": link.send_s, "receive": link.receive_s}
+    times = ", ".join(f"{name} {each * 1000:.1f} ms" for name, each in seconds.items())
+    return f"HCCL {ends}: connected in {link.connect_s:.1f} s, 16 MiB: {times}; {link.memory_bytes >> 20} MiB"
 
 
 def _format_counts(findings: Sequence[Finding], address: str | None = None) -> str:

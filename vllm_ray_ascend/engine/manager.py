@@ -50,6 +50,7 @@ from vllm_ray_ascend.engine.process import (
 )
 from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, is_secret, names_to_copy
 from vllm_ray_ascend.log import get_logger
+from vllm_ray_ascend.observability.events import EVENTS, RANKS_ADDED
 from vllm_ray_ascend.settings import load
 
 logger = get_logger(__name__)
@@ -142,6 +143,7 @@ class RayAscendEngineActorManager(CoreEngineActorManager):
             lambda: 0.0,
         )
         groups = create_placement_groups(_wanted_groups(old_vllm_config, added, self._kind), _GRANT_LIMIT_S)
+        EVENTS.emit(RANKS_ADDED, data_parallel_size=new_data_parallel_size)
         self.placements[len(created) :] = added
         return groups, [placement.local_dp_rank for placement in added]
 

@@ -15,6 +15,8 @@ from vllm.v1.request import RequestStatus
 
 from vllm_ray_ascend import patches
 from vllm_ray_ascend.log import get_logger
+from vllm_ray_ascend.observability.events import EVENTS, REQUESTS_ABORTED
+from vllm_ray_ascend.observability.metrics import ABORTED, VALUES
 
 logger = get_logger(__name__)
 
@@ -70,6 +72,8 @@ def abort_running_requests(engine: Any) -> Outputs:
         engine.batch_queue.clear()
     _forget_workers(scheduler)
     logger.warning("VRA-307: aborted %d running requests; %d are waiting", len(aborted), len(scheduler.requests))
+    VALUES.add(ABORTED, len(aborted))
+    EVENTS.emit(REQUESTS_ABORTED, aborted=len(aborted), waiting=len(scheduler.requests))
     return {
         client: EngineCoreOutputs(
             outputs=[EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR) for request_id in request_ids],

@@ -1,8 +1,9 @@
-"""Values of variables as they may be logged or printed: secrets hidden."""
+"""Values of variables, and texts such as logs, as they may be shown to others: secrets hidden."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 
 from vllm_ray_ascend.environment.table import SECRET, is_secret
 
@@ -13,6 +14,41 @@ _ASSIGNMENT = re.compile(
     rf"""([\w.-]*(?:{SECRET})[\w.-]*["']?\s*[=:\s]\s*)("[^"]*"|'[^']*'|(?:(?:Bearer|Basic)\s+)?[^\s&"']+)""",
     re.IGNORECASE,
 )
+
+_URL_USER = re.compile(r"(?<=://)[^\s/@\"'<>]+@")
+_KNOWN_SECRETS = re.compile(
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
+    r"|\b(?:hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[abprs]-|AKIA|ASIA)[\w-]{12,}"
+    r"|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*",
+    re.DOTALL,
+)
+"""Private keys, tokens of hubs and clouds, JSON web tokens: by their form, whatever stands before them."""
+_BEARER = re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{6,}", re.IGNORECASE)
+_LEAST_SECRET = 4
+"""Shorter values of secret variables ("1", "no") are no secrets, and are found everywhere."""
+
+
+def redact_text(text: str, secrets: Iterable[str] = ()) -> str:
+    """Return a text, such as a log, with its secrets hidden: what looks like one, and the ``secrets`` that are known.
+
+    It hides too much rather than too little: all that is assigned to a secret's name, or follows it.
+    """
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    text = _KNOWN_SECRETS.sub(HIDDEN, text)
+    text = _BEARER.sub(rf"\1 {HIDDEN}", _URL_USER.sub(f"{HIDDEN}@", text))
+    return _ASSIGNMENT.sub(rf"\1{HIDDEN}", text)
+
+
+def secrets_of(environ: Mapping[str, str]) -> set[str]:
+    """Return the secrets in an environment: values of secret variables, users and passwords in the URLs of others."""
+    found = {value for name, value in environ.items() if is_secret(name)}
+    for value in environ.values():
+        before, at, _ = value.rpartition("@")
+        if at and "://" in before:
+            user = before.rpartition("://")[2]
+            found |= {user, *user.split(":", 1)[1:]}
+    return {value for value in found if len(value) >= _LEAST_SECRET}
 
 
 def redact_value(name: str, value: str) -> str:

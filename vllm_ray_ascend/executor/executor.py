@@ -26,6 +26,8 @@ from vllm_ray_ascend.cluster.placement_groups import remove_placement_groups
 from vllm_ray_ascend.cluster.registry import EngineRecord, ignored_list_warning, publish_record, remove_record
 from vllm_ray_ascend.compat.versions import stack
 from vllm_ray_ascend.control.timeouts import PAIRS, STEPS, step_limit_s
+from vllm_ray_ascend.engine import fault_tolerance
+from vllm_ray_ascend.engine.metrics import report_values
 from vllm_ray_ascend.engine.process import driver_settings_value, node_id, node_local_variables, skip_final_gc
 from vllm_ray_ascend.engine.shutdown import exit_with_parent
 from vllm_ray_ascend.environment.paths import absolute_if_here
@@ -52,6 +54,22 @@ from vllm_ray_ascend.executor.worker import RayAscendWorkerProc, actor_class
 from vllm_ray_ascend.ipc.message_queue import ExecutorQueues, message_queues, ranks_of_other_nodes, ranks_on_node
 from vllm_ray_ascend.ipc.shared_memory import check_space, free_space
 from vllm_ray_ascend.log import get_logger
+from vllm_ray_ascend.observability.events import (
+    ENGINE_READY,
+    EVENTS,
+    WORKERS_RESTARTED,
+    WORKERS_RESTARTING,
+    engine_name,
+)
+from vllm_ray_ascend.observability.metrics import (
+    COUNTERS,
+    RANK_INFO,
+    RESTART_TIME,
+    RESTARTS,
+    VALUES,
+    WRITE_TIME,
+    WRITES,
+)
 from vllm_ray_ascend.settings import load
 
 logger = get_logger(__name__)
@@ -158,7 +176,11 @@ class RayAscendExecutor(RpcResyncExecutor, ReboundStartup):
         self._own_group: Any = None
         self._record: EngineRecord | None = None
         self._recovery = _create_recovery(self.vllm_config)
+        _observe_engine(self.vllm_config)
+        started = time.monotonic()
         self._start_engine()
+        nodes = len({rank.node_id or rank.address for rank in self.ranks})
+        EVENTS.emit(ENGINE_READY, ranks=len(self.ranks), nodes=nodes, seconds=time.monotonic() - started)
 
     def _start_engine(self) -> None:
         settings = load()
@@ -234,6 +256,7 @@ class RayAscendExecutor(RpcResyncExecutor, ReboundStartup):
                 self._get_local_ranks,
                 lambda: self._startup.check_queues_ready(range(self.world_size)),
                 lambda: ranks_of_other_nodes(self._rank_bundles, node_id()),
+                _count_write,
             ),
             "build_actor_name": self._build_actor_name,
             "get_bundles_sorted_by_node": self._get_rank_bundles,
@@ -380,14 +403,20 @@ class RayAscendExecutor(RpcResyncExecutor, ReboundStartup):
         self._finalizer.detach()
         recovery.restarts.append(started)
         self._own_group = group
-        logger.warning("VRA-311: restarting all workers (restart %d of this engine)", len(recovery.restarts))
+        number = len(recovery.restarts)
+        logger.warning("VRA-311: restarting all workers (restart %d of this engine)", number)
+        VALUES.add(RESTARTS)
+        EVENTS.emit(WORKERS_RESTARTING, restart=number)
         self._start_engine()
         super().register_failure_callback(self._registered_callback)
         calls, recovery.calls = recovery.calls, []
         for call in calls:
             with self._startup.track_phase(call.method):
                 self.collective_rpc(call.method, None, *call.args, **call.kwargs)
-        logger.warning("VRA-312: all workers were restarted in %.1f s", time.monotonic() - started)
+        seconds = time.monotonic() - started
+        logger.warning("VRA-312: all workers were restarted in %.1f s", seconds)
+        VALUES.set(RESTART_TIME, seconds)
+        EVENTS.emit(WORKERS_RESTARTED, restart=number, seconds=seconds)
 
     def shutdown(self) -> None:
         """Stop the workers gracefully, kill the rest as upstream does, leave the registry, remove our placement group.
@@ -459,6 +488,7 @@ class RayAscendExecutor(RpcResyncExecutor, ReboundStartup):
         record = create_engine_record(self)
         check_owners(record)
         self._record = record
+        VALUES.set_info(RANK_INFO, ((str(rank.rank), rank.address, str(rank.physical_id)) for rank in record.ranks))
         publish_record(record)
         kind = current_accelerator().kind
         if warning := ignored_list_warning(
@@ -476,6 +506,25 @@ def _create_recovery(vllm_config: Any) -> Recovery | None:
 
     install()
     return Recovery()
+
+
+def _observe_engine(vllm_config: Any) -> None:
+    """Name the engine in its events, and have its values reported to vLLM's /metrics."""
+    settings, model = load(), vllm_config.model_config
+    index = vllm_config.parallel_config.data_parallel_index
+    EVENTS.engine, EVENTS.format = engine_name(str(model.served_model_name or model.model), index), settings.events
+    for counter in COUNTERS:  # from the start: Prometheus takes no first value for an increase
+        VALUES.add(counter, 0)
+    if settings.metrics == "on":
+        report_values()
+    if getattr(vllm_config.parallel_config, "enable_fault_tolerance", False):  # vLLM 0.27 and later
+        fault_tolerance.install()
+
+
+def _count_write(seconds: float) -> None:
+    """Count a write to the workers' queue: one for each step, so that it has to be cheap."""
+    VALUES.add(WRITES)
+    VALUES.add(WRITE_TIME, seconds)
 
 
 def _step_limit_s() -> float:

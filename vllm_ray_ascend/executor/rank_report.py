@@ -48,6 +48,8 @@ def create_engine_record(executor: Any) -> EngineRecord:
         ranks=ranks,
         device_key=current_accelerator().kind.key,
         node_id=node_id(),
+        tensor_parallel=config.tensor_parallel_size,
+        pipeline_parallel=config.pipeline_parallel_size,
     )
 
 

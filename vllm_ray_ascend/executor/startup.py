@@ -14,6 +14,7 @@ from vllm_ray_ascend.errors import VllmRayAscendError, WorkerFailedError, Worker
 from vllm_ray_ascend.executor.diagnostics import late_message, phase_ranges
 from vllm_ray_ascend.executor.supervisor import WorkerSupervisor
 from vllm_ray_ascend.log import get_logger
+from vllm_ray_ascend.observability.metrics import PHASES, VALUES
 from vllm_ray_ascend.settings import Settings
 
 logger = get_logger(__name__)
@@ -85,6 +86,7 @@ class StartupRayProxy:
         finally:
             self.current_phase = ""
         seconds = time.monotonic() - started
+        VALUES.set(PHASES, seconds, phase)
         logger.info("start: %s took %.2f s%s", phase, seconds, self._format_rank_phases(phase))
 
     def limit_s(self, phase: str) -> float | None:

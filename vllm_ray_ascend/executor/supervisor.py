@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_ray_ascend.cluster.probe import live_node_addresses
 from vllm_ray_ascend.control.health_check import IdleHealthCheck, Reports
-from vllm_ray_ascend.control.protocol import STOP, TERMINATE, Extension
+from vllm_ray_ascend.control.protocol import STOP, TERMINATE, EventReported, Extension
 from vllm_ray_ascend.control.server import ControlServer, Peer, PeerLost
 from vllm_ray_ascend.control.timeouts import stop_grace_s
 from vllm_ray_ascend.errors import (
@@ -30,8 +30,22 @@ from vllm_ray_ascend.executor.death_cause import (
     reconnect_limit_s,
 )
 from vllm_ray_ascend.executor.diagnostics import idle_message, worker_died_message
+from vllm_ray_ascend.executor.failure_record import create_record, write_record
 from vllm_ray_ascend.ipc.shared_memory import remove_files
 from vllm_ray_ascend.log import get_logger
+from vllm_ray_ascend.observability.events import ENGINE_FAILED, EVENTS, GRAPHS_CAPTURED, HEAD_BACK, HEAD_LOST, KINDS
+from vllm_ray_ascend.observability.metrics import (
+    FAILURE_DETECTION,
+    FAILURE_INFO,
+    FAILURE_TIME,
+    FAILURES,
+    FALLBACKS,
+    GRAPHS,
+    RANKS,
+    RANKS_ALIVE,
+    ROUND_TRIP,
+    VALUES,
+)
 from vllm_ray_ascend.settings import Settings
 
 logger = get_logger(__name__)
@@ -46,6 +60,8 @@ _ENGINE_END_S = 5.0
 """How long an engine needs for an orderly end."""
 _TERMINATE_LIMIT_S = 1.0
 _REPORT_LIMIT_S = 2.0
+_LAST_REPORTS_S = 2.0
+"""How long siblings may take to say what they were doing, and to exit, after a failure."""
 _CAUSE_LIMIT_S = 5.0
 """More than the look at Ray's head takes by which the cause of a death is found out."""
 _MIN_IDLE_LIMIT_S = 60.0
@@ -85,8 +101,10 @@ class WorkerSupervisor:
         self._server: ControlServer | None = None
         self._gcs_address = ""
         self._reconnect_s = reconnect_limit_s(os.environ)
-        self._ray_report: threading.Thread | None = None
+        self._background: list[threading.Thread] = []
+        """Threads that follow a failure."""
         self._changed = threading.Condition()
+        self._monitoring = False
         self._stopping = False
         self._failing = False
         """From the first failure on; its cause may follow."""
@@ -110,6 +128,9 @@ class WorkerSupervisor:
                 socket_folder=self._socket_folder,
                 on_error=self._handle_server_error,
             )
+            self._server.on_event = _handle_event
+            VALUES.set(RANKS, self._processes)
+            VALUES.on_read(self._refresh_values)
         return self._server.address_json()
 
     def connected_workers(self) -> list[Peer]:
@@ -125,6 +146,15 @@ class WorkerSupervisor:
         """Return what each connected rank is doing; None for one that does not answer within ``limit_s`` seconds."""
         server = self._server
         return server.request_reports(limit_s) if server else {}
+
+    def _refresh_values(self) -> None:
+        """Ask the workers how they are, for the metrics. A worker that does not answer now is alive all the same."""
+        if self._monitoring and not self._failing and not self._stopping:  # not while they start, and are busy
+            self.request_reports()
+        workers = self.connected_workers()
+        VALUES.set(RANKS_ALIVE, len(workers))
+        if answers := [peer.round_trip_s for peer in workers if peer.round_trip_s is not None]:
+            VALUES.set(ROUND_TRIP, max(answers))
 
     def set_extension_handler(self, handler: Callable[[int, str], None]) -> None:
         """Call ``handler`` with rank and name of each Extension that a connected worker sends from now on."""
@@ -153,6 +183,7 @@ class WorkerSupervisor:
 
     def start_monitoring(self, inline: bool) -> None:
         """Start the health check of idle workers; monitor through Ray the workers without a control connection."""
+        self._monitoring = True
         self.health_check.start()
         if self._gcs_address:
             threading.Thread(
@@ -184,11 +215,14 @@ class WorkerSupervisor:
         """
         self._fail(lambda: cause, exclude)
 
-    def _fail(self, find_cause: Callable[[], VllmRayAscendError], exclude: int | None = None) -> bool:
+    def _fail(
+        self, find_cause: Callable[[], VllmRayAscendError], exclude: int | None = None, loss: PeerLost | None = None
+    ) -> bool:
         """Do what `fail` does, and find out the cause once the siblings have their order, as that takes a while.
 
         Return whether this was the first failure. Where it was not, the cause of the first one is known on return.
         """
+        detection_s = self._detection_s(loss)
         with self._changed:
             if self._failing or self._stopping:
                 self._wait_for_cause()
@@ -200,8 +234,34 @@ class WorkerSupervisor:
         with self._changed:
             self.cause = cause
             self._changed.notify_all()
-        run_each(lambda: self._on_failure(cause), lambda: logger.error("%s", cause))
+        run_each(
+            lambda: self._on_failure(cause),
+            lambda: logger.error("%s", cause),
+            lambda: self._report_failure(cause, loss, detection_s),
+        )
         return True
+
+    def _detection_s(self, loss: PeerLost | None) -> float:
+        """Return the seconds since the last sign of life: of the rank that is lost, or of all, the end of a step."""
+        signs = [self.health_check.last_completion_at, *([loss.heard_at] if loss and loss.heard_at else [])]
+        return time.monotonic() - max(signs)
+
+    def _report_failure(self, cause: VllmRayAscendError, loss: PeerLost | None, detection_s: float) -> None:
+        """Report a failure that has been handled: as an event, in the metrics and, a moment later, in its record."""
+        VALUES.add(FAILURES)
+        VALUES.set_info(FAILURE_INFO, [(cause.code,)])
+        VALUES.set(FAILURE_DETECTION, detection_s)
+        VALUES.set(FAILURE_TIME, time.time())
+        rank, location = (None, "") if loss is None else (loss.rank, loss.location)
+        fields = {"code": cause.code, "cause": str(cause), "rank": rank, "location": location}
+        EVENTS.emit(ENGINE_FAILED, **fields, detection_seconds=detection_s)
+        if server := self._server:
+            self._start_background(lambda: _record_failure(cause, detection_s, server), "RayAscendFailureRecord")
+
+    def _start_background(self, call: Callable[[], None], name: str) -> None:
+        thread = threading.Thread(target=call, daemon=True, name=name)
+        self._background.append(thread)
+        thread.start()
 
     def _wait_for_cause(self) -> None:
         """Wait, with the lock, until the cause of a failure that another thread has begun to report is known."""
@@ -233,21 +293,21 @@ class WorkerSupervisor:
             logger.warning("VRA-320: ranks %s did not exit in time and are killed", late)
         self._server.close()
         self._server = None
-        if self._ray_report is not None:
-            self._ray_report.join(_RAY_REPORT_LIMIT_S)
+        for thread in self._background:
+            thread.join(_RAY_REPORT_LIMIT_S)
         return True
 
     def _handle_lost_worker(self, loss: PeerLost) -> None:
         remove_files(loss.ipc_resources)
         if loss.failure:
             text = f"rank {loss.rank} ({loss.location}) failed: {loss.failure}"
-            self.fail(WorkerFailedError("VRA-321", text), exclude=loss.rank)
+            self._fail(lambda: WorkerFailedError("VRA-321", text), loss.rank, loss)
         else:
             self._fail_dead(loss)
 
     def _fail_dead(self, loss: PeerLost) -> None:
         """End the engine, a worker process of which has died: by itself, or because Ray's head is gone."""
-        if self._fail(lambda: self._death_error(loss)):
+        if self._fail(lambda: self._death_error(loss), loss=loss):
             self._log_ray_failure(loss.rank)
 
     def _death_error(self, loss: PeerLost) -> VllmRayAscendError:
@@ -270,8 +330,7 @@ class WorkerSupervisor:
             if not self._head_obstacle() and (reason := ray_failure(references[0], _RAY_REPORT_LIMIT_S)):
                 logger.error("VRA-361: rank %d died: %s", rank, reason)
 
-        self._ray_report = threading.Thread(target=log, daemon=True, name="RayAscendDeathCause")
-        self._ray_report.start()
+        self._start_background(log, "RayAscendDeathCause")
 
     def _terminate_workers(self, exclude: int | None) -> None:
         if (server := self._server) is not None:
@@ -303,8 +362,10 @@ class WorkerSupervisor:
             obstacle = self._head_obstacle()
             if obstacle and not was_gone:
                 logger.error("VRA-362: %s", head_silent_message(self._gcs_address, obstacle, limit_s))
+                EVENTS.emit(HEAD_LOST, address=self._gcs_address)
             elif was_gone and not obstacle:
                 logger.warning("VRA-363: Ray's head (GCS) at %s answers again", self._gcs_address)
+                EVENTS.emit(HEAD_BACK, address=self._gcs_address)
             was_gone = bool(obstacle)
             if not obstacle:
                 answered_at = asked_at
@@ -327,6 +388,23 @@ class WorkerSupervisor:
                 location = f"node {addresses.get(handle.node_id, handle.node_id)}"
                 self._handle_lost_worker(PeerLost(handle.rank, 0, location, ray_failure(done[0])))
                 return
+
+
+def _handle_event(rank: int, event: EventReported) -> None:
+    """Emit an event that a worker has sent, and count it. One of another version of this package is ignored."""
+    kind = KINDS.get(event.name)
+    if kind is None:
+        return
+    VALUES.add(*(GRAPHS, float(event.fields.get("graphs") or 0)) if kind is GRAPHS_CAPTURED else (FALLBACKS, 1.0))
+    EVENTS.emit(kind, **{**event.fields, "rank": rank})
+
+
+def _record_failure(cause: VllmRayAscendError, detection_s: float, server: ControlServer) -> None:
+    """Write the record of a failure, once all workers have exited: each says before what it was doing."""
+    server.wait_for_exit(_LAST_REPORTS_S)
+    path = write_record(create_record(cause.code, str(cause), detection_s, server.latest_peers()))
+    if path is not None:
+        logger.info("the failure is recorded in %s, for `vllm-ray-ascend bundle`", path)
 
 
 def warn_if_unencrypted(environ: Mapping[str, str]) -> None:

@@ -21,7 +21,7 @@ from vllm_ray_ascend.accelerators.choose import current_accelerator
 from vllm_ray_ascend.acl_graphs import hooks
 from vllm_ray_ascend.compat.ascend import has_port_ranges
 from vllm_ray_ascend.control.client import ControlClient, server_location
-from vllm_ray_ascend.control.protocol import DeviceOpened, IpcResource, Message, PhaseStarted
+from vllm_ray_ascend.control.protocol import DeviceOpened, EventReported, IpcResource, Message, PhaseStarted
 from vllm_ray_ascend.control.timeouts import DEVICE, MODEL, STEPS, stop_grace_s
 from vllm_ray_ascend.devices.kind import NPU
 from vllm_ray_ascend.devices.numbering import logical_to_physical
@@ -51,6 +51,7 @@ from vllm_ray_ascend.ipc.message_queue import (
 )
 from vllm_ray_ascend.ipc.shared_memory import mapped_segments, remove_files
 from vllm_ray_ascend.log import get_logger
+from vllm_ray_ascend.observability.events import EVENTS
 from vllm_ray_ascend.platform_patch import platform_is_ours
 from vllm_ray_ascend.settings import load
 
@@ -88,6 +89,8 @@ class RayAscendWorker(_Mixin):
         socket_files.update(socket_paths(self._init_kwargs["input_shm_handle"]))
         self._stop_requested = False
         self._control = self._connect_control(control_address)
+        if self._control is not None:
+            EVENTS.forward = lambda event: self._send_control(EventReported(event.event, event.fields))
 
     def _connect_control(self, address_json: str) -> ControlClient | None:
         """Return the control connection to the executor; without one, Ray alone monitors this worker."""

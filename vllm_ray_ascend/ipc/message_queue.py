@@ -117,6 +117,8 @@ class CancellableQueue(MessageQueue):  # type: ignore[misc]  # vLLM is untyped
     """Seconds that `enqueue` waits for readers that have taken nothing; None: until `cancel` is called."""
     check_ready: Callable[[], None] = staticmethod(_check_nothing)
     """Called again and again while the other ends are waited for, and may raise."""
+    on_write: Callable[[float], None] = staticmethod(lambda _: None)
+    """Called with the seconds that each successful write took."""
 
     current_method: str = ""
     """In a worker: the method of the last message, until the next message is asked for."""
@@ -222,8 +224,9 @@ class CancellableQueue(MessageQueue):  # type: ignore[misc]  # vLLM is untyped
 
         Raises TimeoutError after ``timeout`` or else `write_limit_s` seconds in which a reader has made no room.
         """
+        started = time.monotonic()
         limit_s = self.write_limit_s if timeout is None else timeout
-        deadline = None if limit_s is None else time.monotonic() + limit_s
+        deadline = None if limit_s is None else started + limit_s
         self._raise_if_cancelled()
         try:
             if isinstance(self._tcp, TcpQueueWriter):
@@ -231,6 +234,7 @@ class CancellableQueue(MessageQueue):  # type: ignore[misc]  # vLLM is untyped
             super().enqueue(obj, None if deadline is None else max(0.0, deadline - time.monotonic()))
         except ConnectionError as error:
             raise self._reason_of(error) from error
+        self.on_write(time.monotonic() - started)
 
     def acquire_write(self, timeout: float | None = None) -> _Block:
         """Give the next block of shared memory, as vLLM does; waiting for it ends by `cancel` too."""
@@ -290,6 +294,7 @@ class ExecutorQueues:
         local_ranks: Callable[[], list[int]],
         check_ready: Callable[[], None],
         other_nodes: Callable[[], list[list[int]]] = list,
+        on_write: Callable[[float], None] = lambda _: None,
     ) -> None:
         """``local_ranks()`` are the ranks on the driver's node, ``other_nodes()`` those of each other node.
 
@@ -299,6 +304,7 @@ class ExecutorQueues:
         self._local_ranks = local_ranks
         self._other_nodes = other_nodes
         self._check_ready = check_ready
+        self._on_write = on_write
 
     def __call__(self, n_reader: int, n_local_reader: int, *args: Any, **kwargs: Any) -> CancellableQueue:
         """Create the writing end of a queue to all ranks."""
@@ -312,6 +318,7 @@ class ExecutorQueues:
 
     def _limit(self, queue: CancellableQueue) -> CancellableQueue:
         queue.write_limit_s, queue.check_ready = self._write_limit_s, self._check_ready
+        queue.on_write = self._on_write
         return queue
 
 
