@@ -577,7 +577,7 @@ PATCHES: tuple[Patch, ...] = (
         by="engine/fault_tolerance.py",
         what="/fault_tolerance/status has the first cause of an engine that is dead",
         why="vLLM reports the status alone, and nobody learns there which worker failed",
-        releases="vllm>=0.27",
+        releases="vllm >=0.27",
         removable="vLLM's status has the cause of its executor's failure",
         applied="start of the executor with --enable-fault-tolerance",
     ),
