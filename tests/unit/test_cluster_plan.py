@@ -154,6 +154,8 @@ def test_the_head_starts_the_control_store_and_others_join_it() -> None:
     assert {"--include-dashboard=true", "--dashboard-host=10.77.5.1"} <= set(head)
     assert not any("dashboard" in option for option in other)
     assert Cluster.from_json(cluster.to_json()) == cluster
+    for node in cluster.nodes:
+        assert node_environment(cluster, node, {})["RAY_DASHBOARD_ADDRESS"] == "http://10.77.5.1:8265"
 
 
 def test_a_node_s_environment() -> None:
@@ -166,6 +168,7 @@ def test_a_node_s_environment() -> None:
     assert environment["RAY_ADDRESS"] == "10.77.5.1:6379"
     assert environment["RAY_AUTH_MODE"] == "token", "what the user set stays"
     assert environment[MARKER] == cluster.token
+    assert "RAY_DASHBOARD_ADDRESS" not in environment
     assert environment["SOFTNPU_STATE_DIR"] == "/dev/shm", "which each such node has for itself"
 
 

@@ -22,6 +22,9 @@ MARKER = "SOFTNPU_CLUSTER"
 VISIBLE_DEVICES = "ASCEND_RT_VISIBLE_DEVICES"
 """CANN's variable with the list of devices that a process sees."""
 
+DASHBOARD_PORT = 8265
+"""Ray's default."""
+
 RAY_MINIMUM = "2.48"
 """The oldest Ray that works: older ones lack accelerator ids of NPU actors."""
 
@@ -245,6 +248,8 @@ def node_environment(cluster: Cluster, node: Node, base: Mapping[str, str]) -> d
             "SOFTNPU_STATE_DIR": str(plain_state_dir(cluster)) if cluster.shape.kind == "plain" else "/dev/shm",
         }
     )
+    if cluster.shape.dashboard:
+        environment["RAY_DASHBOARD_ADDRESS"] = f"http://{cluster.nodes[0].address}:{DASHBOARD_PORT}"
     return environment
 
 
