@@ -283,8 +283,9 @@ def check_rows(process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_trainer_sends_new_weights_to_an_engine(cluster: Cluster) -> None:
-    done = run_on_head(cluster, str(EXAMPLES / "rl/weight_transfer.py"), str(DENSE))
+@pytest.mark.parametrize("example", ["weight_transfer.py", "colocated.py"])
+def test_a_trainer_sends_new_weights_to_an_engine(cluster: Cluster, example: str) -> None:
+    done = run_on_head(cluster, str(EXAMPLES / "rl" / example), str(DENSE))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     texts = [ast.literal_eval(text) for text in re.findall(r"^scale \d: (.*)$", done.stdout, re.MULTILINE)]
     right = zen_after("Beautiful is better than ugly.\n")
