@@ -108,37 +108,6 @@ def nodes() -> Iterator[Nodes]:
         yield made
 
 
-HOLDER = """
-import ray, sys
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-ray.init(log_to_driver=False)
-node = next(row["NodeID"] for row in ray.nodes() if row["NodeManagerAddress"] == sys.argv[1])
-class Holder:
-    def hold(self): pass
-options = {"resources": {"NPU": 8}, "num_cpus": 0}
-holder = ray.remote(Holder).options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False), **options)
-holder = holder.remote()
-ray.get(holder.hold.remote())
-print(flush=True)
-input()
-"""
-
-
-@contextmanager
-def npus_in_use(nodes: Nodes, node: int) -> Iterator[None]:
-    """Have an actor hold all NPUs of the node, by Ray."""
-    command = manager.node_command(nodes.cluster, 1, [sys.executable, "-c", HOLDER, nodes.address(node)])
-    environment = manager.command_environment(nodes.cluster, 1, os.environ)
-    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
-        assert holder.stdout is not None and holder.stdin is not None
-        holder.stdout.readline()
-        try:
-            yield
-        finally:
-            holder.stdin.close()
-            holder.wait(LIMIT_S)
-
-
 def test_nothing_is_found_on_a_healthy_pair(nodes: Nodes) -> None:
     for node in (1, 2):
         nodes.install(node, "a2")
@@ -222,24 +191,6 @@ def test_every_fault_is_found_on_its_node(nodes: Nodes) -> None:
         assert {finding["code"] for finding in found if finding["address"] == nodes.address(node)} == expected
     assert all(finding["remedy"] and finding["severity"] in ("error", "warning") for finding in found)
     assert {finding["physical_id"] for finding in found if finding["code"] == "VRA-650"} == {3}
-
-
-def test_hccl_between_the_nodes_on_free_npus(nodes: Nodes) -> None:
-    """With one NPU of the second node in use, another one is taken; with all of them in use, none."""
-    for node in (1, 2):
-        nodes.install(node, "a2")
-    done = nodes.run("doctor", "--deep", "--json", "--checks", "health")
-    report = json.loads(done.stdout)
-    jsonschema.validate(report, json.loads(SCHEMA.read_text()))
-    assert (done.returncode, report["findings"]) == (0, []), done.stdout + done.stderr
-    (link,) = report["links"]
-    assert {link["first"], link["second"]} == {nodes.address(1), nodes.address(2)}
-    assert link["error"] == "" and min(link["connect_s"], link["all_reduce_s"], link["send_s"], link["receive_s"]) > 0
-    with npus_in_use(nodes, 2):
-        code, found = nodes.findings("--deep", "--checks", "health")
-    assert code == 3 and [(each["code"], each["address"]) for each in found] == [("VRA-692", nodes.address(2))]
-    refused = nodes.run("doctor", "--deep", "--local")
-    assert refused.returncode == 3 and "VRA-609" in refused.stderr
 
 
 def test_one_node_that_lacks_a_tool(nodes: Nodes) -> None:

@@ -98,7 +98,7 @@ def _link(first: NodeResources, second: NodeResources, identities: Mapping[str, 
         times, _ = ray.get(list(both), timeout=1)
     except Exception as error:  # noqa: BLE001  HCCL's, Ray's of a dead or late process: each is the pair's result
         text = str(error).strip() or repr(error)
-        return Link(*ends, error=text.splitlines()[-1])
+        return Link(*ends, error=text.splitlines()[-1].rstrip("."))
     return Link(
         *ends,
         connect_s=times["connect"],
