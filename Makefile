@@ -7,6 +7,8 @@
 #   make contract  what we rely on in upstream, in every supported release (CONTRACT='vllm==0.34.0': in these)
 #   make test-release RELEASES='vllm=0.32.0'   the basic tests with other releases of upstream
 #   make test-upstream   vLLM's own tests of its Ray executor and its message queue, against ours (GROUPS=)
+#   make conformance TORCH_NPU_TESTS=FOLDER   torch_npu's own tests, of a checkout of Ascend/pytorch, and vllm-ascend's,
+#                    with the plugin active (VLLM_ASCEND_TESTS=FOLDER, GROUPS=)
 #   make lint    ruff and mypy; the pipelines, container files and manifests against their schemas
 #   make docs    the documentation, into site/; make docs-serve shows it while it is written
 #   make bench   compare executors (BENCH_ARGS='--quick'); see benchmarks/README.md
@@ -24,7 +26,7 @@ RERUN ?=
 suite = $(RUN)/python -m ci.suite --local $(if $(filter-out 0,$(RERUN)),--rerun) $(1) --pytest $(PYTEST_ARGS)
 GROUPS ?=
 
-.PHONY: serve test check-patches contract test-release test-matrix test-faults test-upstream lint format docs docs-serve bench bench-nodes bench-queues bench-scale bench-steps bench-transport soak clean
+.PHONY: serve test check-patches contract test-release test-matrix test-faults test-upstream conformance lint format docs docs-serve bench bench-nodes bench-queues bench-scale bench-steps bench-transport soak clean
 
 serve:
 	@$(PYTHON) demo/install.py
@@ -63,6 +65,11 @@ test-release:
 test-upstream:
 	@$(PYTHON) demo/install.py test upstream
 	$(RUN)/python -m ci.upstream $(GROUPS) -- $(PYTEST_ARGS)
+
+conformance:
+	@$(PYTHON) demo/install.py test upstream conformance
+	$(RUN)/python -m ci.conformance $(if $(TORCH_NPU_TESTS),--torch-npu $(TORCH_NPU_TESTS)) \
+	    $(if $(VLLM_ASCEND_TESTS),--vllm-ascend $(VLLM_ASCEND_TESTS)) $(GROUPS) -- $(PYTEST_ARGS)
 
 lint:
 	@$(PYTHON) demo/install.py test lint

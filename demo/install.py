@@ -1,4 +1,5 @@
-"""Make .venv with all that is run here: `python demo/install.py [test] [ray] [lint] [docs] [bench] [upstream]`.
+"""Make .venv with all that is run here: `python demo/install.py [test] [ray] [lint] [docs] [bench] [upstream]
+[conformance]`.
 
 Runs with the standard library of Python 3.10 to 3.12 alone.  A second run with unchanged requirement files does nothing
 and takes a moment.  Every package is pinned, dependencies included, and pip resolves nothing: otherwise torch would
@@ -20,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements"
-GROUPS = ("demo", "test", "ray", "lint", "docs", "bench", "upstream")
+GROUPS = ("demo", "test", "ray", "lint", "docs", "bench", "upstream", "conformance")
 RAY_PACKAGES = ROOT / ".ray"
 """The folder of the group "ray", for PYTHONPATH, with its programs in bin/."""
 ALONE = frozenset({"docs"})
@@ -183,6 +184,7 @@ STEPS: dict[str, list[tuple[str, Callable[[Path], None]]]] = {
     "docs": [("mkdocs", _from_file("docs.txt", "--no-deps", "-c", str(REQUIREMENTS / "demo.txt")))],
     "bench": [("matplotlib", _from_file("bench.txt", "--no-deps"))],
     "upstream": [("what vLLM's own tests need", _from_file("upstream.txt", "--no-deps"))],
+    "conformance": [("what torch_npu's and vllm-ascend's tests need", _from_file("conformance.txt", "--no-deps"))],
 }
 
 
