@@ -7,8 +7,11 @@ one that hangs does not end the rest. Writes report.md and report.json, without 
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 import time
@@ -26,13 +29,15 @@ from vllm_ray_ascend.environment.redact import redact_value
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE_LIMIT_S = 1800.0
 _COUNT = f"""
-import json, ray, torch, torch_npu
+import json, os, ray, torch, torch_npu
 here = torch.npu.device_count()
-try:
-    ray.init("auto", log_to_driver=False)
-    nodes = [node["Resources"].get("NPU", 0) for node in ray.nodes() if node["Alive"]]
-except ConnectionError:
-    nodes = [here]
+nodes = [here]
+if os.environ.get("RAY_ADDRESS") != "local":
+    try:
+        ray.init("auto", log_to_driver=False)
+        nodes = [node["Resources"].get("NPU", 0) for node in ray.nodes() if node["Alive"]]
+    except ConnectionError:
+        pass
 found = dict(npus_here=here, nodes=sum(1 for npus in nodes if npus), npus=sum(nodes))
 print({MARKER!r} + json.dumps(found))
 """
@@ -72,19 +77,21 @@ def plan(model: str, tp_size: int, npus_here: int, npus: float) -> list[Step]:
         given = json.dumps({"model": model, "options": options})
         return Step(name, what, ("-m", "tests.hardware.engine", given), lacks=lacks)
 
-    here, everywhere = lacking(tp_size, npus_here, "on this node"), lacking(2 * tp_size, npus, "in the Ray cluster")
+    def question(name: str, what: str, lacks: str) -> Step:
+        return Step(name, what, ("-m", "tests.hardware.questions", name), lacks=lacks)
+
+    two, here = lacking(2, npus_here, "on this node"), lacking(tp_size, npus_here, "on this node")
+    everywhere = lacking(2 * tp_size, npus, "in the Ray cluster")
     return [
         Step("device", "devices, streams, graphs, HCCL on this node", ("-m", "pytest", "tests/hardware", "-m", "npu")),
-        Step(
-            "transport",
-            "end of a communicator while an operation waits",
-            ("-m", "tests.hardware.transport"),
-            lacks=lacking(2, npus_here, "on this node"),
-        ),
+        question("abort", "our end of a communicator while an operation waits", two),
+        question("destroy", "HcclCommDestroy while an operation waits", two),
+        question("stop", "stop_device while operators are queued", ""),
         engine("mp", f"TP {tp_size}, vLLM's multiprocessing", here, distributed_executor_backend="mp"),
         engine("ray", f"TP {tp_size} over Ray", here),
         engine("eager", f"TP {tp_size} over Ray, without graphs", here, enforce_eager=True),
         engine("pipeline", f"TP {tp_size} x PP 2 over Ray", everywhere, pipeline_parallel_size=2),
+        engine("data", f"TP {tp_size} x DP 2 over Ray", everywhere, data_parallel_size=2, data_parallel_backend="ray"),
     ]
 
 
@@ -152,6 +159,30 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "/").splitlines()[0][:200]
 
 
+def redacted(value: Any) -> Any:
+    """Return what a report has with addresses, this machine's name and the user's folder hidden, in all its strings."""
+    if isinstance(value, Mapping):
+        return {name: redacted(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    for known, instead in ((socket.gethostname(), "HOST"), (str(Path.home()), "~")):
+        value = re.sub(rf"(?<![\w/.-]){re.escape(known)}(?![\w.-])", instead, value)
+    return _ADDRESS.sub(lambda match: "ADDRESS" if _is_address(match[0]) else match[0], value)
+
+
+_ADDRESS = re.compile(r"(?<![\w.:])(?:\d+(?:\.\d+){3}|[0-9a-fA-F]*(?::[0-9a-fA-F]*){2,})(?![\w.])")
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _variables() -> dict[str, str]:
     names = ("ASCEND", "HCCL", "RAY_", "VLLM", "GLOO", "PYTORCH_NPU", "TORCH", "SOFTNPU")
     return {name: redact_value(name, value) for name, value in sorted(os.environ.items()) if name.startswith(names)}
@@ -175,8 +206,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{step.name}: {step.what} ...", flush=True)
         outcomes.append(run(step, options.out / f"{step.name}.log"))
         print(f"  {outcomes[-1].state} {outcomes[-1].why}", flush=True)
-    outcomes = compare(outcomes)
-    facts = {"vllm-ray-ascend": __version__, **stack(), **counted, "model": options.model, "variables": _variables()}
+    outcomes = [replace(each, figures=redacted(each.figures)) for each in compare(outcomes)]
+    found = {**counted, "model": Path(options.model).name, "variables": redacted(_variables())}
+    facts = {"vllm-ray-ascend": __version__, **stack(), **found}
     (options.out / "report.md").write_text(describe(facts, outcomes))
     report = {"facts": facts, "steps": [asdict(each) for each in outcomes]}
     (options.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.hardware.__main__ import Outcome, compare, describe, plan
+from tests.hardware.__main__ import Outcome, compare, describe, plan, redacted
 
 pytestmark = pytest.mark.unit
 
@@ -18,9 +20,9 @@ def engine(name: str, texts: list[str], *rates: float, state: str = "passed") ->
 
 def test_steps_that_a_small_machine_cannot_run_say_why() -> None:
     steps = {step.name: step for step in plan("m", 4, npus_here=2, npus=6.0)}
-    assert steps["device"].lacks == steps["transport"].lacks == ""
+    assert steps["device"].lacks == steps["abort"].lacks == steps["destroy"].lacks == steps["stop"].lacks == ""
     assert steps["ray"].lacks == steps["mp"].lacks == "needs 4 NPUs on this node, there are 2"
-    assert steps["pipeline"].lacks == "needs 8 NPUs in the Ray cluster, there are 6"
+    assert steps["pipeline"].lacks == steps["data"].lacks == "needs 8 NPUs in the Ray cluster, there are 6"
 
 
 def test_engines_differ_in_what_their_step_says() -> None:
@@ -31,8 +33,9 @@ def test_engines_differ_in_what_their_step_says() -> None:
     }
     assert all(options["tensor_parallel_size"] == 2 for options in given.values())
     assert given["mp"]["distributed_executor_backend"] == "mp"
-    assert {given[name]["distributed_executor_backend"] for name in ("ray", "eager", "pipeline")} == {"ray"}
+    assert {given[name]["distributed_executor_backend"] for name in ("ray", "eager", "pipeline", "data")} == {"ray"}
     assert given["eager"]["enforce_eager"] and given["pipeline"]["pipeline_parallel_size"] == 2
+    assert given["data"]["data_parallel_size"] == 2 and given["data"]["data_parallel_backend"] == "ray"
 
 
 def test_other_texts_fail_and_rates_are_ratios_to_mp() -> None:
@@ -60,3 +63,11 @@ def test_the_report_has_every_step_and_no_text_of_the_model() -> None:
     text = describe(facts, outcomes)
     assert "| mp | TP 2 | failed: exit code 1 | 3 | ready_s 12.35 |" in text
     assert "secret" not in text and "    HCCL_IF_IP=10.0.0.1" in text and "- npus_here: 8" in text
+
+
+def test_addresses_the_machine_and_the_users_folder_are_hidden() -> None:
+    host, home = socket.gethostname(), Path.home()
+    text = f"10.0.0.1:6379 at {host}, [fe80::1], {home}/x, torch 2.10.0, 12:34:56, c10::Error"
+    assert redacted({"a": [text, 3]}) == {
+        "a": ["ADDRESS:6379 at HOST, [ADDRESS], ~/x, torch 2.10.0, 12:34:56, c10::Error", 3]
+    }
