@@ -130,14 +130,14 @@ def test_metrics_of_the_engine_are_with_vllm_s(server: Server, two_nodes_of_two:
     found: dict[str, dict[tuple[str, ...], float]] = {}
     for family in text_string_to_metric_families(answer.text):
         for sample in family.samples:
-            if sample.name.removesuffix("_created") in METRICS:
+            if sample.name in METRICS:
                 assert sample.labels.pop("model_name") == MODEL and sample.labels.pop("engine") == "0"
                 found.setdefault(sample.name, {})[tuple(sample.labels.values())] = sample.value
     absent_while_well = {each.name for each in (FAILURE_INFO, FAILURE_DETECTION, FAILURE_TIME, RESTART_TIME)}
     assert [found[each.name] for each in (FAILURES, RESTARTS, ABORTED, FALLBACKS)] == [{(): 0}] * 4
     assert set(METRICS) - found.keys() == absent_while_well
     assert found[RANKS.name] == found[RANKS_ALIVE.name] == {(): 4}
-    assert {node for _, node, _ in found[RANK_INFO.name]} == {node.address for node in two_nodes_of_two.nodes}
+    assert {node for node, _, _ in found[RANK_INFO.name]} == {node.address for node in two_nodes_of_two.nodes}
     assert (
         found[WRITES.name][()] > 100
         and 0 < found[WRITE_TIME.name][()] < time.time() - found[REPORT_TIME.name][()] + 600
