@@ -115,7 +115,8 @@ def install_hooks() -> None:
     """Put the hooks in front of Python's own finders. They cost nothing until one of the modules is imported."""
     call_when_imported("torch_npu", _install_kernels)
     call_when_imported("torch_npu.op_plugin.atb._atb_ops", _install_atb)
-    call_when_imported("vllm_ascend.worker.block_table", _replace_triton_kernels)
+    for module in ("vllm_ascend.worker.block_table", "vllm_ascend.ops.triton.eplb"):
+        call_when_imported(module, _replace_triton_kernels)
     call_when_imported("vllm.triton_utils.importing", _disable_triton)
     sys.meta_path[:0] = [
         SubstituteFinder(
