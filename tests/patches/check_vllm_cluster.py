@@ -6,6 +6,8 @@ import contextlib
 import os
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,6 +70,58 @@ def end_of_workers() -> None:
         assert ended.exists(), "the worker was killed in its loop"
 
 
+def new_engines() -> None:
+    """Scale up by an engine on the master's node, beside one on another node that runs."""
+    from vllm.v1.engine import core
+    from vllm.v1.engine.utils import CoreEngineActorManager
+
+    class Engine:
+        """An engine core that does nothing."""
+
+        def __init__(self, **options: Any) -> None:
+            pass
+
+        def wait_for_init(self) -> None:
+            pass
+
+        def run(self) -> None:
+            time.sleep(10 * WORKER_S)
+
+    modules[core.__name__].EngineCoreActor = Engine
+    running = ray.remote(Engine).options(num_cpus=0).remote()
+    runs = running.run.remote()
+    bundles = [{f"node:{MASTER}": 0.001}, {f"node:{MASTER}": 0.001}]
+    group = ray.util.placement_group(bundles)
+    parallel = SimpleNamespace(
+        world_size=1, data_parallel_master_ip=MASTER, data_parallel_size_local=0, eplb_config=SimpleNamespace()
+    )
+    config = SimpleNamespace(
+        parallel_config=parallel, model_config=SimpleNamespace(is_moe=False), instance_id="e", kv_transfer_config=None
+    )
+    manager = SimpleNamespace(
+        local_engine_actors=[],
+        remote_engine_actors=[running],
+        add_dp_placement_groups=lambda *_: ([group], [0]),
+        env_vars_dict={},
+        executor_class=None,
+        log_stats=False,
+        addresses=None,
+        created_placement_groups=[None],
+        placement_group_is_local=[False],
+        run_refs=[runs],
+        actor_run_ref_dict={running: runs},
+    )
+    scaling = threading.Thread(
+        target=CoreEngineActorManager.scale_up_elastic_ep, args=(manager, config, 2, 0), daemon=True
+    )
+    scaling.start()
+    scaling.join(WORKER_S)
+    for actor in (*manager.local_engine_actors, running):
+        ray.kill(actor)
+    assert not scaling.is_alive(), "it waits for an engine that runs"
+    assert len(manager.run_refs) == 2
+
+
 def spawn() -> None:
     from vllm.utils.system_utils import get_mp_context
 
@@ -93,4 +147,4 @@ def cluster() -> Iterator[None]:
 
 if __name__ == "__main__":
     with cluster():
-        run({"vllm-0004": scale_up, "vllm-0005": end_of_workers, "vllm-0008": spawn})
+        run({"vllm-0004": scale_up, "vllm-0005": end_of_workers, "vllm-0008": spawn, "vllm-0009": new_engines})

@@ -27,7 +27,7 @@ ON_SOFTWARE_NPUS = ("vllm", "vllm-ascend")
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
-CLUSTERS = {"vllm-0004": "check_vllm_cluster", "vllm-0005": "check_vllm_cluster", "vllm-0008": "check_vllm_cluster"}
+CLUSTERS = dict.fromkeys(("vllm-0004", "vllm-0005", "vllm-0008", "vllm-0009"), "check_vllm_cluster")
 """Checks that need a Ray cluster of two nodes, with vLLM in its workers."""
 SLOW = {*CLUSTERS, "ray-0002"}
 
