@@ -68,6 +68,10 @@ LAYERS: tuple[Layer, ...] = (
         },
     ),
     Layer(
+        "elastic expert parallelism",
+        {"elastic_ep": "an MoE engine changes its size while it serves: groups, layers, experts, a worker's steps"},
+    ),
+    Layer(
         "integration with vLLM and Ray",
         {
             "platform_patch": "members that are added to vllm-ascend's `NPUPlatform`",
@@ -109,7 +113,15 @@ LATE: tuple[str, ...] = (
     "vllm_ray_ascend/compiled_graph/pp_communicator.py",
     "vllm_ray_ascend/compiled_graph/read_backoff.py",
     "vllm_ray_ascend/compiled_graph/worker.py",
+    "vllm_ray_ascend/elastic_ep/experts.py",
+    "vllm_ray_ascend/elastic_ep/groups.py",
+    "vllm_ray_ascend/elastic_ep/layers.py",
+    "vllm_ray_ascend/elastic_ep/meeting.py",
+    "vllm_ray_ascend/elastic_ep/scaling.py",
+    "vllm_ray_ascend/elastic_ep/worker.py",
     "vllm_ray_ascend/engine/actors.py",
+    "vllm_ray_ascend/engine/elastic_client.py",
+    "vllm_ray_ascend/engine/elastic_state.py",
     "vllm_ray_ascend/engine/manager.py",
     "vllm_ray_ascend/engine/recovery.py",
     "vllm_ray_ascend/executor/",

@@ -38,6 +38,10 @@ class SpeculationError(VllmRayAscendError, RuntimeError):
     """Speculative decoding was requested where the installed vllm-ascend cannot do it."""
 
 
+class ElasticEPError(VllmRayAscendError, RuntimeError):
+    """Elastic expert parallelism was requested where it cannot work, or a scaling failed."""
+
+
 class ClusterResourceError(VllmRayAscendError, RuntimeError):
     """The Ray cluster cannot be joined, or does not have the NPUs that the engine needs."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from vllm_ray_ascend.compat.start_method import force_spawn_after_ray_init
 from vllm_ray_ascend.compat.versions import installed, require_ray
 from vllm_ray_ascend.devices.numbering import physical_to_visible
 from vllm_ray_ascend.devices.visible import VISIBLE_DEVICES, split_entries
+from vllm_ray_ascend.elastic_ep import admission
 from vllm_ray_ascend.environment.paths import use_absolute_paths
 from vllm_ray_ascend.errors import SettingError, SpeculationError
 from vllm_ray_ascend.log import get_logger
@@ -93,6 +95,8 @@ def _with_checks(upstream: Any) -> classmethod[Any, [Any], None]:
     check: Callable[[Any, Any], None] = upstream.__func__
 
     def check_and_update_config(cls: type, vllm_config: Any) -> None:
+        if admission.is_elastic(vllm_config):
+            _admit_elastic(vllm_config)
         check(cls, vllm_config)
         if vllm_config.parallel_config.distributed_executor_backend == "ray":
             require_ray(installed("ray"))
@@ -104,6 +108,25 @@ def _with_checks(upstream: Any) -> classmethod[Any, [Any], None]:
             use_absolute_paths(vllm_config)
 
     return classmethod(check_and_update_config)
+
+
+def _admit_elastic(vllm_config: Any) -> None:
+    """Check an engine that can be scaled, and select its worker. Raises ElasticEPError where it cannot work."""
+    if vllm_config.parallel_config.worker_cls != admission.WORKER:  # it may be checked again
+        admission.check(vllm_config)
+        vllm_config.parallel_config.worker_cls = admission.WORKER
+    patches.wrap("vllm_ascend.platform._validate_eplb_config", _unless_elastic)
+
+
+def _unless_elastic(validate: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Return vllm-ascend's check of expert load balancing for engines that cannot be scaled."""
+
+    @functools.wraps(validate)
+    def validate_unless_elastic(vllm_config: Any) -> None:
+        if not admission.is_elastic(vllm_config):
+            validate(vllm_config)
+
+    return validate_unless_elastic
 
 
 def _check_speculation(vllm_config: Any) -> None:

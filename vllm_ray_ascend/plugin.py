@@ -40,6 +40,7 @@ _ENGINE_ARGS = "vllm.engine.arg_utils"
 _ENGINE_UTILS = "vllm.v1.engine.utils"
 _ENGINE_CORE = "vllm.v1.engine.core"
 _CORE_CLIENT = "vllm.v1.engine.core_client"
+_SCALING_ROUTE = "vllm.entrypoints.serve.elastic_ep.api_router"
 _ENGINE_CLIENT = "vllm.v1.engine.async_llm"
 _SERVERS = ("vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server")
 _SERVER_SUPERVISORS = ("vllm.entrypoints.launchers.dp_supervisor", "vllm.entrypoints.openai.dp_supervisor")
@@ -83,6 +84,10 @@ def general() -> None:
         when_imported(name, _set_exit_code)
     for name in _SERVER_SUPERVISORS:
         when_imported(name, _set_exit_code_of_supervisor)
+    if settings.elastic_ep == "1":
+        when_imported(_CORE_CLIENT, _guard_scaling)
+        when_imported(_ENGINE_CLIENT, _guard_frontend)
+        when_imported(_SCALING_ROUTE, _explain_scaling)
     if settings.executor != "upstream":
         when_imported(_ENGINE_ARGS, _complete_configs)
         when_imported(_ENGINE_CLIENT, _check_adapters)
@@ -195,6 +200,24 @@ def _patch_engine_core(module: ModuleType) -> None:
     patches.apply("vllm.v1.engine.core.EngineCoreActor", actors.RayAscendEngineCoreActor)
     patches.apply("vllm.v1.engine.core.DPMoEEngineCoreActor", actors.RayAscendDPMoEEngineCoreActor)
     _select_device_ids(module)
+
+
+def _guard_scaling(_: ModuleType) -> None:
+    from vllm_ray_ascend.engine.elastic_client import install
+
+    install()
+
+
+def _guard_frontend(module: ModuleType) -> None:
+    from vllm_ray_ascend.engine.elastic_client import guard_frontend
+
+    guard_frontend(module)
+
+
+def _explain_scaling(module: ModuleType) -> None:
+    from vllm_ray_ascend.engine.elastic_client import explain_failures
+
+    explain_failures(module)
 
 
 def _set_exit_code(module: ModuleType) -> None:

@@ -99,6 +99,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Literal["0", "1"],
         Meta(description="1: an engine whose worker died or hung restarts its workers and keeps serving; 0: it ends"),
     ] = "0"
+    elastic_ep: Annotated[
+        Literal["0", "1"],
+        Meta(description="experimental. 1: MoE engines with --enable-elastic-ep change their size while they serve"),
+    ] = "0"
     node_env: Annotated[
         Literal["derive", "off"],
         Meta(

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_ray_ascend.control.timeouts import DEVICE, MODEL, WORKERS, limit_variable, startup_limits, step_limit_s
+from vllm_ray_ascend.control.timeouts import (
+    DEVICE,
+    MODEL,
+    WORKERS,
+    is_switch,
+    limit_variable,
+    startup_limits,
+    step_limit_s,
+)
 from vllm_ray_ascend.executor.pipeline_warmup import adjacent_stages
 from vllm_ray_ascend.settings import VARIABLES, WEEK_S, Settings
 
@@ -29,3 +37,9 @@ def test_every_phase_of_a_startup_has_a_limit_and_its_switch_exists() -> None:
 @pytest.mark.parametrize(("size", "pairs"), [(1, []), (2, [(0, 1)]), (4, [(0, 1), (2, 3), (1, 2)])])
 def test_pipeline_pairs_are_neighbours_in_one_order(size: int, pairs: list[tuple[int, int]]) -> None:
     assert adjacent_stages(size) == pairs
+
+
+def test_only_the_switch_of_a_scaling_is_a_switch() -> None:
+    assert is_switch("elastic_ep_execute", ("commit_scale_up", True))
+    assert not is_switch("elastic_ep_execute", ("start_async", "prepare_reconfiguration"))
+    assert not is_switch("execute_model", ("commit_scale_up",)) and not is_switch(print, ())

@@ -19,6 +19,7 @@ from vllm_ray_ascend.log import get_logger
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
 
 logger = get_logger(__name__)
 
@@ -107,6 +108,22 @@ class NpuAccelerator(Accelerator):
         from vllm_ascend.distributed.parallel_state import destroy_ascend_model_parallel
 
         destroy_ascend_model_parallel()
+
+    def create_process_group(self, store: Any, rank: int, size: int, options: Any) -> ProcessGroup:
+        """Return a process group with HCCL as its only backend, independent of torch's world.
+
+        ``options`` are ProcessGroupHCCL's. HCCL's communicator is created at the first use.
+        """
+        import torch
+        import torch_npu
+        from torch.distributed import ProcessGroup
+
+        backend = torch_npu._C._distributed_c10d.ProcessGroupHCCL(store, rank, size, options)
+        backend._set_sequence_number_for_group()
+        group = ProcessGroup(store, rank, size)
+        group._set_default_backend(ProcessGroup.BackendType.CUSTOM)
+        group._register_backend(torch.device(self.name), ProcessGroup.BackendType.CUSTOM, backend)
+        return group
 
     def _clear_graphs(self, model_runner: Any) -> None:
         """Clear graphs as vllm-ascend's sleep mode does, in 0.23 to 0.33, and set a new pool of graph memory.

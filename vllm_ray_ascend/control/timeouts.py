@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vllm_ray_ascend.settings import WEEK_S, Settings
 
 STEPS = ("execute_model", "sample_tokens", "execute_dummy_batch", "take_draft_token_ids")
@@ -25,6 +27,14 @@ def step_limit_s(hang_s: float, execute_s: float) -> float:
     It has the upper bound of ours too: vLLM takes any number, and a thread that waits for three centuries raises.
     """
     return hang_s or min(0.8 * execute_s, WEEK_S)
+
+
+def is_switch(method: object, arguments: Sequence[object]) -> bool:
+    """Return whether a call of workers is their switch to another number of ranks: a failure of it ends the engine.
+
+    It captures graphs again, so that the limit of the warm-up holds for it.
+    """
+    return method == "elastic_ep_execute" and str(arguments[0]).startswith("commit")
 
 
 RANKS_PER_GRACE_SECOND = 128

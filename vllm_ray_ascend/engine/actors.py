@@ -10,6 +10,7 @@ import os
 import threading
 from typing import Any
 
+from vllm import envs
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.core import DPMoEEngineCoreActor, EngineCoreActor, EngineShutdownState
 
@@ -103,3 +104,22 @@ class RayAscendEngineCoreActor(NodeLocalEngineCore, EngineCoreActor):
 
 class RayAscendDPMoEEngineCoreActor(NodeLocalEngineCore, DPMoEEngineCoreActor):
     """vLLM's engine core actor of a data parallel MoE model, whose ranks step together."""
+
+    def _init_data_parallel(self, vllm_config: Any) -> None:
+        """Create the data parallel group, as upstream; a rank that joins others tells them that it comes to do so."""
+        config = vllm_config.parallel_config
+        if getattr(config, "enable_elastic_ep", False):
+            from vllm_ray_ascend.elastic_ep.meeting import announce
+            from vllm_ray_ascend.engine import elastic_state
+
+            elastic_state.install()
+            if envs.VLLM_ELASTIC_EP_SCALE_UP_LAUNCH:
+                host, port = config.data_parallel_master_ip, config._coord_store_port
+                announce(host, port, "cores", config.data_parallel_rank)
+        super()._init_data_parallel(vllm_config)
+
+    def give_up_elastic_ep(self) -> bool:
+        """Undo what was prepared for a scaling that has failed. Called by the API server."""
+        from vllm_ray_ascend.engine import elastic_state
+
+        return elastic_state.give_up(self)

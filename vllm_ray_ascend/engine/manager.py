@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import threading
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -58,11 +60,16 @@ logger = get_logger(__name__)
 _GRANT_LIMIT_S = 60.0
 _ACTOR_EXIT_EXTRA_S = 3.0
 """Seconds that an engine core in an actor may take in addition to the grace period of its workers."""
+_EXIT_POLL_S = 0.05
 
 
 class RayAscendEngineActorManager(CoreEngineActorManager):
     """vLLM's manager of engine core actors, with our placement and our selection of variables."""
 
+    local_engine_actors: list[Any]
+    remote_engine_actors: list[Any]
+    _ranks_before_scaling: int | None = None
+    """While a scaling is prepared: how many ranks serve."""
     _given_groups: Sequence[Any] = ()
     """Placement groups that the caller made, of the first ranks: it removes them itself."""
     _given_local_ranks: Sequence[int] = ()
@@ -83,11 +90,14 @@ class RayAscendEngineActorManager(CoreEngineActorManager):
         )
         connect(vllm_config.parallel_config)
         self._world_size: int = vllm_config.parallel_config.world_size
+        self._losses: list[PeerLost] = []
+        self._leaving: dict[int, threading.Thread] = {}
+        self._ranks_lock = threading.RLock()
         self._server = ControlServer(
             node_address(),
             load().silence_s,
-            _log_engine_exit,
-            processes=vllm_config.parallel_config.data_parallel_size,
+            self._record_loss,
+            processes=max_dp_size(vllm_config.parallel_config),
             on_error=self._handle_server_error,
         )
         try:
@@ -115,6 +125,82 @@ class RayAscendEngineActorManager(CoreEngineActorManager):
         self._server.close()
         super().shutdown(timeout)
 
+    def begin_scaling(self) -> None:
+        """Note that a scaling begins: `lost_in_scaling` and `undo_scale_up` are about what happens from now on."""
+        self._losses.clear()
+        self._ranks_before_scaling = len(self.placement_group_is_local)
+
+    def begin_switch(self) -> None:
+        """Note that ranks which have joined are like all others from now on: the end of one ends all."""
+        self._ranks_before_scaling = None
+
+    def lost_in_scaling(self) -> list[tuple[int, str]]:
+        """Return rank and description of each engine core that was lost since `begin_scaling`."""
+        return [(loss.rank, f"{_describe(loss)} exited") for loss in self._losses]
+
+    def get_run_refs(self) -> list[Any]:
+        """Return what upstream watches to end all engine cores with the first: not those that are about to join."""
+        return list(self.run_refs[: self._ranks_before_scaling])
+
+    def scale_up_elastic_ep(self, *args: Any, **kwargs: Any) -> None:
+        """Start engine cores for the ranks that join, as upstream. Where that fails, none of them stays.
+
+        NPUs of ranks that have left come free first. Upstream waits for ever where all new ranks are on this node and
+        others are not: it takes the last 0 of these for all.
+        """
+        if self._ranks_before_scaling is None:
+            self.begin_scaling()
+        for thread in list(self._leaving.values()):
+            thread.join()
+        self.local_engine_actors = AppendedSlices(self.local_engine_actors)
+        self.remote_engine_actors = AppendedSlices(self.remote_engine_actors)
+        try:
+            super().scale_up_elastic_ep(*args, **kwargs)
+        except BaseException:  # Ctrl-C too: no actor may stay
+            self.undo_scale_up()
+            raise
+
+    def undo_scale_up(self) -> None:
+        """Kill the engine cores started since `begin_scaling`, and release their NPUs. May be called again."""
+        with self._ranks_lock:
+            before = self._ranks_before_scaling
+            while before is not None and len(self.placement_group_is_local) > before:
+                self._end(*self._take_last())
+
+    def scale_down_elastic_ep(self, cur_data_parallel_size: int, new_data_parallel_size: int) -> None:
+        """Forget the ranks that leave, and release their NPUs once they have ended. Does not wait.
+
+        Upstream removes their placement groups immediately, which kills them in the middle of their shutdown.
+        """
+        for rank in reversed(range(new_data_parallel_size, cur_data_parallel_size)):
+            actor, group = self._take_last()
+            thread = threading.Thread(target=self._end_in_order, args=(rank, actor, group), daemon=True)
+            self._leaving[rank] = thread
+            thread.start()
+
+    def _take_last(self) -> tuple[Any, Any]:
+        """Remove the last rank from upstream's lists; return its actor and its placement group."""
+        group, is_local = self.created_placement_groups.pop(), self.placement_group_is_local.pop()
+        actor = (self.local_engine_actors if is_local else self.remote_engine_actors).pop()
+        if (ref := self.actor_run_ref_dict.pop(actor, None)) in self.run_refs:
+            self.run_refs.remove(ref)
+        return actor, group
+
+    def _end_in_order(self, rank: int, actor: Any, group: Any) -> None:
+        """Wait until a rank has ended by itself, then release its NPUs."""
+        deadline = time.monotonic() + stop_grace_s(load().stop_grace_s, self._world_size) + _ACTOR_EXIT_EXTRA_S
+        while rank in self._server.connected_ranks() and time.monotonic() < deadline:
+            time.sleep(_EXIT_POLL_S)
+        self._end(actor, group)
+        del self._leaving[rank]
+
+    def _end(self, actor: Any, group: Any) -> None:
+        """Kill an engine core, whose workers die with it, if it still lives, and remove its placement group."""
+        import ray
+
+        ray.kill(actor)
+        remove_placement_groups([group])
+
     def add_dp_placement_groups(self, old_vllm_config: Any, new_data_parallel_size: int) -> tuple[list[Any], list[int]]:
         """Return groups and local ranks for the ranks that elastic scale-up adds.
 
@@ -140,7 +226,7 @@ class RayAscendEngineActorManager(CoreEngineActorManager):
                 self._kind,
             ),
             lambda: self._demand(old_vllm_config, missing * (new_data_parallel_size - len(current))),
-            lambda: 0.0,
+            lambda: npu_wait_s(new_data_parallel_size * config.world_size, self._kind),
         )
         groups = create_placement_groups(_wanted_groups(old_vllm_config, added, self._kind), _GRANT_LIMIT_S)
         EVENTS.emit(RANKS_ADDED, data_parallel_size=new_data_parallel_size)
@@ -183,6 +269,12 @@ class RayAscendEngineActorManager(CoreEngineActorManager):
             exc_info=error,
         )
         self._server.close()
+
+    def _record_loss(self, loss: PeerLost) -> None:
+        """Note and log which engine core has exited. vLLM, which learns of it from Ray, ends the others."""
+        if loss.rank not in self._leaving:
+            self._losses.append(loss)
+        logger.info("%s exited", _describe(loss))
 
     def _warn_of_unused_list(self, vllm_config: Any) -> None:
         """Log a warning where this process's visible list is not what its engines on this node use."""
@@ -237,6 +329,22 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _log_engine_exit(loss: PeerLost) -> None:
-    """Log which engine core has exited. vLLM, which learns of it from Ray, ends the others."""
-    logger.info("the engine core of data parallel rank %d (process %d, %s) exited", loss.rank, loss.pid, loss.location)
+def max_dp_size(config: Any) -> int:
+    """Return how many data parallel ranks the engine of a ParallelConfig may ever have."""
+    return int(max(config.data_parallel_size, getattr(config, "elastic_ep_max_dp_size", None) or 0))
+
+
+def _describe(loss: PeerLost) -> str:
+    return f"the engine core of data parallel rank {loss.rank} (process {loss.pid}, {loss.location})"
+
+
+class AppendedSlices(list[Any]):
+    """A list each slice of which is what was appended to it."""
+
+    def __init__(self, items: Collection[Any]) -> None:
+        super().__init__(items)
+        self._given = len(items)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return the item at ``index``; for a slice, all items that were appended."""
+        return [*self][self._given :] if isinstance(index, slice) else super().__getitem__(index)

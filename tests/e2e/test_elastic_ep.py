@@ -1,0 +1,184 @@
+"""A server of a mixture of experts gains and loses data parallel ranks; its text and its experts stay right."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from softnpu.cluster.plan import Cluster
+
+from demo.server import Server
+from demo.train.recitation import MOE, PROMPTS, zen_after
+from tests.e2e.servers import check_text, create_server, opened_npus_by_node, temporary_cluster
+from tests.e2e.test_bad_input import check_nothing_left
+from tests.e2e.test_death import send_signal
+
+ELASTIC = (
+    *("--tensor-parallel-size", "1", "--data-parallel-size", "2", "--data-parallel-backend", "ray"),
+    *("--enable-expert-parallel", "--enable-eplb", "--enable-elastic-ep", "--elastic-ep-max-dp-size", "4"),
+    *("--eplb-config.use_async", "false", "--eplb-config.policy", "default"),
+    *("--worker-extension-cls", "tests.e2e.elastic_facts.ElasticFacts"),
+)
+GRAPHS = ("--no-enforce-eager", "--compilation-config", json.dumps({"cudagraph_capture_sizes": [1, 2, 4]}))
+VARIABLES = {"VLLM_RAY_ASCEND_ELASTIC_EP": "1", "VLLM_SERVER_DEV_MODE": "1"}
+LIMIT_S = 1200.0
+EXPERTS_OF_A_RANK = 4
+
+
+@contextmanager
+def elastic_server(cluster: Cluster, folder: Path, *arguments: str) -> Iterator[Server]:
+    with create_server(cluster, MOE, folder / "log", *ELASTIC, *arguments, **VARIABLES) as server:
+        server.wait_until_healthy()
+        yield server
+
+
+def request_scaling(server: Server, size: int) -> httpx.Response:
+    return httpx.post(f"{server.url}/scale_elastic_ep", json={"new_data_parallel_size": size}, timeout=LIMIT_S)
+
+
+def scale(server: Server, size: int) -> None:
+    answer = request_scaling(server, size)
+    assert answer.status_code == 200, answer.text
+    check_scaled(server, size)
+
+
+def check_scaled(server: Server, size: int) -> None:
+    """Check that all ranks agree about their number and have the right experts, and that each generates the text."""
+    facts = call_workers(server, "check_experts")
+    assert (facts["size"], facts["dp_size"], facts["physical"]) == (size, size, size * EXPERTS_OF_A_RANK)
+    check_text(server, MOE, size)
+
+
+def call_workers(server: Server, method: str) -> Any:
+    answer = httpx.post(f"{server.url}/collective_rpc", json={"method": method}, timeout=LIMIT_S)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["results"][0]
+
+
+def wait_for_npus(cluster: Cluster, node: int, npus: list[int], limit_s: float = 120.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while opened_npus_by_node(cluster).get(node, []) != npus:
+        assert time.monotonic() < deadline, opened_npus_by_node(cluster)
+        time.sleep(0.5)
+
+
+def test_two_ranks_become_four_and_two_again(tmp_path: Path) -> None:
+    """On one node, eagerly, with experts over HCCL."""
+    with temporary_cluster("e2e-elastic", 1, 4) as cluster:
+        with elastic_server(cluster, tmp_path) as server:
+            check_scaled(server, 2)
+            scale(server, 4)
+            assert opened_npus_by_node(cluster) == {1: [0, 1, 2, 3]}
+            sent, _, received, _ = call_workers(server, "check_experts")["point_to_point"]
+            assert sent + received > 0
+            scale(server, 2)
+            wait_for_npus(cluster, 1, [0, 1])
+        check_nothing_left(cluster)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), GRAPHS, ("--eplb-config.communicator", "torch_gloo")])
+def test_sizes_in_turn(tmp_path: Path, options: tuple[str, ...]) -> None:
+    """Also uneven ones, and the same again."""
+    with temporary_cluster("e2e-elastic-turns", 1, 4) as cluster, elastic_server(cluster, tmp_path, *options) as server:
+        for size in (4, 2, 4, 2, 3, 2):
+            scale(server, size)
+            if options == GRAPHS:
+                assert call_workers(server, "graph_sizes") == [1, 2, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.multinode
+def test_ranks_join_on_another_node(tmp_path: Path) -> None:
+    with temporary_cluster("e2e-elastic-nodes", 2, 2) as cluster:
+        with elastic_server(cluster, tmp_path) as server:
+            for size in (4, 2, 4):
+                scale(server, size)
+                wait_for_npus(cluster, 1, [0, 1])
+                wait_for_npus(cluster, 2, [0, 1] if size == 4 else [])
+        check_nothing_left(cluster)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [4, 3])
+def test_a_text_goes_on_across_the_switch(tmp_path: Path, size: int) -> None:
+    """One long text on each rank that stays, begun before and ended after."""
+    with temporary_cluster("e2e-elastic-text", 1, 4) as cluster, elastic_server(cluster, tmp_path) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=LIMIT_S, max_retries=0)
+        switched = threading.Event()
+        texts: dict[int, list[str]] = {}
+
+        def recite(rank: int) -> None:
+            text = ""
+            while not switched.is_set() or not text:
+                headers = {"X-data-parallel-rank": str(rank)}
+                stream = client.completions.create(
+                    model=MOE.name, prompt=PROMPTS[0], temperature=0, max_tokens=400, stream=True, extra_headers=headers
+                )
+                text = "".join(chunk.choices[0].text for chunk in stream)
+                texts.setdefault(rank, []).append(text)
+
+        threads = [threading.Thread(target=recite, args=(rank,)) for rank in (0, 1)]
+        for thread in threads:
+            thread.start()
+        scale(server, size)
+        switched.set()
+        for thread in threads:
+            thread.join()
+        assert {text for each in texts.values() for text in each} == {zen_after(PROMPTS[0])[:400]}
+
+
+@pytest.mark.slow
+def test_a_new_rank_that_dies_is_undone(tmp_path: Path) -> None:
+    """While its model is loaded; the ranks that serve go on, and the next scaling succeeds."""
+    with temporary_cluster("e2e-elastic-death", 1, 4) as cluster, elastic_server(cluster, tmp_path) as server:
+        killed = threading.Thread(target=kill_new_worker, args=(cluster,))
+        killed.start()
+        answer = request_scaling(server, 4)
+        killed.join()
+        assert answer.status_code == 500 and "VRA-343" in answer.text, answer.text
+        check_scaled(server, 2)
+        wait_for_npus(cluster, 1, [0, 1])
+        scale(server, 4)
+
+
+def kill_new_worker(cluster: Cluster) -> None:
+    """Kill the first worker that opens another NPU than those of the ranks that serve."""
+    from tests.e2e.servers import opened_npus
+
+    before = opened_npus(cluster)
+    deadline = time.monotonic() + LIMIT_S
+    while not (new := opened_npus(cluster).keys() - before.keys()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    send_signal(cluster, 1, min(new)[1])
+
+
+@pytest.mark.slow
+def test_more_ranks_than_npus(tmp_path: Path) -> None:
+    with temporary_cluster("e2e-elastic-npus", 1, 3) as cluster, elastic_server(cluster, tmp_path) as server:
+        answer = request_scaling(server, 4)
+        assert answer.status_code == 500 and "PlacementError" in answer.text, answer.text
+        assert request_scaling(server, 5).status_code == 400
+        assert request_scaling(server, 1).status_code == 400
+        check_scaled(server, 2)
+        scale(server, 3)
+
+
+@pytest.mark.slow
+def test_ten_cycles_leave_nothing_behind(tmp_path: Path) -> None:
+    with temporary_cluster("e2e-elastic-cycles", 1, 4) as cluster, elastic_server(cluster, tmp_path) as server:
+        held = []
+        for _ in range(10):
+            scale(server, 4)
+            scale(server, 2)
+            held.append(json.loads(call_workers(server, "resources")))
+        first, last = held[1], held[-1]
+        assert last == first, held

@@ -1,0 +1,216 @@
+"""The API server's part in a scaling: a preparation that fails is undone, ranks that leave finish their requests."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from types import ModuleType
+from typing import Any
+
+from vllm_ray_ascend import patches
+from vllm_ray_ascend.elastic_ep.meeting import FailureReports
+from vllm_ray_ascend.errors import ElasticEPError
+from vllm_ray_ascend.log import get_logger
+
+logger = get_logger(__name__)
+
+_CLIENT = "vllm.v1.engine.core_client.DPLBAsyncMPClient"
+_POLL_S = 0.2
+_GIVE_UP_LIMIT_S = 300.0
+_UNWIND_S = 30.0
+"""How long a preparation may take to end once everything that it waits for has ended."""
+_GIVE_UP_POLL_S = 1.0
+"""Between two requests to give up, in which the ranks serve."""
+_DRAIN_S = 120.0
+"""Seconds in which ranks that leave may finish their requests, unless the request to scale says otherwise."""
+_ENDPOINTS = ("data_parallel_master_port", "_data_parallel_master_port_list", "_coord_store_port")
+"""Of a ParallelConfig: where ranks meet, which each scaling sets anew."""
+
+Method = Callable[..., Awaitable[Any]]
+
+
+def install() -> None:
+    """Guard the scalings of this process's clients."""
+    patches.wrap(f"{_CLIENT}.prepare_elastic_ep", _with_rollback)
+    patches.wrap(f"{_CLIENT}.commit_elastic_ep", _closing_on_failure)
+
+
+def guard_frontend(module: ModuleType) -> None:
+    """Guard the scalings of AsyncLLM, of the ``module`` that has it: a failure leaves no server that answers 503."""
+    patches.wrap("vllm.v1.engine.async_llm.AsyncLLM._scale_elastic_ep", _with_drain_limit)
+
+
+def explain_failures(module: ModuleType) -> None:
+    """Let the answer to a request to scale contain why it failed. ``module`` is the one with its route."""
+
+    class ExplainedError(module.HTTPException):  # type: ignore[name-defined]
+        def __init__(self, status_code: int, detail: str) -> None:
+            cause = sys.exc_info()[1]
+            super().__init__(status_code, f"{detail}: {cause}" if status_code == 500 and cause else detail)
+
+    patches.apply("vllm.entrypoints.serve.elastic_ep.api_router.HTTPException", ExplainedError)
+
+
+def _with_drain_limit(scale: Method) -> Method:
+    """Return `_scale_elastic_ep`, which lets the client know the limit for draining, and ends the answers with 503."""
+
+    @functools.wraps(scale)
+    async def scale_and_reset(engine: Any, new_data_parallel_size: int, drain_timeout: int) -> None:
+        from vllm.entrypoints.serve.elastic_ep.middleware import set_scaling_elastic_ep
+
+        engine.engine_core._vllm_ray_ascend_drain_s = drain_timeout
+        try:
+            await scale(engine, new_data_parallel_size, drain_timeout)
+        finally:
+            set_scaling_elastic_ep(False)
+
+    return scale_and_reset
+
+
+def _with_rollback(prepare: Method) -> Method:
+    """Return `prepare_elastic_ep`, which undoes what was prepared where a rank fails. Ranks that leave are drained."""
+
+    @functools.wraps(prepare)
+    async def prepare_or_roll_back(client: Any, new_data_parallel_size: int) -> None:
+        config, present = client.vllm_config.parallel_config, len(client.core_engines)
+        endpoints = {name: getattr(config, name) for name in _ENDPOINTS}
+        manager = client.resources.engine_manager
+        manager.begin_scaling()
+        task = asyncio.ensure_future(prepare(client, new_data_parallel_size))
+        try:
+            cause = await _first_failure(client, task, endpoints["_coord_store_port"])
+            if not cause:
+                await task
+                if new_data_parallel_size < present:
+                    await _drain(client, new_data_parallel_size)
+                return
+        except ElasticEPError:  # nobody is left
+            raise
+        except Exception as error:  # whatever it is: the ranks that serve have to give up as well
+            if config._coord_store_port == endpoints["_coord_store_port"]:
+                raise  # it was refused before anything was begun
+            cause = f"{type(error).__name__}: {error}"
+        await _roll_back(client, task, new_data_parallel_size, endpoints, cause)
+        raise ElasticEPError(
+            "VRA-343",
+            f"scaling from {present} to {new_data_parallel_size} data parallel ranks failed and was undone, the "
+            f"{present} ranks go on: {cause}",
+        )
+
+    return prepare_or_roll_back
+
+
+async def _first_failure(client: Any, task: asyncio.Future[Any], old_port: int) -> str:
+    """Return why a preparation cannot succeed, as soon as that is known; empty once ``task``, which does it, ends."""
+    config, manager = client.vllm_config.parallel_config, client.resources.engine_manager
+    present = len(client.core_engines)
+    reports: FailureReports | None = None
+    while not await _is_done(client, task):
+        for _, loss in manager.lost_in_scaling():
+            return str(loss)
+        if reports is None and config._coord_store_port != old_port:
+            reports = await asyncio.to_thread(FailureReports, config.data_parallel_master_ip, config._coord_store_port)
+        if reports is not None and (report := reports.first(range(present))):
+            return report
+    return ""
+
+
+async def _roll_back(
+    client: Any, task: asyncio.Future[Any], new_data_parallel_size: int, endpoints: dict[str, Any], cause: str
+) -> None:
+    """End the ranks that were to join, have the others give up, and restore what the client has changed."""
+    config, manager = client.vllm_config.parallel_config, client.resources.engine_manager
+    await asyncio.to_thread(manager.undo_scale_up)
+    if config._coord_store_port != endpoints["_coord_store_port"]:
+        reports = FailureReports(config.data_parallel_master_ip, config._coord_store_port)
+        reports.release(f"eep_ready/{rank}" for rank in range(new_data_parallel_size))
+    deadline = time.monotonic() + _UNWIND_S
+    while not await _is_done(client, task):
+        if time.monotonic() > deadline:
+            task.cancel()
+    await asyncio.gather(task, return_exceptions=True)  # its error is known, or only follows
+    client._prepared_elastic_ep = None
+    await _give_up(client, cause)
+    for name, value in endpoints.items():
+        setattr(config, name, value)
+
+
+async def _give_up(client: Any, cause: str) -> None:
+    """Have every engine core undo what it has prepared, because of ``cause``.
+
+    Raises ElasticEPError where one does not within the limit.
+    """
+    deadline = time.monotonic() + _GIVE_UP_LIMIT_S
+    pending = list(client.core_engines)
+    while pending:
+        calls = (client._call_utility_async("give_up_elastic_ep", engine=engine) for engine in pending)
+        gathered = asyncio.gather(*calls, return_exceptions=True)
+        while not await _is_done(client, gathered):
+            pass
+        answers = gathered.result()
+        pending = [engine for engine, answer in zip(pending, answers, strict=True) if answer is not True]
+        errors = [answer for answer in answers if isinstance(answer, BaseException)]
+        if errors or (pending and time.monotonic() > deadline):
+            raise ElasticEPError(
+                "VRA-344",
+                f"{len(pending)} engine cores have not undone a failed scaling within {_GIVE_UP_LIMIT_S:g} s "
+                f"({errors[0] if errors else 'a rank waits in gloo or HCCL'}). They go on; a further scaling is "
+                f"refused until they have. Restart the server to scale it before. The scaling failed because: {cause}",
+            )
+        if pending:
+            await asyncio.sleep(_GIVE_UP_POLL_S)
+
+
+async def _is_done(client: Any, future: asyncio.Future[Any]) -> bool:
+    """Wait for ``future`` for a moment, and return whether it is done.
+
+    Raises ElasticEPError where a rank that serves is lost, with which upstream ends all: who asks it gets no answer.
+    """
+    manager = client.resources.engine_manager
+    await asyncio.wait([future], timeout=_POLL_S)
+    serving = range(len(client.core_engines))
+    lost = [loss for rank, loss in manager.lost_in_scaling() if rank in serving]
+    if not future.done() and (lost or client.resources.engine_dead):
+        future.cancel()
+        raise ElasticEPError(
+            "VRA-347",
+            f"a rank that serves was lost while the engine was scaled: {', '.join(lost) or 'the log says which'}",
+        )
+    return future.done()
+
+
+async def _drain(client: Any, new_data_parallel_size: int) -> None:
+    """Send nothing more to the ranks that leave, and wait until they have finished, or the limit is over."""
+    leaving = client.core_engines[new_data_parallel_size:]
+    client.lb_engines = client.lb_engines[:new_data_parallel_size]
+    client.engine_ranks_managed = client.engine_ranks_managed[:new_data_parallel_size]
+    limit_s = getattr(client, "_vllm_ray_ascend_drain_s", _DRAIN_S)
+    deadline = time.monotonic() + limit_s
+    while (running := sum(client.engine_inflight[engine] for engine in leaving)) and time.monotonic() < deadline:
+        await asyncio.sleep(_POLL_S)
+    if running:
+        logger.warning(
+            "VRA-345: %d requests of the ranks that leave were not done after %g s and are aborted; a longer "
+            '"drain_timeout" in the request to scale lets them finish',
+            running,
+            limit_s,
+        )
+
+
+def _closing_on_failure(commit: Method) -> Method:
+    """Return `commit_elastic_ep`, after whose failure no engine goes on: the ranks disagree about their number."""
+
+    @functools.wraps(commit)
+    async def commit_or_end(client: Any) -> None:
+        client.resources.engine_manager.begin_switch()
+        try:
+            await commit(client)
+        except BaseException as error:  # whatever it is, no rank knows which experts the others have
+            logger.error("VRA-346: the ranks failed while they switched to another number, which ends all: %s", error)
+            await asyncio.to_thread(client.resources.engine_manager.shutdown)
+            raise
+
+    return commit_or_end

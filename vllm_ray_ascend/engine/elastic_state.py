@@ -1,0 +1,93 @@
+"""An engine core's part in a scaling: a preparation that fails is reported and can be given up; the core serves on.
+
+vLLM's core dies of it, minutes later: the exception comes out of its busy loop.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from vllm.distributed import stateless_destroy_torch_distributed_process_group
+from vllm.distributed.elastic_ep.elastic_state import ElasticEPScalingState
+
+from vllm_ray_ascend import patches
+from vllm_ray_ascend.elastic_ep.meeting import report_failure, wait_for_announcements
+from vllm_ray_ascend.errors import ElasticEPError
+from vllm_ray_ascend.log import get_logger
+
+logger = get_logger(__name__)
+
+
+def install() -> None:
+    """Let the engine cores of this process use our state of a scaling."""
+    patches.apply("vllm.distributed.elastic_ep.elastic_state.ElasticEPScalingState", GuardedScalingState)
+
+
+def give_up(core: Any) -> bool:
+    """Undo what engine core ``core`` has prepared; return whether that is done, or there was nothing.
+
+    Where it is not, it has to be called again: the core serves meanwhile. Raises ElasticEPError where the switch has
+    begun.
+    """
+    state: GuardedScalingState | None = core.eep_scaling_state
+    if state is None:
+        return True
+    if state.commit_requested:
+        raise ElasticEPError("VRA-341", "a scaling cannot be given up any more: the engine cores are switching")
+    if not state.give_up():
+        return False
+    core.eep_scaling_state = None
+    core.process_input_queue_block = True
+    return True
+
+
+class GuardedScalingState(ElasticEPScalingState):
+    """vLLM's state of a scaling, in which a failure before the switch does not end the engine core."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._given_up = threading.Event()
+        self._has_failed = False
+
+    def progress(self) -> bool:
+        """Do the next step, as upstream."""
+        if self._has_failed:
+            return False
+        try:
+            return bool(super().progress())
+        except Exception as error:  # whatever it is: upstream lets it end a core that serves
+            if self.worker_type != "existing" or self.commit_requested:
+                raise
+            self._has_failed = True
+            logger.exception("VRA-342: the preparation of a scaling failed; this engine core goes on as it was")
+            config = self.new_parallel_config
+            report_failure(config.data_parallel_master_ip, config._coord_store_port, self.engine_core.dp_rank, error)
+            return False
+
+    def give_up(self) -> bool:
+        """Undo what was prepared. Return whether that is done; where not, it has to be called again."""
+        self._given_up.set()
+        self._has_failed = True
+        if not all(self._collective_rpc("elastic_ep_execute", args=("give_up",))):
+            return False
+        future = self._prepare_future
+        if future is not None and not future.done():
+            return False
+        groups = [self.new_dp_group]
+        if future is not None and future.exception() is None and isinstance(future.result(), tuple):
+            groups.append(future.result()[0])
+        for group in filter(None, groups):
+            # In its thread: it waits for an operation whose other ranks may not have given up yet.
+            self._prepare_executor.submit(stateless_destroy_torch_distributed_process_group, group)
+        self._prepare_executor.shutdown(wait=False)
+        return True
+
+    def _init_new_dp_group(self) -> tuple[Any, Any]:
+        config, present = self.new_parallel_config, self.vllm_config.parallel_config.data_parallel_size
+        joining = range(present, config.data_parallel_size)
+        wait_for_announcements(
+            config.data_parallel_master_ip, config._coord_store_port, "cores", joining, self._given_up
+        )
+        group: tuple[Any, Any] = super()._init_new_dp_group()
+        return group
