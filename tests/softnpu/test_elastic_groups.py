@@ -39,4 +39,4 @@ def test_load_is_recorded_as_on_the_cpu(group_list_type: int, enabled: bool) -> 
     loads = [torch.arange(10, dtype=torch.int32), torch.arange(10, dtype=torch.int32).npu()]
     eplb.record_expert_tokens(tokens, loads[0], switch, group_list_type, 3)
     torch.ops.vllm.ascend_eplb_record_expert_tokens(tokens.npu(), loads[1], switch.npu(), group_list_type, 3)
-    assert torch.equal(loads[1].cpu(), loads[0]) and (loads[0].sum() > 45) is enabled
+    assert torch.equal(loads[1].cpu(), loads[0]) and bool(loads[0].sum() > 45) is enabled
