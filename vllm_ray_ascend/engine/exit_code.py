@@ -43,8 +43,11 @@ def _patch_shutdown(_: ModuleType) -> None:
 def _record_failure(shutdown: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(shutdown)
     def shut_down(self: Any, *args: Any, **kwargs: Any) -> None:
-        """Shut the engine down; before, record whether it has failed: afterwards every engine is dead."""
-        if not hasattr(self, _HAS_FAILED):
+        """Shut the engine down; before, record whether it has failed: afterwards every engine is dead.
+
+        One whose start has failed has no engine core, and `errored` cannot be asked: the start's error ends the server.
+        """
+        if hasattr(self, "engine_core") and not hasattr(self, _HAS_FAILED):
             setattr(self, _HAS_FAILED, bool(self.errored))
         shutdown(self, *args, **kwargs)
 
