@@ -109,6 +109,7 @@ def basic() -> None:
     value = torch.full((4,), float(RANK), device="npu")
     own.broadcast(value, SIZE - 1).wait()
     assert value.cpu().tolist() == [SIZE - 1.0] * 4
+    own.all_reduce(value, value).wait()  # a rank that left now would be lost to one that has yet to begin the broadcast
     torch.npu.synchronize()
     own.destroy()
     own.destroy()
@@ -322,6 +323,7 @@ def silent_send() -> None:
 
 def end_in_another_thread(way: str) -> None:
     own = group(limit_s=60)
+    data = torch.empty(1, device="npu")  # before the end, which stops the context
     if RANK == 1:
         expect_error(lambda: receive(own, 0), HcclError, "has destroyed its communicator", "VRA-543", "rank 0")
         return
@@ -334,7 +336,6 @@ def end_in_another_thread(way: str) -> None:
     assert errors, "still waiting"
     assert ("was aborted: enough" if way == "abort" else "was destroyed") in errors[0]
     own.destroy()
-    data = torch.empty(1, device="npu")
     expect_error(lambda: own.send(data, 1), TransferAbortedError, "Make a new communicator")
 
 

@@ -135,6 +135,7 @@ def test_no_compiler(sources: Path, monkeypatch: pytest.MonkeyPatch, variables: 
         build.build_libraries()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which(AARCH64) is None, reason=f"needs {AARCH64} (Debian: g++-aarch64-linux-gnu)")
 def test_sources_compile_for_aarch64(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Hosts of Atlas servers are often aarch64. What links torch is not linked: there is no torch for it here."""

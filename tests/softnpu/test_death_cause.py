@@ -46,7 +46,8 @@ elif sys.argv[2] == "supervised":
     ray.wait([handle.run_ref], timeout=60.0)
     print("REASON", flush=True)
     supervisor._handle_lost_worker(PeerLost(1, 7, "node 10.0.0.2", ""))
-    supervisor._ray_report.join()
+    for thread in supervisor._background:
+        thread.join()
 else:
     reference = worker.run.remote()
     print("BEFORE", repr(ray_failure(reference)))
