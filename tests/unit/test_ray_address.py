@@ -64,10 +64,16 @@ def test_raylets_are_found_by_their_command_lines(tmp_path: Path) -> None:
     add_process(tmp_path, "5", "pid:[1]", "grep", "/raylet", "--gcs-address=10.0.0.9:6379")
     add_process(tmp_path, "6", "pid:[1]", "/ray/raylet/raylet")
     (tmp_path / "7").mkdir()  # ended between two looks
-    assert local_raylets(tmp_path) == [Raylet("[fd00::1]:6379", False), Raylet("10.0.0.1:6379", True)]
+    add_process(tmp_path, "30", "pid:[1]", "/ray/raylet", "--gcs-address=10.77.0.1:6379", network="net:[2]")
+    assert local_raylets(tmp_path) == [
+        Raylet("[fd00::1]:6379", False),
+        Raylet("10.0.0.1:6379", True),
+        Raylet("10.77.0.1:6379", False),
+    ]
 
 
-def add_process(proc: Path, pid: str, namespace: str, *command: str) -> None:
+def add_process(proc: Path, pid: str, namespace: str, *command: str, network: str = "net:[1]") -> None:
     (proc / pid / "ns").mkdir(parents=True)
     (proc / pid / "ns" / "pid").symlink_to(namespace)
+    (proc / pid / "ns" / "net").symlink_to(network)
     (proc / pid / "cmdline").write_bytes("\0".join(command).encode() + b"\0")

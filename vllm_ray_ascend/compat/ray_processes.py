@@ -17,7 +17,7 @@ class Raylet(NamedTuple):
 
     gcs_address: str
     is_near: bool
-    """Whether it shares this process's process ids: not that of a container, seen from its host."""
+    """Whether it shares this process's process ids and network: not that of a container, seen from its host."""
 
 
 def local_raylets(proc: Path = Path("/proc")) -> list[Raylet]:
@@ -59,12 +59,12 @@ def _read_raylet(proc: Path, pid: int) -> Iterator[Raylet]:
     with contextlib.suppress(OSError):  # it has just ended, or may not be read
         command = (proc / str(pid) / "cmdline").read_bytes().decode(errors="replace")
         if command.partition("\0")[0].endswith("/raylet") and (found := _GCS_ADDRESS.search(command)):
-            yield Raylet(found[1], _pid_namespace(proc, pid) == _pid_namespace(proc, "self"))
+            yield Raylet(found[1], _namespaces(proc, pid) == _namespaces(proc, "self"))
 
 
-def _pid_namespace(proc: Path, pid: int | str) -> str:
-    """Return which process ids a process has; of another user's this process may not know: its own then."""
+def _namespaces(proc: Path, pid: int | str) -> list[str]:
+    """Return which process ids and network a process has; of another user's this process may not know: its own then."""
     try:
-        return os.readlink(proc / str(pid) / "ns/pid")
+        return [os.readlink(proc / str(pid) / "ns" / kind) for kind in ("pid", "net")]
     except PermissionError:
-        return os.readlink(proc / "self/ns/pid")
+        return _namespaces(proc, "self")
