@@ -35,16 +35,8 @@ class BenchCluster:
 
     def child(self, executor: str, purpose: str) -> Child:
         """Return a process on the first node for an engine of ``executor``."""
-        variables = {
-            **os.environ,
-            **QUIET,
-            "PYTHONPATH": str(ROOT),
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        }
-        if _over_ray(executor):
-            variables |= _GRAPH_OF_VLLM if executor == "upstream-graph" else {"VLLM_RAY_ASCEND_EXECUTOR": executor}
-        else:
-            variables["VLLM_WORKER_MULTIPROC_METHOD"] = "fork" if executor == "mp-fork" else "spawn"
+        variables = engine_variables(executor)
+        if not _over_ray(executor):
             own = self._cluster.shape.npus_per_node - self._case.world_size
             variables[VISIBLE_DEVICES] = ",".join(str(own + rank) for rank in range(self._case.world_size))
         settings = {
@@ -59,6 +51,14 @@ class BenchCluster:
             LOGS / f"{self._case.name}-{executor}-{purpose}.log",
             settings,
         )
+
+
+def engine_variables(executor: str) -> dict[str, str]:
+    """Return the environment of a process with an engine of ``executor``."""
+    variables = {**os.environ, **QUIET, "PYTHONPATH": str(ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    if not _over_ray(executor):
+        return variables | {"VLLM_WORKER_MULTIPROC_METHOD": "fork" if executor == "mp-fork" else "spawn"}
+    return variables | (_GRAPH_OF_VLLM if executor == "upstream-graph" else {"VLLM_RAY_ASCEND_EXECUTOR": executor})
 
 
 def _over_ray(executor: str) -> bool:

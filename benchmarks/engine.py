@@ -21,26 +21,29 @@ class Marks(dict[str, float]):
         self[name] = time.monotonic()
 
 
-def make_config(backend: str, tp: int, pp: int, graphs: bool) -> Any:
-    """Return vLLM's configuration of the demonstration model, the same for every executor."""
+def make_config(backend: str, tp: int, pp: int, graphs: bool, *, headless: bool = False, **changes: Any) -> Any:
+    """Return vLLM's configuration of the demonstration model, the same for every executor but for ``changes``.
+
+    ``headless``: for the part of an engine that another node has.
+    """
     from vllm.engine.arg_utils import EngineArgs
 
-    arguments = EngineArgs(
-        model=str(DENSE),
-        dtype="float32",
-        tensor_parallel_size=tp,
-        pipeline_parallel_size=pp,
-        distributed_executor_backend=backend,
-        enforce_eager=not graphs,
-        max_model_len=1024,
-        max_num_seqs=8,
-        kv_cache_memory_bytes=16 << 20,
-        enable_prefix_caching=False,
-        worker_cls="benchmarks.worker.TimedWorker",
-        disable_log_stats=True,
-        seed=0,
-    )
-    return arguments.create_engine_config()
+    arguments: dict[str, Any] = {
+        "model": str(DENSE),
+        "dtype": "float32",
+        "tensor_parallel_size": tp,
+        "pipeline_parallel_size": pp,
+        "distributed_executor_backend": backend,
+        "enforce_eager": not graphs,
+        "max_model_len": 1024,
+        "max_num_seqs": 8,
+        "kv_cache_memory_bytes": 16 << 20,
+        "enable_prefix_caching": False,
+        "worker_cls": "benchmarks.worker.TimedWorker",
+        "disable_log_stats": True,
+        "seed": 0,
+    }
+    return EngineArgs(**{**arguments, **changes}).create_engine_config(headless=headless)
 
 
 def timed_executor(config: Any, marks: Marks) -> type[Any]:

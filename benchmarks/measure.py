@@ -12,9 +12,9 @@ from benchmarks.options import CASES, BenchError, Case, Options
 from benchmarks.protocol import Child
 from benchmarks.statistics import Sample
 
-_START_LIMIT_S = 300.0
-_LIMIT_S = 120.0
-_PAUSE_S = 1.2
+START_LIMIT_S = 300.0
+LIMIT_S = 120.0
+PAUSE_S = 1.2
 """Between turns: vLLM's message queues spin for a second after the last message, which slows the next engine down."""
 _WARM_UP_TOKENS = 8
 T = TypeVar("T")
@@ -58,7 +58,7 @@ class _Runner:
                 children[executor] = child
             for child in children.values():
                 for requests in (1, options.in_flight):
-                    child.ask("generate", _LIMIT_S, requests=requests, tokens=_WARM_UP_TOKENS)
+                    child.ask("generate", LIMIT_S, requests=requests, tokens=_WARM_UP_TOKENS)
             yield from self._measure_rounds(children)
             for executor, child in children.items():
                 yield from self._stop(child, executor, 0)
@@ -84,8 +84,8 @@ class _Runner:
             self._report(f"{self._case.name} round {number + 1} of {options.rounds}")
 
     def _ask(self, child: Child, what: str, **arguments: Any) -> Any:
-        time.sleep(_PAUSE_S)
-        return child.ask(what, _LIMIT_S, **arguments)
+        time.sleep(PAUSE_S)
+        return child.ask(what, LIMIT_S, **arguments)
 
     def measure_starts(self) -> Iterator[Sample]:
         """Measure starts of engines, each alone and in a process of its own."""
@@ -108,17 +108,17 @@ class _Runner:
                 for executor in options.executors
             }
             for child in children.values():
-                child.ask("prepare", _START_LIMIT_S)
+                child.ask("prepare", START_LIMIT_S)
             for number, victim in enumerate(ends):
                 for executor in rotate_executors(options.executors, number):
-                    life = children[executor].ask("life", _START_LIMIT_S, victim=victim)
+                    life = children[executor].ask("life", START_LIMIT_S, victim=victim)
                     yield self._sample(executor, "executor start", number, [sum(life["phases"].values())])
                     metric = "executor stop" if victim is None else "death"
                     yield from self._end_samples(life["end"], metric, executor, number)
                 self._report(f"{self._case.name} life {number + 1} of {len(ends)}")
 
     def _start(self, child: Child, executor: str, number: int) -> Iterator[Sample]:
-        phases: dict[str, float] = child.ask("start", _START_LIMIT_S)
+        phases: dict[str, float] = child.ask("start", START_LIMIT_S)
         whole = sum(phases.values())
         yield self._sample(executor, "start", number, [whole])
         yield self._sample(executor, "start without load", number, [whole - phases["load"]])
@@ -127,9 +127,9 @@ class _Runner:
         self._report(f"{self._case.name} start {number + 1}: {executor} {whole:.1f} s")
 
     def _stop(self, child: Child, executor: str, number: int) -> Iterator[Sample]:
-        time.sleep(_PAUSE_S)
+        time.sleep(PAUSE_S)
         yield from self._end_samples(
-            child.ask("stop", _LIMIT_S, watch=not self._case.tcp), "engine stop", executor, number
+            child.ask("stop", LIMIT_S, watch=not self._case.tcp), "engine stop", executor, number
         )
 
     def _end_samples(self, ends: dict[str, float | None], metric: str, executor: str, number: int) -> Iterator[Sample]:

@@ -29,11 +29,14 @@ class Benchmark:
     measure: Callable[[Run, Report], Iterable[Sample]]
     base: str
     markdown: Callable[[Mapping[str, Any], Figures], str]
-    plot: Callable[[Mapping[str, Any], Figures, Path], None]
+    plot: Callable[[Mapping[str, Any], Figures, Path], None] | None = None
 
 
 def record(benchmark: Benchmark, options: Any) -> int:
-    """Measure, write NAME.json, NAME.md and NAME.png; the exit code. ``options``: a dataclass with a ``name``."""
+    """Measure, write NAME.json, NAME.md and, with a plot, NAME.png; the exit code.
+
+    ``options``: a dataclass with a ``name``.
+    """
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # on the way out, clusters are removed
     started = time.monotonic()
     run: Run = {
@@ -63,8 +66,11 @@ def _write(benchmark: Benchmark, run: Run, path: Path, samples: list[Sample]) ->
     RESULTS.mkdir(exist_ok=True)
     path.with_suffix(".json").write_text(as_json(run, samples))
     path.with_suffix(".md").write_text(text)
-    benchmark.plot(run, of_metric, path.with_suffix(".png"))
-    print(f"\n{text}\nwritten: {path}.json, .md, .png")
+    written = f"{path}.json, .md"
+    if benchmark.plot is not None:
+        benchmark.plot(run, of_metric, path.with_suffix(".png"))
+        written += ", .png"
+    print(f"\n{text}\nwritten: {written}")
 
 
 def _report(started: float, line: str) -> None:

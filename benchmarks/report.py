@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.machine import describe_machine
@@ -23,7 +23,7 @@ def markdown(run: Mapping[str, Any], figures: Figures) -> str:
     """Return a title, what the figures mean, and a table for each case."""
     lines = [*head(run), "", _LEGEND]
     for case in run["options"]["cases"]:
-        lines += ["", f"## {case}", "", *_table(case, run["options"]["executors"], figures)]
+        lines += ["", f"## {case}", "", *table(case, run["options"]["executors"], figures, _cell)]
     return "\n".join(lines) + "\n"
 
 
@@ -38,12 +38,15 @@ def head(run: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _table(case: str, executors: Sequence[str], figures: Figures) -> list[str]:
+def table(case: str, executors: Sequence[str], figures: Figures, cell: Callable[[str, str, Figure], str]) -> list[str]:
+    """Return the lines of a case's table: a row for each metric. ``cell`` is given metric, executor and figure."""
     metrics = list(dict.fromkeys(metric for of_case, metric, _ in figures if of_case == case))
-    rows = [
-        [metric, *(_cell(figures.get((case, metric, executor)), executor != BASE) for executor in executors)]
-        for metric in metrics
-    ]
+
+    def text(metric: str, executor: str) -> str:
+        figure = figures.get((case, metric, executor))
+        return "" if figure is None else cell(metric, executor, figure)
+
+    rows = [[metric, *(text(metric, executor) for executor in executors)] for metric in metrics]
     titles = ["", *executors]
     return [row(titles), row(["---"] * len(titles)), *map(row, rows)]
 
@@ -53,13 +56,11 @@ def row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _cell(figure: Figure | None, with_ratio: bool) -> str:
-    if figure is None:
-        return ""
+def _cell(_: str, executor: str, figure: Figure) -> str:
     text = duration(figure.median)
     if figure.size > 1:
         text += f" ({duration(figure.p99)})"
-    if with_ratio and figure.ratio is not None:
+    if executor != BASE and figure.ratio is not None:
         least, median, most = figure.ratio
         text += f", **{median:.2f}** [{least:.2f}, {most:.2f}]"
     return text

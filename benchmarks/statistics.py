@@ -26,9 +26,9 @@ class Spread(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """One metric of one executor: percentiles of all its values, and its ratio to the base of the same round.
+    """One metric of one executor: percentiles of all its values, and its ratio to the base in each round that has both.
 
-    ``ratio`` is None where the base has no such metric; ``size`` is the number of values.
+    ``size`` is the number of values.
     """
 
     median: float
@@ -36,7 +36,12 @@ class Figure(NamedTuple):
     least: float
     most: float
     size: int
-    ratio: Spread | None
+    ratios: tuple[float, ...]
+
+    @property
+    def ratio(self) -> Spread | None:
+        """The spread of the ratios; None where the base has no such metric."""
+        return spread(self.ratios) if self.ratios else None
 
 
 def percentile(values: Iterable[float], share: float) -> float:
@@ -60,14 +65,12 @@ def spread(values: Sequence[float]) -> Spread:
 
 def figures(samples: Iterable[Sample], base: str) -> dict[tuple[str, str, str], Figure]:
     """Return the figure of every (case, metric, executor). Ratios pair the medians of one round: noise affects both."""
-    rounds = _by_round(samples)
+    rounds: dict[tuple[str, str, str], dict[int, list[float]]] = {}
+    for sample in samples:
+        if sample.values:
+            of_key = rounds.setdefault((sample.case, sample.metric, sample.executor), {})
+            of_key.setdefault(sample.round, []).extend(sample.values)
     return {key: _figure(own, rounds.get((key[0], key[1], base))) for key, own in rounds.items()}
-
-
-def ratios(samples: Iterable[Sample], base: str) -> dict[tuple[str, str, str], list[float]]:
-    """Return the ratio to ``base`` in each round that has both, of every (case, metric, executor)."""
-    rounds = _by_round(samples)
-    return {key: _ratios(own, rounds.get((key[0], key[1], base))) for key, own in rounds.items()}
 
 
 def interval(values: Sequence[float], share: float = 0.95, resamples: int = 2000) -> Spread:
@@ -88,25 +91,12 @@ def verdict(found: Spread, goal: float) -> str:
     return "missed" if found.least > goal else "undecided"
 
 
-def _by_round(samples: Iterable[Sample]) -> dict[tuple[str, str, str], dict[int, list[float]]]:
-    rounds: dict[tuple[str, str, str], dict[int, list[float]]] = {}
-    for sample in samples:
-        if sample.values:
-            of_key = rounds.setdefault((sample.case, sample.metric, sample.executor), {})
-            of_key.setdefault(sample.round, []).extend(sample.values)
-    return rounds
-
-
-def _ratios(own: dict[int, list[float]], base: dict[int, list[float]] | None) -> list[float]:
-    return [
+def _figure(own: dict[int, list[float]], base: dict[int, list[float]] | None) -> Figure:
+    values = [value for of_round in own.values() for value in of_round]
+    ratios = tuple(
         percentile(own[each], 0.5) / divisor
         for each in own
         if base is not None and each in base and (divisor := percentile(base[each], 0.5)) > 0
-    ]
-
-
-def _figure(own: dict[int, list[float]], base: dict[int, list[float]] | None) -> Figure:
-    values = [value for of_round in own.values() for value in of_round]
-    of_rounds = _ratios(own, base)
+    )
     least, median, most = spread(values)
-    return Figure(median, percentile(values, 0.99), least, most, len(values), spread(of_rounds) if of_rounds else None)
+    return Figure(median, percentile(values, 0.99), least, most, len(values), ratios)

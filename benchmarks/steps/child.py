@@ -10,9 +10,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.engine import make_config
 from benchmarks.protocol import serve
 from benchmarks.steps.usage import Usage, difference, total, used_so_far
-from demo.train.recitation import DENSE
 
 _IN_FLIGHT = 2
 """Steps at a time, as vLLM's asynchronous scheduling has them, its default."""
@@ -109,26 +109,18 @@ def _delayed(base: type[Any], delay_s: float) -> type[Any]:
 
 
 def _make_config(settings: Mapping[str, Any]) -> Any:
-    from vllm.engine.arg_utils import EngineArgs
-
     nodes = settings["nodes"] if settings["backend"] == "mp" else 1
     peers = {"nnodes": nodes, "node_rank": settings["node_rank"], "master_addr": settings["master"]}
-    arguments = EngineArgs(
-        model=str(DENSE),
-        dtype="float32",
-        tensor_parallel_size=settings["tp"],
-        pipeline_parallel_size=settings["pp"],
-        distributed_executor_backend=settings["backend"],
-        enforce_eager=True,
-        max_model_len=1024,
+    return make_config(
+        settings["backend"],
+        settings["tp"],
+        settings["pp"],
+        graphs=False,
+        headless=bool(settings["node_rank"]),
         max_num_seqs=64,
-        kv_cache_memory_bytes=16 << 20,
         worker_cls="benchmarks.steps.worker.AnsweringWorker",
-        disable_log_stats=True,
-        seed=0,
         **(peers if nodes > 1 else {}),
     )
-    return arguments.create_engine_config(headless=bool(settings["node_rank"]))
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The run: executors of a case side by side, each in a cluster of its own, in turns whose order is drawn anew."""
+"""The run: executors of a case side by side, each in a cluster of its own, in turns in a random order."""
 
 from __future__ import annotations
 
@@ -13,16 +13,12 @@ from typing import Any
 from softnpu.cluster import manager
 from softnpu.cluster.plan import Cluster, Shape
 
-from benchmarks.cluster import LOGS, ROOT
+from benchmarks.cluster import LOGS, engine_variables
+from benchmarks.measure import LIMIT_S, PAUSE_S, START_LIMIT_S
 from benchmarks.protocol import Child
 from benchmarks.statistics import Sample
 from benchmarks.steps.options import CASES, Case, Options
-from demo.server import QUIET
 
-_START_LIMIT_S = 300.0
-_LIMIT_S = 120.0
-_PAUSE_S = 1.2
-"""Between turns: vLLM's message queues spin for a second after the last message, which slows the next executor down."""
 _WARM_UP_STEPS = 50
 _DELAY_S = {"ours+50us": 50e-6}
 
@@ -42,12 +38,12 @@ def _measure_rounds(
     case: str, children: dict[str, Child], options: Options, report: Callable[[str], None]
 ) -> Iterator[Sample]:
     for child in children.values():
-        child.ask("steps", _LIMIT_S, count=_WARM_UP_STEPS, requests=options.requests)
+        child.ask("steps", LIMIT_S, count=_WARM_UP_STEPS, requests=options.requests)
     shuffle = random.Random(0)
     for number in range(options.rounds):
         for executor in shuffle.sample(options.executors, len(options.executors)):
-            time.sleep(_PAUSE_S)
-            used = children[executor].ask("steps", _LIMIT_S, count=options.steps, requests=options.requests)
+            time.sleep(PAUSE_S)
+            used = children[executor].ask("steps", LIMIT_S, count=options.steps, requests=options.requests)
             for metric, value in used.items():
                 yield Sample(case, executor, metric, number, [value])
         report(f"{case}: round {number + 1} of {options.rounds}")
@@ -70,20 +66,17 @@ def _executor(case: Case, executor: str, number: int) -> Iterator[Child]:
             for child in children:
                 child.send("start")
             for child in children:
-                child.answer(_START_LIMIT_S)
+                child.answer(START_LIMIT_S)
             yield children[0]
-            children[0].ask("stop", _LIMIT_S)
+            children[0].ask("stop", LIMIT_S)
     finally:
         manager.down(name)
 
 
 def _child(cluster: Cluster, case: Case, executor: str, node_rank: int) -> Child:
     over_ray = executor != "mp"
-    variables = {**os.environ, **QUIET, "PYTHONPATH": str(ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    if over_ray:
-        variables["VLLM_RAY_ASCEND_EXECUTOR"] = executor.partition("+")[0]
-    else:
-        variables["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    variables = engine_variables(executor.partition("+")[0])
+    if not over_ray:
         variables["VLLM_HOST_IP"] = cluster.nodes[node_rank].address
     settings: dict[str, Any] = {
         "backend": "ray" if over_ray else "mp",

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from benchmarks.statistics import Sample, Spread, interval, ratios, verdict
+from benchmarks.statistics import Sample, Spread, figures, interval, verdict
 from benchmarks.steps.options import CASES, CPU, EXECUTORS, GOALS, WALL, Options, read_options
 from benchmarks.steps.report import markdown
 from benchmarks.steps.usage import difference, total, used_so_far
@@ -35,7 +35,7 @@ def rounds(factor: float, noise: float, count: int = 20) -> list[Sample]:
 
 
 def test_an_interval_holds_the_median_and_is_the_same_each_time() -> None:
-    values = ratios(rounds(1.1, noise=0.05), "mp")["tp2", CPU, "ours"]
+    values = figures(rounds(1.1, noise=0.05), "mp")["tp2", CPU, "ours"].ratios
     found = interval(values)
     assert found.least < found.median < found.most
     assert found == interval(values)
@@ -44,7 +44,7 @@ def test_an_interval_holds_the_median_and_is_the_same_each_time() -> None:
 
 
 def test_few_noisy_rounds_have_a_wide_interval() -> None:
-    few, many = (interval(ratios(rounds(1.0, 0.3, count), "mp")["tp2", CPU, "ours"]) for count in (5, 80))
+    few, many = (interval(figures(rounds(1.0, 0.3, count), "mp")["tp2", CPU, "ours"].ratios) for count in (5, 80))
     assert few.most - few.least > 2 * (many.most - many.least)
 
 
@@ -62,10 +62,10 @@ def test_a_verdict_needs_the_whole_interval_on_one_side(found: Spread, expected:
 
 
 def test_the_report_says_what_was_found() -> None:
-    text = markdown(RUN, rounds(1.1, noise=0.01))
+    text = markdown(RUN, figures(rounds(1.1, noise=0.01), "mp"))
     assert "| tp2 | CPU of all processes | 1.00 | 1.098 [1.091, 1.100] | missed |" in text
-    assert "| undecided |" in markdown(RUN, rounds(1.02, noise=0.2, count=5))
-    assert "## Goals" not in markdown(RUN, [])
+    assert "| undecided |" in markdown(RUN, figures(rounds(1.02, noise=0.2, count=5), "mp"))
+    assert "## Goals" not in markdown(RUN, figures([], "mp"))
 
 
 def test_goals_are_of_cases_and_metrics_that_exist() -> None:
