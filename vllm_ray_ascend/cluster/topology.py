@@ -114,17 +114,18 @@ def build_topology(
 ) -> Topology:
     """Return the cluster from Ray's nodes, the registry's engines, `ray.util.placement_group_table()` and users."""
     workers = {rank.actor_name for engine in engines for rank in engine.ranks}
-    names = {engine.group: str(group_table.get(engine.group, {}).get("name", "")) for engine in engines}
+    groups = {engine.group: str(group_table.get(engine.group, {}).get("name", "")) for engine in engines}
+    names = engine_names(engines)
 
     def users(node: NodeInput) -> list[DeviceUser]:
         found = users_of_node(node.node_id, node.kind.key, node.usable_ids, actors, tasks, group_table)
         return [user for user in found if not user.name or user.name not in workers]
 
     return Topology(
-        nodes=tuple(_node_topology(node, engines, users(node), group_table) for node in nodes),
+        nodes=tuple(_node_topology(node, engines, names, users(node), group_table) for node in nodes),
         engines=tuple(engines),
         groups=tuple(_other_placement_groups(group_table, {engine.group for engine in engines})),
-        deployments={group: found for group, name in names.items() if (found := serve_deployment(name))},
+        deployments={group: found for group, name in groups.items() if (found := serve_deployment(name))},
     )
 
 
@@ -172,6 +173,7 @@ def _unnumbered_lines(node: NodeTopology) -> Iterator[str]:
 def _node_topology(
     node: NodeInput,
     engines: Sequence[EngineRecord],
+    names: Mapping[tuple[str, int], str],
     users: Sequence[DeviceUser],
     group_table: Mapping[str, Mapping[str, Any]],
 ) -> NodeTopology:
@@ -189,7 +191,6 @@ def _node_topology(
     reservations = tuple(idle_reservations(node.node_id, node.kind.key, group_table, used))
     others = max(0.0, node.declared - node.free - held)
     known = sum(user.amount for user in users) + sum(each.amount for each in reservations)
-    names = engine_names(engines)
     claims = [
         (f"engine {names[owner.engine, owner.dp_rank]}", npu)
         for npu, owners_of_npu in owners.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
 from vllm_ray_ascend.cluster.device_users import DeviceUser
@@ -11,6 +11,8 @@ from vllm_ray_ascend.cluster.findings import Finding, Severity
 from vllm_ray_ascend.cluster.registry import EngineRecord, engine_names
 from vllm_ray_ascend.cluster.topology import NodeTopology, Npu, NpuOwner, Topology
 
+Engines = Mapping[tuple[str, int], tuple[int, EngineRecord, str]]
+"""By id and data parallel rank: the number of an engine on the page, its record, its name."""
 _GOLDEN_ANGLE = 137.5
 """Degrees between the hues of neighbours: those of any count of engines or stages are far apart."""
 _FIRST_HUE = 210
@@ -21,14 +23,19 @@ _SYMBOLS = {"error": "✖", "warning": "▲", "unknown": "?", "info": "i", "ok":
 
 def format_page(topology: Topology, findings: Sequence[Finding], made_at: float, reload_s: float | None = None) -> str:
     """Return the page. ``made_at`` in seconds since 1970; with ``reload_s`` a browser loads it again."""
+    names = engine_names(topology.engines)
+    engines = {
+        (each.engine, each.dp_rank): (index, each, names[each.engine, each.dp_rank])
+        for index, each in enumerate(topology.engines)
+    }
     reload = f'<meta http-equiv="refresh" content="{reload_s:g}">' if reload_s else ""
     body = "\n".join(
         [
             *_head_lines(topology, findings, made_at),
             '<section class="nodes">',
-            *(line for node in topology.nodes for line in _node_lines(node, topology, findings)),
+            *(line for node in topology.nodes for line in _node_lines(node, engines, findings)),
             "</section>",
-            *_engine_lines(topology),
+            *_engine_lines(topology, engines),
             *_finding_lines(findings),
         ]
     )
@@ -50,7 +57,7 @@ def _head_lines(topology: Topology, findings: Sequence[Finding], made_at: float)
     yield '<label><input type="radio" name="by" id="tp"> tensor parallel rank (TP)</label></p></header>'
 
 
-def _node_lines(node: NodeTopology, topology: Topology, findings: Sequence[Finding]) -> Iterator[str]:
+def _node_lines(node: NodeTopology, engines: Engines, findings: Sequence[Finding]) -> Iterator[str]:
     own = [finding for finding in findings if finding.address == node.address]
     worst = _worst(own)
     yield f'<article class="node"><h2>{escape(node.address)} <small>{escape(node.hostname)}</small>'
@@ -58,38 +65,32 @@ def _node_lines(node: NodeTopology, topology: Topology, findings: Sequence[Findi
     yield f"<p>{node.declared:g} {node.device_key}s, {node.free:g} free</p>"
     yield '<div class="npus">'
     for npu in node.npus:
-        yield from _npu_lines(npu, node, topology, [each for each in own if each.physical_id == npu.physical_id])
+        yield from _npu_lines(npu, node, engines, [each for each in own if each.physical_id == npu.physical_id])
     yield "</div>"
     for finding in own:
         yield _finding_line(finding)
     yield "</article>"
 
 
-def _npu_lines(npu: Npu, node: NodeTopology, topology: Topology, findings: Sequence[Finding]) -> Iterator[str]:
+def _npu_lines(npu: Npu, node: NodeTopology, engines: Engines, findings: Sequence[Finding]) -> Iterator[str]:
     worst = _worst(findings)
     badge = "" if worst == "ok" else f'<span class="{worst}">{_SYMBOLS[worst]}</span>'
     users = _users_of(node, npu)
     empty = "" if npu.owners or users else " free"
     yield f'<div class="npu{empty}"><b>{escape(npu.name)}</b>{badge}'
     for owner in npu.owners:
-        yield from _owner_lines(owner, topology)
+        yield from _owner_lines(owner, engines)
     for user in users:
         yield f'<span class="other" title="{escape(str(user), quote=True)}">{escape(str(user))}</span>'
     yield "</div>"
 
 
-def _owner_lines(owner: NpuOwner, topology: Topology) -> Iterator[str]:
-    names = engine_names(topology.engines)
-    index, engine = next(
-        (index, each)
-        for index, each in enumerate(topology.engines)
-        if (each.engine, each.dp_rank) == (owner.engine, owner.dp_rank)
-    )
+def _owner_lines(owner: NpuOwner, engines: Engines) -> Iterator[str]:
+    index, engine, name = engines[owner.engine, owner.dp_rank]
     position = _position(engine, owner.rank)
     hues = {"dp": index, "pp": position[0], "tp": position[1]} if position else {"dp": index, "pp": 0, "tp": 0}
-    style = ";".join(f"--{name}:{_hue(number)}" for name, number in hues.items())
+    style = ";".join(f"--{dimension}:{_hue(number)}" for dimension, number in hues.items())
     place = f"PP {position[0]} TP {position[1]}" if position else ""
-    name = names[engine.engine, engine.dp_rank]
     title = f"{name}, rank {owner.rank}, process {owner.pid}, bundle {owner.bundle_index}"
     yield f'<span class="rank" style="{style}" title="{escape(title, quote=True)}">{escape(name)}<br>'
     yield f"rank {owner.rank} <small>{place}</small></span>"
@@ -103,14 +104,13 @@ def _position(engine: EngineRecord, rank: int) -> tuple[int, int] | None:
     return rank // ranks_of_stage, rank % engine.tensor_parallel
 
 
-def _engine_lines(topology: Topology) -> Iterator[str]:
-    names = engine_names(topology.engines)
+def _engine_lines(topology: Topology, engines: Engines) -> Iterator[str]:
     yield "<h2>Engines</h2><table><tr>" + "".join(f"<th>{each}" for each in _ENGINE_COLUMNS) + "</tr>"
-    for index, engine in enumerate(topology.engines):
+    for index, engine, name in engines.values():
         nodes = ", ".join(sorted({rank.address for rank in engine.ranks}))
         deployment = topology.deployments.get(engine.group, "")
         cells = [
-            escape(names[engine.engine, engine.dp_rank]) + (f"<br>{escape(deployment)}" if deployment else ""),
+            escape(name) + (f"<br>{escape(deployment)}" if deployment else ""),
             str(len(engine.ranks)),
             str(engine.tensor_parallel or ""),
             str(engine.pipeline_parallel or ""),
