@@ -138,7 +138,7 @@ def test_a_text_goes_on_across_the_switch(tmp_path: Path, size: int) -> None:
 
 @pytest.mark.slow
 def test_a_new_rank_that_dies_is_undone(tmp_path: Path) -> None:
-    """While its model is loaded; the ranks that serve go on, and the next scaling succeeds."""
+    """While its model is loaded; the ranks that serve continue, and the next scaling succeeds."""
     with temporary_cluster("e2e-elastic-death", 1, 4) as cluster, elastic_server(cluster, tmp_path) as server:
         killed = threading.Thread(target=kill_new_worker, args=(cluster,))
         killed.start()

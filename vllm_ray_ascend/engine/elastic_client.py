@@ -27,7 +27,7 @@ _GIVE_UP_POLL_S = 1.0
 _DRAIN_S = 120.0
 """Seconds in which ranks that leave may finish their requests, unless the request to scale says otherwise."""
 _ENDPOINTS = ("data_parallel_master_port", "_data_parallel_master_port_list", "_coord_store_port")
-"""Of a ParallelConfig: where ranks meet, which each scaling sets anew."""
+"""Of a ParallelConfig: where ranks meet, which each scaling changes."""
 
 Method = Callable[..., Awaitable[Any]]
 
@@ -97,7 +97,7 @@ def _with_rollback(prepare: Method) -> Method:
         raise ElasticEPError(
             "VRA-343",
             f"scaling from {present} to {new_data_parallel_size} data parallel ranks failed and was undone, the "
-            f"{present} ranks go on: {cause}",
+            f"{present} ranks continue: {cause}",
         )
 
     return prepare_or_roll_back
@@ -157,7 +157,7 @@ async def _give_up(client: Any, cause: str) -> None:
             raise ElasticEPError(
                 "VRA-344",
                 f"{len(pending)} engine cores have not undone a failed scaling within {_GIVE_UP_LIMIT_S:g} s "
-                f"({errors[0] if errors else 'a rank waits in gloo or HCCL'}). They go on; a further scaling is "
+                f"({errors[0] if errors else 'a rank waits in gloo or HCCL'}). They continue; a further scaling is "
                 f"refused until they have. Restart the server to scale it before. The scaling failed because: {cause}",
             )
         if pending:
@@ -201,7 +201,7 @@ async def _drain(client: Any, new_data_parallel_size: int) -> None:
 
 
 def _closing_on_failure(commit: Method) -> Method:
-    """Return `commit_elastic_ep`, after whose failure no engine goes on: the ranks disagree about their number."""
+    """Return `commit_elastic_ep`, after whose failure no engine continues: the ranks disagree about their number."""
 
     @functools.wraps(commit)
     async def commit_or_end(client: Any) -> None:

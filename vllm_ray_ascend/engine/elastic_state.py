@@ -60,7 +60,7 @@ class GuardedScalingState(ElasticEPScalingState):
             if self.worker_type != "existing" or self.commit_requested:
                 raise
             self._has_failed = True
-            logger.exception("VRA-342: the preparation of a scaling failed; this engine core goes on as it was")
+            logger.exception("VRA-342: the preparation of a scaling failed; this engine core continues as it was")
             config = self.new_parallel_config
             report_failure(config.data_parallel_master_ip, config._coord_store_port, self.engine_core.dp_rank, error)
             return False
