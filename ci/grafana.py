@@ -186,6 +186,14 @@ ALERTS = (
         _DOCTOR,
     ),
     Alert(
+        "VllmRayAscendDataParallelRankDown",
+        f"{metrics.DP_RANK_UP.name} == 0",
+        "5m",
+        "critical",
+        f"{_PLACE}: the data parallel rank is down, the others serve.",
+        "`grep VRA-145` in the server's log says why it could not be restarted.",
+    ),
+    Alert(
         "VllmRayAscendWorkerFailed",
         f"increase({metrics.FAILURES.name}[10m]) > 0",
         "0s",

@@ -123,6 +123,8 @@ LATE: tuple[str, ...] = (
     "vllm_ray_ascend/engine/elastic_client.py",
     "vllm_ray_ascend/engine/elastic_state.py",
     "vllm_ray_ascend/engine/manager.py",
+    "vllm_ray_ascend/engine/rank_actors.py",
+    "vllm_ray_ascend/engine/rank_client.py",
     "vllm_ray_ascend/engine/recovery.py",
     "vllm_ray_ascend/executor/",
     "vllm_ray_ascend/ipc/message_queue.py",

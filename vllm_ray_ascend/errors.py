@@ -90,6 +90,10 @@ class WorkerLateError(VllmRayAscendError, TimeoutError):
     """Workers did not finish a phase of the start, or a step, within its time limit."""
 
 
+class RankDownError(VllmRayAscendError, RuntimeError):
+    """A data parallel rank that a request or a call needs is down. It is being restarted; the other ranks serve."""
+
+
 class AdapterError(VllmRayAscendError, RuntimeError):
     """A LoRA adapter is not on the node of every worker. The engine continues."""
 

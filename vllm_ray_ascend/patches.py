@@ -63,6 +63,7 @@ _SERVER_SUPERVISOR = "plugin load, in the process of `vllm serve --data-parallel
 _EXECUTOR_START = "start of the executor"
 _WORKER_START = "start of a worker"
 _ELASTIC_SERVER = "plugin load with VLLM_RAY_ASCEND_ELASTIC_EP=1, in the API server"
+_RECOVERING_SERVER = "plugin load with VLLM_RAY_ASCEND_RECOVER=1, in the API server"
 _ELASTIC_WORKER = "start of a worker with VLLM_RAY_ASCEND_ELASTIC_EP=1 and --enable-elastic-ep"
 _GRAPH_START = "start of an engine with VLLM_RAY_ASCEND_EXECUTOR=compiled_graph"
 _RAY_REGISTER = "vllm_ray_ascend.ray_transport.register(), in the driver of a compiled graph"
@@ -923,6 +924,46 @@ PATCHES: tuple[Patch, ...] = (
         releases="vllm",
         removable="vLLM's answer contains the error",
         applied=_ELASTIC_SERVER,
+    ),
+    Patch(
+        "vllm.v1.engine.core_client",
+        (
+            "DPLBAsyncMPClient.__init__",
+            "DPLBAsyncMPClient.get_core_engine_for_request",
+            "DPLBAsyncMPClient.call_utility_async",
+            "DPLBAsyncMPClient.eep_process_engine_core_notification",
+            "DPAsyncMPClient.add_request_async",
+            "AsyncMPClient._call_utility_async",
+        ),
+        kind="wrap",
+        by="engine/rank_client.py",
+        what="requests and calls of a data parallel rank that is down fail immediately, the other ranks serve",
+        why="vLLM waits for the answers of a rank that is gone, and sends it further requests",
+        releases="vllm",
+        removable="vLLM serves with the data parallel ranks that live",
+        applied=_RECOVERING_SERVER,
+    ),
+    Patch(
+        "vllm.v1.engine.async_llm",
+        ("AsyncLLM.check_health",),
+        kind="wrap",
+        by="engine/rank_client.py",
+        what="/health answers 503 where all data parallel ranks are down, or some, where the user wants that",
+        why="it answers 200",
+        releases="vllm",
+        removable="vLLM serves with the data parallel ranks that live",
+        applied=_RECOVERING_SERVER,
+    ),
+    Patch(
+        "vllm.v1.engine.async_llm",
+        ("AsyncLLM.generate",),
+        kind="wrap",
+        by="engine/rank_client.py",
+        what="a request that a failure ends before its first token ends with an error",
+        why="the stream of such a request ends as if it had been served, with no text",
+        releases="vllm",
+        removable="vLLM's streams report an error before the first token",
+        applied=_RECOVERING_SERVER,
     ),
     # ---- Ray Serve LLM ----
     Patch(

@@ -91,6 +91,9 @@ def general() -> None:
     if settings.executor != "upstream":
         when_imported(_ENGINE_ARGS, _complete_configs)
         when_imported(_ENGINE_CLIENT, _check_adapters)
+        if settings.recover == "1":
+            when_imported(_CORE_CLIENT, _continue_without_ranks)
+            when_imported(_ENGINE_CLIENT, _report_failures)
         if settings.metrics == "on":
             when_imported(_CORE_CLIENT, _receive_metrics)
         when_imported(_UPSTREAM_EXECUTOR_MODULE, _load_executor)
@@ -182,6 +185,20 @@ def _receive_metrics(_: ModuleType) -> None:
     from vllm_ray_ascend.engine.metrics import receive_values
 
     receive_values()
+
+
+def _continue_without_ranks(_: ModuleType) -> None:
+    """Let clients serve while data parallel ranks are down."""
+    from vllm_ray_ascend.engine.rank_client import install
+
+    install()
+
+
+def _report_failures(_: ModuleType) -> None:
+    from vllm_ray_ascend.engine.rank_client import report_errors_before_first_token, report_health
+
+    report_health()
+    report_errors_before_first_token()
 
 
 def _patch_engine_utils(module: ModuleType) -> None:

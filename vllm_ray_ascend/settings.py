@@ -97,8 +97,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 0.0
     recover: Annotated[
         Literal["0", "1"],
-        Meta(description="1: an engine whose worker died or hung restarts its workers and keeps serving; 0: it ends"),
+        Meta(
+            description="1: an engine whose worker died or hung restarts its workers and keeps serving, and lost data "
+            "parallel ranks are restarted while the others serve; 0: it ends"
+        ),
     ] = "0"
+    degraded_health: Annotated[
+        Literal["200", "503"],
+        Meta(description="what /health answers while some data parallel ranks are down (with all of them down: 503)"),
+    ] = "200"
     elastic_ep: Annotated[
         Literal["0", "1"],
         Meta(description="experimental. 1: MoE engines with --enable-elastic-ep change their size while they serve"),

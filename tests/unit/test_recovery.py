@@ -62,10 +62,17 @@ def test_a_cause_that_persists_ends_the_engine(restarts: list[float], refused: b
 
 
 def config(
-    dp: int = 1, moe: bool = False, connector: object = None, elastic: bool = False, encoder: object = None
+    dp: int = 1,
+    moe: bool = False,
+    connector: object = None,
+    elastic: bool = False,
+    encoder: object = None,
+    backend: str = "mp",
 ) -> SimpleNamespace:
     return SimpleNamespace(
-        parallel_config=SimpleNamespace(data_parallel_size=dp, enable_elastic_ep=elastic),
+        parallel_config=SimpleNamespace(
+            data_parallel_size=dp, data_parallel_backend=backend, enable_elastic_ep=elastic
+        ),
         model_config=SimpleNamespace(is_moe=moe),
         kv_transfer_config=connector,
         ec_transfer_config=encoder,
@@ -88,4 +95,5 @@ def test_unsupported_configurations_are_rejected_at_once(given: SimpleNamespace,
 
 def test_other_configurations_are_accepted() -> None:
     check_recoverable(config(dp=2))
+    check_recoverable(config(dp=2, moe=True, backend="ray"))
     check_recoverable(config(moe=True))

@@ -214,11 +214,7 @@ def plan_scale_up(
     new_ranks = range(len(current), new_dp_size)
     task = f"Cannot scale from {len(current)} to {new_dp_size} data parallel ranks of {kind.format_count(world_size)}"
     _validate_nodes(task, nodes, master, allowed_addresses, kind)
-    taken = {(rank.node, rank.local_dp_rank) for rank in current}
-    places: list[tuple[NodeNpus, int]] = []
-    for node in _usable_nodes(nodes, master, allowed_addresses):
-        unused = (number for number in count() if not {(node.key, number), (node.address, number)} & taken)
-        places += [(node, next(unused)) for _ in range(node.free // world_size)]
+    places = _free_places(current, world_size, _usable_nodes(nodes, master, allowed_addresses))
     if len(places) < len(new_ranks):
         fitting = len(current) + len(places)
         more = _free_more_npus((len(new_ranks) - len(places)) * world_size, kind)
@@ -229,6 +225,31 @@ def plan_scale_up(
         _place_rank(dp_rank, local_dp_rank, [node] * world_size)
         for dp_rank, (node, local_dp_rank) in zip(new_ranks, places, strict=False)
     ]
+
+
+def plan_replacement(
+    dp_rank: int,
+    others: Sequence[PlacedRank],
+    world_size: int,
+    master: str,
+    nodes: Sequence[NodeNpus],
+    allowed_addresses: Collection[str] = frozenset(),
+    kind: Kind = NPU,
+) -> RankPlacement:
+    """Place a rank again whose node is lost or drains, beside the ``others``: whole on one node, the master's first.
+
+    Nodes of ``allowed_addresses`` that are gone do not matter. Raises PlacementError.
+    """
+    task = f"Cannot place data parallel rank {dp_rank} of {kind.format_count(world_size)} on another node"
+    allowed = frozenset(allowed_addresses) & {node.address for node in nodes} if allowed_addresses else frozenset()
+    _validate_nodes(task, nodes, master, allowed, kind)
+    usable = [node for node in nodes if not allowed_addresses or node.address in allowed or _is_at(node, master)]
+    places = _free_places(others, world_size, usable)
+    if not places:
+        more = _free_more_npus(world_size, kind)
+        raise ShortageError("VRA-154", _placement_message(task, nodes, kind, "No node has room for it", more))
+    node, local_dp_rank = places[0]
+    return _place_rank(dp_rank, local_dp_rank, [node] * world_size)
 
 
 def is_tied_by_mp_backend(
@@ -252,6 +273,18 @@ def is_tied_by_mp_backend(
             "nodes.",
         )
     return True
+
+
+def _free_places(
+    current: Sequence[PlacedRank], world_size: int, nodes: Sequence[NodeNpus]
+) -> list[tuple[NodeNpus, int]]:
+    """Return the places for further whole ranks, as node and local rank there, in the order of ``nodes``."""
+    taken = {(rank.node, rank.local_dp_rank) for rank in current}
+    places: list[tuple[NodeNpus, int]] = []
+    for node in nodes:
+        unused = (number for number in count() if not {(node.key, number), (node.address, number)} & taken)
+        places += [(node, next(unused)) for _ in range(node.free // world_size)]
+    return places
 
 
 def _try_placement(request: DpRequest, nodes: Sequence[NodeNpus]) -> _Attempt:

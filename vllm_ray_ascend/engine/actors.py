@@ -15,9 +15,12 @@ from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.core import DPMoEEngineCoreActor, EngineCoreActor, EngineShutdownState
 
 from vllm_ray_ascend.control.client import ControlClient, server_location
+from vllm_ray_ascend.control.protocol import EventReported
 from vllm_ray_ascend.control.timeouts import stop_grace_s
 from vllm_ray_ascend.engine.process import EngineLaunchContext, node_address, prepare_process
+from vllm_ray_ascend.engine.rank_recovery import drain_seconds
 from vllm_ray_ascend.log import get_logger
+from vllm_ray_ascend.observability.events import EVENTS, WORKERS_CHANGED, Event
 from vllm_ray_ascend.settings import load
 
 logger = get_logger(__name__)
@@ -31,20 +34,24 @@ class NodeLocalEngineCore:
             kwargs["addresses"], "launch_context", EngineLaunchContext("", {})
         )
         os.environ.update(launch_context.secrets)
+        self.restarts_ranks = launch_context.restarts_ranks
         prepare_process()
         self._control = self._connect_control(launch_context.control_address, kwargs.get("dp_rank", 0))
+        EVENTS.listen(self._report_change)
         super().__init__(*args, **kwargs)
 
     def run_busy_loop(self) -> None:
         """Run upstream's loop. A failure is reported to clients immediately, as by an engine core that is no Ray actor.
 
-        Then the actor's process exits: upstream's driver detects a dead actor, but not one whose `run` raised.
+        That ends all ranks, so not where the driver restarts this one. Then the actor's process exits: upstream's
+        driver detects a dead actor, but not one whose `run` raised.
         """
         try:
             super().run_busy_loop()  # type: ignore[misc]
         except Exception:  # whatever it is: upstream's driver waits for this process to exit
             logger.exception("VRA-303: the engine core failed")
-            self._send_engine_dead()  # type: ignore[attr-defined]
+            if not self.restarts_ranks:
+                self._send_engine_dead()  # type: ignore[attr-defined]
             raise SystemExit(1) from None
 
     def _connect_control(self, address_json: str, dp_rank: int) -> ControlClient | None:
@@ -60,6 +67,7 @@ class NodeLocalEngineCore:
                 on_stop=self._request_shutdown,
                 on_terminate=lambda lost: self._shut_down_within_limit(),
                 describe_activity=lambda: "engine core",
+                on_extension=self._handle_extension,
             )
         except OSError as error:
             logger.warning(
@@ -70,6 +78,17 @@ class NodeLocalEngineCore:
                 error,
             )
             return None
+
+    def _report_change(self, event: Event) -> None:
+        """Let the driver know that a new engine core would lack what a call has changed: it then starts none."""
+        if event.event == WORKERS_CHANGED.name and self._control is not None:
+            self._control.send(EventReported(event.event, event.fields))
+
+    def _handle_extension(self, name: str) -> None:
+        """Finish the requests, for at most the seconds in the message, and exit: this node is about to be stopped."""
+        if seconds := drain_seconds(name):
+            self.vllm_config.shutdown_timeout = seconds  # type: ignore[attr-defined]
+            self._request_shutdown()
 
     def _request_shutdown(self) -> None:
         """Do what SIGTERM does to an engine core that is no Ray actor; exit where the busy loop does not run yet."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import os
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,17 +31,16 @@ from vllm_ray_ascend.cluster.growth import place_with_growth
 from vllm_ray_ascend.cluster.placement_groups import (
     PlacementGroupSpec,
     create_placement_groups,
-    current_nodes,
     free_npus_per_node,
     nodes_of_bundles,
-    pin_to_nodes,
     remove_placement_groups,
 )
 from vllm_ray_ascend.cluster.registry import ignored_list_warning, running_engines
-from vllm_ray_ascend.control.protocol import STOP
+from vllm_ray_ascend.compat.ray_state import draining_nodes
+from vllm_ray_ascend.control.protocol import STOP, EventReported
 from vllm_ray_ascend.control.server import ControlServer, PeerLost
 from vllm_ray_ascend.control.timeouts import stop_grace_s
-from vllm_ray_ascend.devices.kind import NPU, Kind
+from vllm_ray_ascend.devices.kind import NPU
 from vllm_ray_ascend.devices.owners import reject_device_ids
 from vllm_ray_ascend.engine.data_parallel import allowed_addresses, check_master_address, placement_request
 from vllm_ray_ascend.engine.process import (
@@ -50,29 +50,32 @@ from vllm_ray_ascend.engine.process import (
     node_id,
     node_local_variables,
 )
+from vllm_ray_ascend.engine.rank_actors import GRANT_LIMIT_S, WATCH_S, ReplaceableActors, wanted_groups
+from vllm_ray_ascend.engine.rank_recovery import (
+    RankRecovery,
+    drain_limit_s,
+    drain_message,
+    failure_domains,
+    may_restart_ranks,
+)
+from vllm_ray_ascend.engine.rank_status import StatusPublisher
 from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, is_secret, names_to_copy
 from vllm_ray_ascend.log import get_logger
-from vllm_ray_ascend.observability.events import EVENTS, RANKS_ADDED
+from vllm_ray_ascend.observability.events import EVENTS, RANKS_ADDED, WORKERS_CHANGED
 from vllm_ray_ascend.settings import load
 
 logger = get_logger(__name__)
 
-_GRANT_LIMIT_S = 60.0
 _ACTOR_EXIT_EXTRA_S = 3.0
 """Seconds that an engine core in an actor may take in addition to the grace period of its workers."""
 _EXIT_POLL_S = 0.05
 
 
-class RayAscendEngineActorManager(CoreEngineActorManager):
+class RayAscendEngineActorManager(ReplaceableActors):
     """vLLM's manager of engine core actors, with our placement and our selection of variables."""
 
-    local_engine_actors: list[Any]
-    remote_engine_actors: list[Any]
     _ranks_before_scaling: int | None = None
     """While a scaling is prepared: how many ranks serve."""
-    _given_groups: Sequence[Any] = ()
-    """Placement groups that the caller made, of the first ranks: it removes them itself."""
-    _given_local_ranks: Sequence[int] = ()
 
     def __init__(self, vllm_config: Any, addresses: Any, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(super().__init__).bind(vllm_config, addresses, *args, **kwargs).arguments
@@ -93,6 +96,9 @@ class RayAscendEngineActorManager(CoreEngineActorManager):
         self._losses: list[PeerLost] = []
         self._leaving: dict[int, threading.Thread] = {}
         self._ranks_lock = threading.RLock()
+        self._config = copy.deepcopy(vllm_config)
+        self._publisher = StatusPublisher(addresses)
+        self._restarts: RankRecovery | None = None
         self._server = ControlServer(
             node_address(),
             load().silence_s,
@@ -101,17 +107,40 @@ class RayAscendEngineActorManager(CoreEngineActorManager):
             on_error=self._handle_server_error,
         )
         try:
-            addresses.launch_context = EngineLaunchContext(self._server.address_json(), secrets)
+            addresses.launch_context = EngineLaunchContext(
+                self._server.address_json(), secrets, may_restart_ranks(vllm_config)
+            )
             with _environment({DRIVER_VARIABLE: driver_settings_value()}):
                 start(self, vllm_config, addresses, *args, **kwargs)
         except BaseException:  # Ctrl-C too: no actor may stay
             self._undo_startup()
             raise
+        if may_restart_ranks(vllm_config):
+            self._restarts = RankRecovery(failure_domains(vllm_config), self.restart_ranks, self._publisher)
+            self._server.on_event = self._record_event
         self._warn_of_unused_list(vllm_config)
+
+    def monitor_engine_liveness(self) -> None:
+        """Return, and end all engine cores, when one has ended as upstream; where they are restarted, when none can be.
+
+        Called in a thread of its own.
+        """
+        if self._restarts is None:
+            super().monitor_engine_liveness()
+            return
+        drained: set[int] = set()
+        while not self.manager_stopped.is_set() and not self._restarts.ended.is_set():
+            self._watch_ranks(self._restarts)
+            drained = self._drain_ranks(self._restarts, drained)
+        if self._restarts.ended.is_set():
+            self.failed_proc_name = self._restarts.cause
+        self.shutdown()
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Stop the engine cores gracefully, then kill what is left, as upstream does immediately."""
         self.manager_stopped.set()
+        if self._restarts is not None:
+            self._restarts.stop()
         self._server.broadcast(STOP)
         grace_s = stop_grace_s(load().stop_grace_s, self._world_size)
         late = self._server.wait_for_exit(grace_s + _ACTOR_EXIT_EXTRA_S)
@@ -123,6 +152,7 @@ class RayAscendEngineActorManager(CoreEngineActorManager):
                 load().stop_grace_s,
             )
         self._server.close()
+        self._publisher.close()
         super().shutdown(timeout)
 
     def begin_scaling(self) -> None:
@@ -178,6 +208,56 @@ class RayAscendEngineActorManager(CoreEngineActorManager):
             self._leaving[rank] = thread
             thread.start()
 
+    def _watch_ranks(self, restarts: RankRecovery) -> None:
+        """Note the ranks whose engine cores have ended, as Ray says; wait a moment for the next."""
+        import ray
+
+        down = restarts.down()
+        ranks = {self.run_ref(rank): rank for rank in range(len(self.placement_group_is_local)) if rank not in down}
+        if not ranks:
+            self.manager_stopped.wait(WATCH_S)
+            return
+        ended, _ = ray.wait(list(ranks), timeout=WATCH_S)
+        for reference in ended:
+            if not self.manager_stopped.is_set() and reference == self.run_ref(ranks[reference]):
+                restarts.lose(ranks[reference], f"the engine core of data parallel rank {ranks[reference]} exited")
+
+    def _drain_ranks(self, restarts: RankRecovery, drained: Collection[int]) -> set[int]:
+        """Let the ranks on nodes that are about to be stopped finish and exit; they are then started on other nodes.
+
+        ``drained`` are those that were before. Return all that are.
+        """
+        draining = draining_nodes()
+        down = restarts.down()
+        affected = {
+            rank: deadlines
+            for rank in range(len(self.placement_group_is_local))
+            if (deadlines := [draining[node] for node in self.nodes(rank) if node in draining])
+        }
+        for rank in affected.keys() - drained - down:
+            seconds = drain_limit_s(min(affected[rank]), time.time())
+            logger.warning(
+                "VRA-155: the node of data parallel rank %d is about to be stopped: the rank finishes its requests "
+                "within %d s",
+                rank,
+                seconds,
+            )
+            for each in restarts.drain(rank, "its node is about to be stopped"):
+                self._server.send(each, drain_message(seconds))
+        return set(affected) - down
+
+    def _is_current(self, loss: PeerLost) -> bool:
+        """Return whether the lost process is the rank's last one: a silent node's may be replaced before it is lost."""
+        return any(
+            (peer.rank, peer.pid, peer.location()) == (loss.rank, loss.pid, loss.location)
+            for peer in self._server.latest_peers()
+        )
+
+    def _record_event(self, rank: int, event: EventReported) -> None:
+        """Note that a call has changed the workers: an engine core that starts again would lack that."""
+        if event.name == WORKERS_CHANGED.name and self._restarts is not None:
+            self._restarts.changed_by = str(event.fields["call"])
+
     def _take_last(self) -> tuple[Any, Any]:
         """Remove the last rank from upstream's lists; return its actor and its placement group."""
         group, is_local = self.created_placement_groups.pop(), self.placement_group_is_local.pop()
@@ -228,7 +308,7 @@ class RayAscendEngineActorManager(CoreEngineActorManager):
             lambda: self._demand(old_vllm_config, missing * (new_data_parallel_size - len(current))),
             lambda: npu_wait_s(new_data_parallel_size * config.world_size, self._kind),
         )
-        groups = create_placement_groups(_wanted_groups(old_vllm_config, added, self._kind), _GRANT_LIMIT_S)
+        groups = create_placement_groups(wanted_groups(old_vllm_config, added, self._kind), GRANT_LIMIT_S)
         EVENTS.emit(RANKS_ADDED, data_parallel_size=new_data_parallel_size)
         self.placements[len(created) :] = added
         return groups, [placement.local_dp_rank for placement in added]
@@ -249,7 +329,7 @@ class RayAscendEngineActorManager(CoreEngineActorManager):
         )
         if self._kind is NPU:
             audit_nodes({node for placement in self.placements for node in placement.bundle_nodes})
-        groups = create_placement_groups(_wanted_groups(vllm_config, self.placements, self._kind), _GRANT_LIMIT_S)
+        groups = create_placement_groups(wanted_groups(vllm_config, self.placements, self._kind), GRANT_LIMIT_S)
         return groups, [placement.local_dp_rank for placement in self.placements]
 
     def _demand(self, vllm_config: Any, demand: Collection[RankPlacementDemand]) -> list[PlacementGroupSpec]:
@@ -275,6 +355,8 @@ class RayAscendEngineActorManager(CoreEngineActorManager):
         if loss.rank not in self._leaving:
             self._losses.append(loss)
         logger.info("%s exited", _describe(loss))
+        if self._restarts is not None and self._is_current(loss):
+            self._restarts.lose(loss.rank, f"{_describe(loss)} exited")
 
     def _warn_of_unused_list(self, vllm_config: Any) -> None:
         """Log a warning where this process's visible list is not what its engines on this node use."""
@@ -294,17 +376,6 @@ class RayAscendEngineActorManager(CoreEngineActorManager):
         for actor in [*getattr(self, "local_engine_actors", ()), *getattr(self, "remote_engine_actors", ())]:
             ray.kill(actor)
         remove_placement_groups(getattr(self, "created_placement_groups", ()))
-
-
-def _wanted_groups(vllm_config: Any, placements: Collection[RankPlacement], kind: Kind) -> list[PlacementGroupSpec]:
-    nodes = current_nodes(kind)
-
-    def pinned(placement: RankPlacement) -> PlacementGroupSpec:
-        name = f"{vllm_config.instance_id}_dp{placement.dp_rank}"
-        spec = PlacementGroupSpec(name, placement.bundles(kind.key), placement.strategy)
-        return pin_to_nodes(spec, placement.pins, nodes)
-
-    return [pinned(placement) for placement in placements]
 
 
 def _variables_to_copy() -> set[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -26,6 +26,8 @@ CALL_ID = -7310
 """Of our results. vLLM's own calls count up from 0, and its notifications are -1 and -2."""
 REPORT_INTERVAL_S = 5.0
 """Between reports; an event causes one immediately."""
+
+_exporter = Exporter(prometheus_recorder)
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -100,23 +102,26 @@ def _start_reports(engine: Any) -> None:
     Reporter(send)
 
 
-def _receiving(process: Callable[..., None]) -> Callable[..., None]:
-    exporter = Exporter(prometheus_recorder)
+def show(samples: Iterable[Sample], model_name: str, engine: str) -> None:
+    """Show values of one engine, the data parallel rank ``engine``, with vLLM's own in this process."""
+    _exporter.export(samples, model_name, engine)
 
+
+def _receiving(process: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(process)
     def receive_or_process(output: Any, *args: Any, **kwargs: Any) -> None:
         if output.call_id == CALL_ID:
-            _show(exporter, output.result.result)
+            _show_report(output.result.result)
         else:
             process(output, *args, **kwargs)
 
     return receive_or_process
 
 
-def _show(exporter: Exporter, values: Any) -> None:
-    """Export a report. What is none, as of another version of this package, must not end the client's thread."""
+def _show_report(values: Any) -> None:
+    """Show a report. What is none, as of another version of this package, must not end the client's thread."""
     try:
         report = msgspec.convert(values, Report)
-        exporter.export(report.samples, report.model_name, report.engine)
+        show(report.samples, report.model_name, report.engine)
     except (msgspec.ValidationError, ValueError) as error:
         logger.debug("metrics of an engine core are not shown: %s", error)

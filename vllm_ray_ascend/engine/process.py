@@ -36,6 +36,8 @@ class EngineLaunchContext(NamedTuple):
     """Address of the driver's control server, as JSON."""
     secrets: Mapping[str, str]
     """Environment variables."""
+    restarts_ranks: bool = False
+    """Whether the driver restarts a lost rank while the others serve."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self.secrets)} secrets)"  # neither token nor secret is logged

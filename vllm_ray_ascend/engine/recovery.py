@@ -14,6 +14,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from vllm.v1.request import RequestStatus
 
 from vllm_ray_ascend import patches
+from vllm_ray_ascend.engine.rank_status import RANK_DOWN, RANK_UP, RankStatus, notify_clients
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.observability.events import EVENTS, REQUESTS_ABORTED
 from vllm_ray_ascend.observability.metrics import ABORTED, VALUES
@@ -46,13 +47,21 @@ def recover(engine: Any, limit_s: float = 0.0) -> Outputs | None:
     if not engine.model_executor.can_restart(limit_s):
         return None
     aborted = abort_running_requests(engine)
+    _notify(engine, RANK_DOWN)
     queue = getattr(engine, "output_queue", None)
     if queue is not None:  # clients need not wait for the new workers
         for each in aborted.items():
             queue.put_nowait(each)
         aborted = {}
     engine.model_executor.restart()
+    _notify(engine, RANK_UP)
     return aborted
+
+
+def _notify(engine: Any, kind: str) -> None:
+    """Let API servers send requests to other ranks meanwhile, if there are any."""
+    if getattr(engine, "restarts_ranks", False):
+        notify_clients(engine, kind, RankStatus(engine.engine_index, "its workers are restarted"))
 
 
 def abort_running_requests(engine: Any) -> Outputs:

@@ -47,7 +47,7 @@ from vllm_ray_ascend.executor.rank_report import (
     format_ready_line,
     report_rank,
 )
-from vllm_ray_ascend.executor.recovery import Recovery, check_recoverable
+from vllm_ray_ascend.executor.recovery import Recovery, check_recoverable, has_other_ranks
 from vllm_ray_ascend.executor.startup import StartupRayProxy
 from vllm_ray_ascend.executor.supervisor import WorkerSupervisor, run_each
 from vllm_ray_ascend.executor.worker import RayAscendWorkerProc, actor_class
@@ -385,7 +385,9 @@ class RayAscendExecutor(RpcResyncExecutor, ReboundStartup):
 
     def can_restart(self, limit_s: float = 0.0) -> bool:
         """Return whether a worker has failed, within ``limit_s`` seconds from now, and `restart` may be called."""
-        if self._recovery is None or (cause := self._supervisor.wait_for_failure(limit_s)) is None:
+        if self._recovery is None or not self._recovery.restarts_workers:
+            return False
+        if (cause := self._supervisor.wait_for_failure(limit_s)) is None:
             return False
         if obstacle := self._recovery.restart_obstacle(cause):
             logger.error("VRA-310: the workers are not restarted: %s", obstacle)
@@ -503,6 +505,8 @@ def _create_recovery(vllm_config: Any) -> Recovery | None:
     if load().recover == "0":
         return None
     check_recoverable(vllm_config)
+    if has_other_ranks(vllm_config):  # engine/rank_recovery.py restarts all of them
+        return Recovery(restarts_workers=False)
     from vllm_ray_ascend.engine.recovery import install
 
     install()

@@ -6,38 +6,9 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from vllm_ray_ascend.control.timeouts import STEPS
+from vllm_ray_ascend.engine.calls import READINESS_CALLS, STATELESS_CALLS
 from vllm_ray_ascend.errors import HeadLostError, SettingError
-
-READINESS_CALLS = frozenset(
-    {
-        "get_kv_cache_spec",
-        "get_supported_kv_cache_layouts",
-        "set_kv_cache_layout",
-        "determine_available_memory",
-        "update_max_model_len",
-        "initialize_from_config",
-        "compile_or_warm_up_model",
-    }
-)
-"""Calls of an engine before it serves: repeated for new workers, in the same order."""
-STATELESS_CALLS = frozenset(STEPS) | {
-    "connect_pipeline_pairs",  # ours, of every start
-    "check_health",
-    "get_supported_tasks",
-    "supports_draft_weight_updates",
-    "synchronize_device",
-    "profile",
-    "reset_mm_cache",
-    "reset_encoder_cache",
-    "list_loras",
-    "add_lora",  # a request names its adapter's path, by which workers load it again
-    "check_adapter",  # ours, before such a request
-    "remove_lora",
-    "pin_lora",
-    "save_sharded_state",
-}
-"""Calls that leave workers as they were, or in a state that the next request sets again."""
+from vllm_ray_ascend.observability.events import EVENTS, WORKERS_CHANGED
 
 _MAX_RESTARTS = 3
 _RESTART_WINDOW_S = 600.0
@@ -54,7 +25,9 @@ class Call(NamedTuple):
 class Recovery:
     """What one executor records so that its workers can be replaced."""
 
-    def __init__(self) -> None:
+    def __init__(self, restarts_workers: bool = True) -> None:
+        """``restarts_workers``: whether the executor replaces them; else the engine core is restarted with them."""
+        self.restarts_workers = restarts_workers
         self.calls: list[Call] = []
         self.changed_by = ""
         """The first call after which new workers would differ from the old ones."""
@@ -70,6 +43,7 @@ class Recovery:
             self.calls.append(Call(name, args, kwargs))
         elif name not in STATELESS_CALLS and not self.changed_by:
             self.changed_by = name
+            EVENTS.emit(WORKERS_CHANGED, call=name)
 
     def restart_obstacle(self, cause: Exception) -> str:
         """Return why the workers are not restarted after the failure ``cause``; empty where they may be."""
@@ -94,10 +68,18 @@ def restart_obstacle(cause: Exception, changed_by: str, restarts: Sequence[float
     return ""
 
 
+def has_other_ranks(config: Any) -> bool:
+    """Return whether an engine core of this vLLM config steps together with others, and cannot continue alone."""
+    return bool(config.parallel_config.data_parallel_size > 1 and config.model_config.is_moe)
+
+
 def check_recoverable(config: Any) -> None:
     """Raise SettingError where an engine of this vLLM config cannot continue with new workers."""
-    if config.parallel_config.data_parallel_size > 1 and config.model_config.is_moe:
-        reason = "data parallel ranks of a MoE model step together, and one cannot restart alone"
+    if has_other_ranks(config) and config.parallel_config.data_parallel_backend != "ray":
+        reason = (
+            "data parallel ranks of a MoE model step together, and are restarted together only with "
+            "--data-parallel-backend ray"
+        )
     elif config.kv_transfer_config is not None:
         reason = "a KV connector's peers know the old workers (--kv-transfer-config)"
     elif getattr(config, "ec_transfer_config", None) is not None:

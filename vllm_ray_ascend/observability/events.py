@@ -43,6 +43,11 @@ GRAPHS_CAPTURED = Kind("graphs_captured", "ACL graphs were captured", ("rank", "
 GRAPH_FALLBACK = Kind("graph_fallback", "a capture failed, fewer graphs follow", ("rank", "reason", "mode", "graphs"))
 HEAD_LOST = Kind("ray_head_lost", "Ray's head does not answer", ("address",), logging.ERROR)
 HEAD_BACK = Kind("ray_head_back", "Ray's head answers again", ("address",))
+WORKERS_CHANGED = Kind(
+    "workers_changed", "a call may have changed the workers, so that none is restarted", ("call",), logging.INFO
+)
+RANKS_LOST = Kind("ranks_lost", "data parallel ranks serve no requests and are restarted", ("ranks", "cause"))
+RANKS_RESTORED = Kind("ranks_restored", "data parallel ranks serve again", ("ranks", "seconds"), logging.INFO)
 RANKS_ADDED = Kind("ranks_added", "elastic scaling adds data parallel ranks", ("data_parallel_size",), logging.INFO)
 
 KINDS: Mapping[str, Kind] = {kind.name: kind for kind in list(globals().values()) if isinstance(kind, Kind)}

@@ -58,6 +58,15 @@ FAILURE_TIME = _metric(
 )
 RESTARTS = _metric("restarts_total", "counter", "restarts", "Restarts of all workers (VLLM_RAY_ASCEND_RECOVER=1).")
 RESTART_TIME = _metric("last_restart_seconds", "gauge", "seconds", "Duration of the last restart of all workers.")
+DP_RANK_UP = _metric(
+    "data_parallel_rank_up", "gauge", "1 or 0", "1 while the data parallel rank takes requests, 0 while it is down."
+)
+DP_RANK_RESTARTS = _metric(
+    "data_parallel_rank_restarts_total",
+    "counter",
+    "restarts",
+    "Restarts of the data parallel rank's engine core (VLLM_RAY_ASCEND_RECOVER=1).",
+)
 ABORTED = _metric(
     "aborted_requests_total", "counter", "requests", "Running requests that a failure of a worker aborted."
 )

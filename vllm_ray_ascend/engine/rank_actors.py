@@ -1,0 +1,192 @@
+"""vLLM's manager of engine core actors, by data parallel rank: which actor a rank has, and how it gets a new one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from vllm.utils.network_utils import get_open_ports_list
+from vllm.v1.engine import core
+from vllm.v1.engine.utils import CoreEngineActorManager, _apply_dp_identity_suffix
+
+from vllm_ray_ascend.cluster.dp_placement import PlacedRank, RankPlacement, plan_replacement
+from vllm_ray_ascend.cluster.placement_groups import (
+    PlacementGroupSpec,
+    create_placement_groups,
+    current_nodes,
+    free_npus_per_node,
+    pin_to_nodes,
+    remove_placement_groups,
+)
+from vllm_ray_ascend.devices.kind import Kind
+from vllm_ray_ascend.engine.data_parallel import allowed_addresses
+from vllm_ray_ascend.engine.process import node_id
+from vllm_ray_ascend.errors import PlacementError
+
+GRANT_LIMIT_S = 60.0
+WATCH_S = 1.0
+"""Between two looks at what only Ray knows: actors that have ended, nodes that drain. Deaths are detected before."""
+
+
+class ReplaceableActors(CoreEngineActorManager):
+    """vLLM's manager of engine core actors, which can start new ones for ranks whose old ones are gone."""
+
+    local_engine_actors: list[Any]
+    remote_engine_actors: list[Any]
+    placements: list[RankPlacement]
+    """Of each rank; none where the caller made the placement groups."""
+    _config: Any
+    """The vLLM config as it was before the start."""
+    _kind: Kind
+    _world_size: int
+    _given_groups: Sequence[Any] = ()
+    """Placement groups that the caller made, of the first ranks: it removes them itself."""
+    _given_local_ranks: Sequence[int] = ()
+    _starts = 0
+    """How often lost ranks were started again."""
+
+    def restart_ranks(self, ranks: Sequence[int]) -> None:
+        """Start new engine cores for ``ranks``, in the places of their old ones as far as these are there.
+
+        Raises what prevents it; then none of the new ones stays.
+        """
+        import ray
+
+        for rank in ranks:
+            ray.kill(self.actor(rank))
+        config = copy.deepcopy(self._config)
+        self._starts += 1
+        config.instance_id += f"_start{self._starts}"
+        if len(ranks) > 1:  # they have a group, whose old port may be taken
+            config.parallel_config._data_parallel_master_port_list = get_open_ports_list(5)
+            config.parallel_config.data_parallel_master_port = (
+                config.parallel_config._data_parallel_master_port_list.pop()
+            )
+        for rank in ranks:
+            self._ensure_group(rank)
+        for rank in ranks:
+            self._set_actor(rank, self._launch(rank, config))
+        try:
+            self._wait_until_ready(ranks)
+        except BaseException:  # Ctrl-C too: no actor may stay
+            for rank in ranks:
+                ray.kill(self.actor(rank))
+            raise
+        for rank in ranks:
+            actor = self.actor(rank)
+            self.actor_run_ref_dict[actor] = actor.run.remote()
+            self.run_refs.append(self.actor_run_ref_dict[actor])
+
+    def _wait_until_ready(self, ranks: Sequence[int]) -> None:
+        """Wait until new engine cores are initialized. Raises Ray's error where one dies, or PlacementError."""
+        import ray
+
+        pending = {self.actor(rank).wait_for_init.remote(): rank for rank in ranks}
+        while pending:
+            ready, _ = ray.wait(list(pending), timeout=WATCH_S)
+            for reference in ready:
+                ray.get(reference)
+                del pending[reference]
+            if self.manager_stopped.is_set():
+                raise RuntimeError("the server is stopping")
+            for rank in pending.values():
+                self._check_nodes(rank)
+
+    def _launch(self, rank: int, config: Any) -> Any:
+        """Return a new engine core's actor for ``rank``."""
+        import ray
+        from ray.runtime_env import RuntimeEnv
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        config = copy.deepcopy(config)
+        _apply_dp_identity_suffix(config, rank)
+        config.parallel_config.placement_group = self._group(rank)
+        strategy = PlacementGroupSchedulingStrategy(self._group(rank), placement_group_bundle_index=self._world_size)
+        actor_class = core.DPMoEEngineCoreActor if config.model_config.is_moe else core.EngineCoreActor
+        return (
+            ray.remote(actor_class)
+            .options(scheduling_strategy=strategy, runtime_env=RuntimeEnv(env_vars=self.env_vars_dict))
+            .remote(
+                vllm_config=config,
+                executor_class=self.executor_class,
+                log_stats=self.log_stats,
+                local_client=self.placement_group_is_local[rank],
+                addresses=self.addresses,
+                dp_rank=rank,
+                local_dp_rank=self._local_rank(rank),
+            )
+        )
+
+    def _check_nodes(self, rank: int) -> None:
+        """Raise PlacementError where a node of ``rank`` is gone or drains."""
+        if missing := self._missing_nodes(rank):
+            raise PlacementError("VRA-156", f"node {', '.join(missing)} of data parallel rank {rank} is gone or drains")
+
+    def _missing_nodes(self, rank: int) -> list[str]:
+        usable = {node.node_id for node in current_nodes(self._kind) if not node.draining}
+        return [node for node in self.nodes(rank) if node not in usable]
+
+    def nodes(self, rank: int) -> list[str]:
+        """Return the ids of the nodes of a rank's placement group; nothing for a group that the caller made."""
+        return sorted(set(self.placements[rank].bundle_nodes)) if self.placements else []
+
+    def _group(self, rank: int) -> Any:
+        return (self._given_groups or self.created_placement_groups)[rank]
+
+    def _local_rank(self, rank: int) -> int:
+        return self.placements[rank].local_dp_rank if self.placements else self._given_local_ranks[rank]
+
+    def _place(self, rank: int) -> tuple[list[Any], int]:
+        """Return upstream's list with the actor of ``rank``, and its index there."""
+        is_local = self.placement_group_is_local[rank]
+        actors = self.local_engine_actors if is_local else self.remote_engine_actors
+        return actors, self.placement_group_is_local[:rank].count(is_local)
+
+    def actor(self, rank: int) -> Any:
+        """Return the actor of a rank's engine core."""
+        actors, index = self._place(rank)
+        return actors[index]
+
+    def _set_actor(self, rank: int, actor: Any) -> None:
+        actors, index = self._place(rank)
+        if (reference := self.actor_run_ref_dict.pop(actors[index], None)) in self.run_refs:
+            self.run_refs.remove(reference)
+        actors[index] = actor
+
+    def run_ref(self, rank: int) -> Any:
+        """Return the reference that is ready when a rank's engine core has ended; None while it starts."""
+        return self.actor_run_ref_dict.get(self.actor(rank))
+
+    def _ensure_group(self, rank: int) -> None:
+        """Give ``rank`` a placement group on other nodes where a node of its own is gone or drains.
+
+        Raises PlacementError where they have no room.
+        """
+        if not self._missing_nodes(rank) or rank < len(self._given_groups):
+            return
+        config = self._config.parallel_config
+        remove_placement_groups([self.created_placement_groups[rank]])
+        others = [
+            PlacedRank(each.dp_rank, each.local_dp_rank, each.bundle_nodes[0])
+            for each in self.placements
+            if each.dp_rank != rank
+        ]
+        nodes = free_npus_per_node(self._kind)
+        if any(address.startswith("ipc://") for address in self.addresses.outputs):  # no other node reaches them
+            nodes = [node for node in nodes if node.key == node_id()]
+        placement = plan_replacement(rank, others, config.world_size, node_id(), nodes, allowed_addresses(), self._kind)
+        (group,) = create_placement_groups(wanted_groups(self._config, [placement], self._kind), GRANT_LIMIT_S)
+        self.created_placement_groups[rank], self.placements[rank] = group, placement
+
+
+def wanted_groups(vllm_config: Any, placements: Collection[RankPlacement], kind: Kind) -> list[PlacementGroupSpec]:
+    """Return the placement groups of data parallel ranks, pinned to the nodes of their placements."""
+    nodes = current_nodes(kind)
+
+    def pinned(placement: RankPlacement) -> PlacementGroupSpec:
+        name = f"{vllm_config.instance_id}_dp{placement.dp_rank}"
+        spec = PlacementGroupSpec(name, placement.bundles(kind.key), placement.strategy)
+        return pin_to_nodes(spec, placement.pins, nodes)
+
+    return [pinned(placement) for placement in placements]

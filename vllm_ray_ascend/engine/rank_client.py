@@ -1,0 +1,305 @@
+"""The API server's part where a data parallel rank is down: its requests fail immediately, the other ranks serve.
+
+vLLM's client does not know of ranks that are down: it would wait for their answers, and send them further requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import weakref
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any
+
+import msgspec
+
+from vllm_ray_ascend import patches
+from vllm_ray_ascend.engine.calls import IDEMPOTENT_UTILITIES
+from vllm_ray_ascend.engine.metrics import show
+from vllm_ray_ascend.engine.rank_status import RANK_DOWN, RANK_UP, RankStatus
+from vllm_ray_ascend.errors import RankDownError
+from vllm_ray_ascend.log import get_logger
+from vllm_ray_ascend.observability.metrics import DP_RANK_RESTARTS, DP_RANK_UP, Metric, Sample
+from vllm_ray_ascend.settings import load
+
+logger = get_logger(__name__)
+
+_CLIENT = "vllm.v1.engine.core_client.DPLBAsyncMPClient"
+_RETRY_S = 2.0
+_BUSY = 1 << 40
+"""Requests that the load balancer is made to count for a rank that is down, so that it prefers any other."""
+
+Method = Callable[..., Awaitable[Any]]
+Generate = Callable[..., AsyncGenerator[Any, None]]
+Engine = bytes
+"""vLLM's name of an engine core, of its rank."""
+
+
+class RankStates:
+    """What one client knows of its ranks."""
+
+    def __init__(self) -> None:
+        self.down: dict[Engine, str] = {}
+        """Why, for each rank that takes no requests."""
+        self.calls: dict[Engine, set[asyncio.Future[Any]]] = {}
+        """Utility calls that are waiting for an answer."""
+        self.connecting: dict[Engine, asyncio.Task[None]] = {}
+        """Waits for new engine cores to answer."""
+        self.restarts: Counter[Engine] = Counter()
+
+    def describe(self) -> str:
+        """Return which ranks are down, and why."""
+        return "; ".join(f"data parallel rank {_rank(engine)} is down: {cause}" for engine, cause in self.down.items())
+
+
+_states: weakref.WeakKeyDictionary[Any, RankStates] = weakref.WeakKeyDictionary()
+"""Of each client in this process."""
+
+
+def install() -> None:
+    """Let the clients of this process continue without ranks that are down."""
+    patches.wrap(f"{_CLIENT}.__init__", _with_states)
+    patches.wrap(f"{_CLIENT}.get_core_engine_for_request", _avoiding_ranks_down)
+    patches.wrap(f"{_CLIENT}.call_utility_async", _calling_ranks_up)
+    patches.wrap(f"{_CLIENT}.eep_process_engine_core_notification", _handling_status)
+    patches.wrap("vllm.v1.engine.core_client.DPAsyncMPClient.add_request_async", _failing_requests)
+    patches.wrap("vllm.v1.engine.core_client.AsyncMPClient._call_utility_async", _failing_calls)
+
+
+def report_health() -> None:
+    """Let vLLM's health check know of ranks that are down."""
+    patches.wrap("vllm.v1.engine.async_llm.AsyncLLM.check_health", _checking_ranks)
+
+
+def report_errors_before_first_token() -> None:
+    """Let a request that fails before its first token end with an error: vLLM's streams end without any, as if done."""
+    patches.wrap("vllm.v1.engine.async_llm.AsyncLLM.generate", _raising_first_error)
+
+
+def mark_down(client: Any, status: RankStatus) -> None:
+    """Send nothing more to a rank. Where its requests are lost, they and its calls fail immediately."""
+    states, engine = _states[client], _engine(status.rank)
+    if task := states.connecting.pop(engine, None):
+        task.cancel()
+    states.down[engine] = status.cause
+    _show(client, DP_RANK_UP, status.rank, 0.0)
+    _report(client, status.rank, {"status": "dead", "fault_info": status.cause})
+    if not status.requests_lost:
+        return
+    lost = [request for request, each in client.reqs_in_flight.items() if each == engine]
+    for request in lost:
+        del client.reqs_in_flight[request]
+    client.engine_inflight[engine] = 0
+    if lost:
+        logger.warning("VRA-157: aborted %d requests: %s", len(lost), states.describe())
+        client.outputs_queue.put_nowait(_error_outputs(status.rank, lost))
+    for call in states.calls.pop(engine, set()):
+        if not call.done():
+            call.set_exception(RankDownError("VRA-158", f"data parallel rank {status.rank} is down: {status.cause}"))
+
+
+async def mark_up(client: Any, status: RankStatus) -> None:
+    """Send requests to a rank again, once it answers."""
+    states, engine = _states[client], _engine(status.rank)
+    if status.is_new:
+        task = states.connecting[engine] = asyncio.ensure_future(_wait_for_answer(client, engine))
+        await asyncio.wait([task])
+        if task.cancelled():  # it was lost again
+            return
+        del states.connecting[engine]
+        states.restarts[engine] += 1
+        _show(client, DP_RANK_RESTARTS, status.rank, states.restarts[engine])
+    states.down.pop(engine, None)
+    client.lb_engines[status.rank] = [0, 0, 0.0]
+    _show(client, DP_RANK_UP, status.rank, 1.0)
+    _report(client, status.rank, {"status": "healthy"})
+
+
+async def _wait_for_answer(client: Any, engine: Engine) -> None:
+    """Wait until a new engine core answers: until it has connected, what is sent to it is lost without notice."""
+    call = patches.original("vllm.v1.engine.core_client.AsyncMPClient._call_utility_async")
+    attempts: set[asyncio.Future[Any]] = set()
+    try:
+        while not any(attempt.done() for attempt in attempts):
+            attempts.add(asyncio.ensure_future(call(client, "is_sleeping", engine=engine)))
+            await asyncio.wait(attempts, timeout=_RETRY_S, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for attempt in attempts:
+            attempt.cancel()
+
+
+def _with_states(init: Callable[..., None]) -> Callable[..., None]:
+    """Return `__init__`, after which a new engine core may take the connection of an old one of the same rank."""
+
+    @functools.wraps(init)
+    def init_with_states(client: Any, *args: Any, **kwargs: Any) -> None:
+        import zmq
+
+        _states[client] = RankStates()
+        init(client, *args, **kwargs)
+        client.input_socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        for engine in client.core_engines:
+            _show(client, DP_RANK_UP, _rank(engine), 1.0)
+            _show(client, DP_RANK_RESTARTS, _rank(engine), 0.0)
+
+    return init_with_states
+
+
+def _avoiding_ranks_down(choose: Callable[[Any, Any], Engine]) -> Callable[[Any, Any], Engine]:
+    """Return `get_core_engine_for_request`, which raises RankDownError where only a rank that is down may be chosen."""
+
+    @functools.wraps(choose)
+    def choose_rank_up(client: Any, request: Any) -> Engine:
+        states = _states[client]
+        for engine in states.down:
+            client.lb_engines[_rank(engine)][0] = _BUSY
+        engine = choose(client, request)
+        if engine in states.down:
+            del client.reqs_in_flight[request.request_id]
+            client.engine_inflight[engine] -= 1
+            raise RankDownError("VRA-159", f"no rank serves a request: {states.describe()}")
+        return engine
+
+    return choose_rank_up
+
+
+def _failing_requests(add_request: Method) -> Method:
+    """Return `add_request_async`, which lets a request fail that no rank can serve: vLLM would keep its state."""
+
+    @functools.wraps(add_request)
+    async def add_or_fail(client: Any, request: Any) -> None:
+        try:
+            await add_request(client, request)
+        except RankDownError as error:
+            logger.warning("%s", error)
+            client._ensure_output_queue_task()
+            client.outputs_queue.put_nowait(_error_outputs(request.data_parallel_rank or 0, [request.request_id]))
+
+    return add_or_fail
+
+
+def _calling_ranks_up(call: Method) -> Method:
+    """Return `call_utility_async` of all ranks, which leaves out those that are down where that makes no difference."""
+
+    @functools.wraps(call)
+    async def call_ranks_up(client: Any, method: str, *args: Any) -> Any:
+        states = _states[client]
+        if not states.down:
+            return await call(client, method, *args)
+        name = args[0] if method == "collective_rpc" and args else method
+        up = [engine for engine in client.core_engines if engine not in states.down]
+        if name not in IDEMPOTENT_UTILITIES or not up:
+            raise RankDownError(
+                "VRA-160",
+                f"{method} was called on no rank, since one that is down would lack it: {states.describe()}. Call "
+                "again once it serves.",
+            )
+        answers = await asyncio.gather(*(client._call_utility_async(method, *args, engine=engine) for engine in up))
+        return answers[0]
+
+    return call_ranks_up
+
+
+def _failing_calls(call: Method) -> Method:
+    """Return `_call_utility_async` of one rank, which ends with an error when that is lost."""
+
+    @functools.wraps(call)
+    async def call_or_fail(client: Any, method: str, *args: Any, engine: Engine) -> Any:
+        states = _states.get(client)
+        if states is None:
+            return await call(client, method, *args, engine=engine)
+        lost: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        answer = asyncio.ensure_future(call(client, method, *args, engine=engine))
+        calls = states.calls.setdefault(engine, set())
+        calls.add(lost)
+        try:
+            await asyncio.wait([answer, lost], return_when=asyncio.FIRST_COMPLETED)
+            return answer.result() if answer.done() else lost.result()
+        finally:
+            calls.discard(lost)
+            answer.cancel()
+            lost.cancel()
+
+    return call_or_fail
+
+
+def _handling_status(handle: Callable[..., Awaitable[None]]) -> Any:
+    """Return vLLM's handler of notifications, which handles ours too."""
+
+    @functools.wraps(handle)
+    async def handle_status(client: Any, data: Any) -> None:
+        kind, status = data
+        if kind not in (RANK_DOWN, RANK_UP):
+            await handle(client, data)
+            return
+        given = msgspec.convert(status, RankStatus)
+        if kind == RANK_DOWN:
+            mark_down(client, given)
+        else:
+            await mark_up(client, given)
+
+    return staticmethod(handle_status)
+
+
+def _checking_ranks(check: Method) -> Method:
+    @functools.wraps(check)
+    async def check_ranks(engine: Any) -> None:
+        await check(engine)
+        states = _states.get(engine.engine_core)
+        if states is None or not states.down:
+            return
+        if len(states.down) == len(engine.engine_core.core_engines) or load().degraded_health == "503":
+            from vllm.v1.engine.exceptions import EngineDeadError
+
+            raise EngineDeadError(states.describe())
+
+    return check_ranks
+
+
+def _raising_first_error(
+    generate: Callable[..., AsyncGenerator[Any, None]],
+) -> Callable[..., AsyncGenerator[Any, None]]:
+    @functools.wraps(generate)
+    async def generate_or_raise(engine: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        from vllm.entrypoints.openai.completion.serving import GenerationError  # it has moved, the import not
+
+        has_begun = False
+        async with contextlib.aclosing(generate(engine, *args, **kwargs)) as outputs:
+            async for output in outputs:
+                has_begun = has_begun or any(each.token_ids for each in output.outputs)
+                if not has_begun and any(each.finish_reason == "error" for each in output.outputs):
+                    states = _states.get(engine.engine_core)
+                    raise GenerationError(states.describe() if states and states.down else "the workers failed")
+                yield output
+
+    return generate_or_raise
+
+
+def _error_outputs(rank: int, requests: list[str]) -> Any:
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+
+    outputs = [EngineCoreOutput(request, [], finish_reason=FinishReason.ERROR) for request in requests]
+    return EngineCoreOutputs(engine_index=rank, outputs=outputs, finished_requests=set(requests))
+
+
+def _show(client: Any, metric: Metric, rank: int, value: float) -> None:
+    """Show a value in /metrics, where the user wants metrics; of several API servers the first one does."""
+    if client.client_index == 0 and load().metrics == "on":
+        config = client.vllm_config.model_config
+        show([Sample(metric.name, (), value)], str(config.served_model_name or config.model), str(rank))
+
+
+def _report(client: Any, rank: int, status: dict[str, str]) -> None:
+    """Set vLLM's own status of a rank (`--enable-fault-tolerance`, /fault_tolerance/status; vLLM 0.27 and later)."""
+    if getattr(client.vllm_config.parallel_config, "enable_fault_tolerance", False):
+        client._engine_status[rank] = {"id": rank, **status}
+
+
+def _engine(rank: int) -> Engine:
+    return rank.to_bytes(2, "little")
+
+
+def _rank(engine: Engine) -> int:
+    return int.from_bytes(engine, "little")

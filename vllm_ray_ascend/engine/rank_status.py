@@ -1,0 +1,103 @@
+"""Which data parallel ranks serve: how engine cores and their manager notify API servers of it.
+
+vLLM's own notifications about engine cores take the same way: the result of a call that nobody made.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+RANK_DOWN = "vllm_ray_ascend_rank_down"
+RANK_UP = "vllm_ray_ascend_rank_up"
+_LINGER_MS = 1000
+
+
+class RankStatus(msgspec.Struct, frozen=True):
+    """A data parallel rank that stops serving, or serves again."""
+
+    rank: int
+    cause: str = ""
+    requests_lost: bool = False
+    """Whether its requests are lost; else its engine core ends them, or continues with them."""
+    is_new: bool = False
+    """Whether its engine core is a new one, to which a connection has to be made first."""
+
+
+def notification(kind: str, status: RankStatus) -> Any:
+    """Return the EngineCoreOutputs that contain a status. ``kind`` is RANK_DOWN or RANK_UP."""
+    from vllm.v1.engine import EEP_NOTIFICATION_CALL_ID, EngineCoreOutputs, UtilityOutput
+    from vllm.v1.serial_utils import UtilityResult
+
+    result = UtilityResult([kind, msgspec.to_builtins(status)])
+    return EngineCoreOutputs(
+        engine_index=status.rank, utility_output=UtilityOutput(call_id=EEP_NOTIFICATION_CALL_ID, result=result)
+    )
+
+
+def notify_clients(engine: Any, kind: str, status: RankStatus) -> None:
+    """Notify all API servers of an engine core from its own process."""
+    for client in range(engine.client_count):
+        engine.output_queue.put_nowait((client, notification(kind, status)))
+
+
+class StatusPublisher:
+    """Notifies all API servers from the manager's process, on the addresses at which they receive outputs."""
+
+    def __init__(self, addresses: Any) -> None:
+        """``addresses`` are vLLM's EngineZmqAddresses."""
+        self._addresses = addresses
+        self._lock = threading.Lock()
+        self._sockets: dict[str, Any] = {}
+
+    def publish(self, kind: str, status: RankStatus) -> None:
+        """Notify all API servers. Does not wait for one that does not read."""
+        for address in self._addresses.outputs:
+            self._send(address, notification(kind, status))
+
+    def reset_coordinator(self, rank: int) -> None:
+        """Let the coordinator forget what a rank's engine core, which is gone, reported last: load and wave.
+
+        A wave is a period in which the ranks of a mixture of experts step. New ones begin at 0 and take over any later
+        number, so one that is later than all before is enough: milliseconds, since no wave is shorter.
+        """
+        from vllm.v1.engine import EngineCoreOutputs
+        from vllm.v1.metrics.stats import SchedulerStats
+
+        if address := self._addresses.coordinator_output:
+            self._send(
+                address,
+                EngineCoreOutputs(
+                    engine_index=rank, scheduler_stats=SchedulerStats(), wave_complete=int(time.time() * 1000)
+                ),
+            )
+
+    def close(self) -> None:
+        """Close the sockets, once what was sent has had a moment to leave."""
+        with self._lock:
+            for socket in self._sockets.values():
+                socket.close()
+            self._sockets.clear()
+
+    def _send(self, address: str, outputs: Any) -> None:
+        from vllm.v1.serial_utils import MsgpackEncoder
+
+        frames: Sequence[Any] = MsgpackEncoder().encode(outputs)
+        with self._lock:
+            self._socket(address).send_multipart(frames)
+
+    def _socket(self, address: str) -> Any:
+        import zmq
+
+        if address not in self._sockets:
+            socket: Any = zmq.Context.instance().socket(zmq.PUSH)
+            socket.setsockopt(zmq.LINGER, _LINGER_MS)
+            socket.setsockopt(zmq.IPV6, int("[" in address))
+            socket.setsockopt(zmq.SNDHWM, 0)
+            socket.connect(address)
+            self._sockets[address] = socket
+        return self._sockets[address]
