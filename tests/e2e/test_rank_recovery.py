@@ -19,7 +19,7 @@ from demo.server import Server
 from demo.train.recitation import DENSE, MOE, PROMPTS, zen_after
 from tests.e2e.conftest import run_on_head
 from tests.e2e.servers import check_text, create_server, read_topology, temporary_cluster
-from tests.e2e.test_death import LIMIT_S, check_no_leftovers, send_signal
+from tests.e2e.test_death import LIMIT_S, START_LIMIT_S, check_no_leftovers, send_signal
 from vllm_ray_ascend.observability.metrics import DP_RANK_RESTARTS, DP_RANK_UP
 
 pytestmark = pytest.mark.e2e
@@ -42,9 +42,9 @@ def serving(cluster: Cluster, model: Path, folder: Path, *options: str, **variab
 
 
 def wait_until(condition: Callable[[], bool], server: Server) -> None:
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + START_LIMIT_S
     while not condition():
-        assert time.monotonic() < deadline, f"not within {LIMIT_S:g} s; the server's log: {server.log}"
+        assert time.monotonic() < deadline, f"not within {START_LIMIT_S:g} s; the server's log: {server.log}"
         time.sleep(0.2)
 
 
