@@ -71,6 +71,18 @@ def reductions(dtype: torch.dtype) -> None:
             same(data, total, f"reduce {dtype}")
 
 
+def converted_reductions() -> None:
+    """Check all_reduce of what torch_npu reduces as another type, or divides afterwards: bool, uint8, averages."""
+    for dtype in (torch.uint8, torch.int8, torch.int32, torch.int64, torch.float32):
+        data = npu(torch.full((5,), RANK + 1, dtype=dtype))
+        dist.all_reduce(data, op=dist.ReduceOp.AVG)
+        mean = sum(rank + 1 for rank in EVERYONE) / SIZE
+        same(data, torch.full((5,), mean).to(dtype), f"average {dtype}")
+    data = npu(torch.tensor([RANK == 0, False]))
+    dist.all_reduce(data, op=dist.ReduceOp.MAX)
+    same(data, torch.tensor([True, False]), "all_reduce of bool")
+
+
 def movements(dtype: torch.dtype) -> None:
     """Check broadcast, all_gather, gather, scatter, all_to_all."""
     rows = [made(rank, 5 * SIZE, dtype, seed=1) for rank in EVERYONE]
@@ -201,6 +213,7 @@ def collectives() -> None:
         movements(dtype)
         uneven_all_to_all(dtype)
         point_to_point(dtype)
+    converted_reductions()
     dist.barrier()
     groups_and_streams()
     graph()

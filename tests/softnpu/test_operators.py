@@ -156,6 +156,20 @@ def test_true_is_not_one() -> None:
     assert (torch.zeros(2, dtype=torch.bool, device="npu") + 1).dtype == torch.int64
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.int64])
+def test_integers_are_divided_in_place(dtype: torch.dtype) -> None:
+    """As torch_npu averages integers over HCCL (op-plugin, DivKernelNpuOpApi.cpp); the CPU refuses it."""
+    x = torch.tensor([7, 8, 9], dtype=dtype, device="npu")
+    assert x.div_(2) is x and x.dtype == dtype and x.tolist() == [3, 4, 4]
+    assert x.div_(torch.tensor([3, 1, 2], device="npu")).tolist() == [1, 4, 2]
+
+
+def test_floats_and_bools_are_divided_in_place_as_on_the_cpu() -> None:
+    assert torch.ones(2, dtype=torch.bfloat16, device="npu").div_(4).tolist() == [0.25, 0.25]
+    with pytest.raises(RuntimeError, match="Bool"):
+        torch.ones(1, dtype=torch.bool, device="npu").div_(2)
+
+
 def test_devices_are_not_mixed() -> None:
     x, there = torch.ones(3, device="npu"), torch.ones(3, device="npu:1")
     for other in (torch.ones(3), there):

@@ -32,9 +32,9 @@ def install_kernels() -> None:
         warnings.simplefilter("ignore")
         with _SilencedStderr():
             load_extension().install_aten(KEPT_ATEN)
-            from softnpu.ops import dense, moe  # registers their kernels
+            from softnpu.ops import dense, integers, moe  # registers their kernels
 
-            load_extension().refuse("npu", KEPT_NPU | dense.NAMES | moe.NAMES)
+            load_extension().refuse("npu", KEPT_NPU | dense.NAMES | integers.NAMES | moe.NAMES)
     _define_torchvision_operators()
 
 
