@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +15,7 @@ from benchmarks.machine import collect_machine_facts
 from benchmarks.options import RESULTS, BenchError
 from benchmarks.report import Figures, as_json
 from benchmarks.statistics import Sample, figures
+from demo.signals import exit_on_sigterm
 
 Run = dict[str, Any]
 Report = Callable[[str], None]
@@ -37,7 +37,7 @@ def record(benchmark: Benchmark, options: Any) -> int:
 
     ``options``: a dataclass with a ``name``.
     """
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # on the way out, clusters are removed
+    exit_on_sigterm()
     started = time.monotonic()
     run: Run = {
         **collect_machine_facts(),

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ci.upstream.processes import Counts, Harness, exit_on_sigterm, import_tests_from, make_variables, print_counts
+from ci.upstream.processes import Counts, Harness, import_tests_from, make_variables, print_counts
 from ci.upstream.sources import FOLDERS, VLLM_ASCEND, installed_version, source_tree
 from ci.upstream.table import parse
+from demo.signals import exit_on_sigterm
 from demo.train.recitation import DENSE, MOE
 
 HERE = Path(__file__).parent

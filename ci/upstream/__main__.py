@@ -13,13 +13,13 @@ from pathlib import Path
 from ci.upstream.processes import (
     Counts,
     Harness,
-    exit_on_sigterm,
     import_tests_from,
     make_variables,
     print_counts,
 )
 from ci.upstream.sources import VLLM, installed_version, source_tree
 from ci.upstream.table import TABLE, parse
+from demo.signals import exit_on_sigterm
 from demo.train.recitation import DENSE, MOE
 
 MODELS = {

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -29,11 +28,6 @@ if {str(SITE)!r} not in sys.path:
 
 Counts = dict[str, dict[str, int]]
 """How many tests of each file had which of OUTCOMES."""
-
-
-def exit_on_sigterm() -> None:
-    """End orderly on SIGTERM: on the way out, what was started is ended."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 @dataclass(frozen=True)
