@@ -37,7 +37,7 @@ def reserve_npus() -> dict[str, Any]:
 
 if __name__ == "__main__":
     model, prompts, folder = sys.argv[1:]
-    ray.data.read_json(prompts, override_num_blocks=8).map_batches(
+    ray.data.read_json(prompts, lines=True, override_num_blocks=8).map_batches(
         Complete,
         fn_constructor_args=(model,),
         batch_size=16,
