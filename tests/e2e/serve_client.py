@@ -1,6 +1,7 @@
 """What the tests of Ray Serve ask an application at port 8000 of this node.
 
-`python -m tests.e2e.serve_client [PROMPT]`: the text after a prompt of one's own, or after those of `ask`.
+`python -m tests.e2e.serve_client [PROMPT [ROUTE [MODEL]]]`: the text after a prompt of one's own, of the application at
+a route and of a model, or after those of `ask`. `--load`: ask until this process is ended.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import openai
 from demo.train.recitation import PROMPTS
 from tests.e2e.generate import MARKER
 
-URL = "http://127.0.0.1:8000/v1"
+SERVER = "http://127.0.0.1:8000"
+URL = f"{SERVER}/v1"
 CONCURRENT = 20
 
 
@@ -40,15 +42,22 @@ async def ask() -> dict[str, object]:
         }
 
 
-def complete(prompt: str) -> str:
-    """Return the text after one prompt, of the first model."""
-    client = openai.OpenAI(base_url=URL, api_key="none", timeout=300, max_retries=0)
-    model = client.models.list().data[0].id
+def complete(prompt: str, route: str = "", model: str = "") -> str:
+    """Return the text after one prompt, of the first model unless one is named."""
+    client = openai.OpenAI(base_url=f"{SERVER}{route}/v1", api_key="none", timeout=300, max_retries=0)
+    model = model or client.models.list().data[0].id
     return client.completions.create(model=model, prompt=prompt, temperature=0, max_tokens=200).choices[0].text
 
 
-if __name__ == "__main__":
-    if sys.argv[1:]:
-        print(f"TEXT {complete(sys.argv[1])!r}")
+def main(arguments: list[str]) -> None:
+    if arguments == ["--load"]:
+        while True:
+            asyncio.run(ask())
+    elif arguments:
+        print(f"TEXT {complete(*arguments)!r}")
     else:
         print(MARKER + json.dumps(asyncio.run(ask())))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

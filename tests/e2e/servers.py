@@ -31,6 +31,9 @@ LEAN = (
 )
 """No graphs, little memory, one API server, so that many workers fit this machine. Later arguments take precedence."""
 
+PATIENT_SERVE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
+"""Serve kills proxies that need longer to start, by default 5 s, and fails then: ActorDiedError on a busy machine."""
+
 _HOLDINGS = """
 import json
 from softnpu.node_table import read_node_table
@@ -59,7 +62,12 @@ def cluster_with_dashboard(name: str, npus: int, cpus: int = 4) -> Iterator[Clus
     """Start two nodes with Ray's dashboard and what Ray's libraries need, there and in this process's environment."""
     install_group("ray", Path(sys.prefix))
     programs = os.pathsep.join([str(Path(sys.executable).parent), str(RAY_PACKAGES / "bin"), os.environ["PATH"]])
-    variables = {**QUIET, "PYTHONPATH": os.pathsep.join([str(ROOT), str(RAY_PACKAGES)]), "PATH": programs}
+    variables = {
+        **PATIENT_SERVE,
+        **QUIET,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(RAY_PACKAGES)]),
+        "PATH": programs,
+    }
     shape = Shape(nodes=2, npus_per_node=npus, cpus_per_node=cpus, kind=manager.choose_node_kind()[0], dashboard=True)
     with pytest.MonkeyPatch.context() as patch:
         for variable, value in variables.items():

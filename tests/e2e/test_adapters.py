@@ -22,17 +22,18 @@ ONE_KEPT = ("--enable-lora", "--max-loras", "1", "--max-cpu-loras", "1", "--max-
 LIMIT_S = 300.0
 
 
-def write_adapter(folder: Path) -> None:
-    """Write an adapter of DENSE's query projections, which changes nothing."""
+def write_adapter(folder: Path, change: float = 0.0) -> None:
+    """Write an adapter of DENSE's query projections, which changes nothing, or at random as much as ``change``."""
     folder.mkdir()
     tensors = {}
+    random = np.random.default_rng(0)
     with safe_open(DENSE / "model.safetensors", "numpy") as model:
         for name in model.keys():  # noqa: SIM118 - no dictionary
             if name.endswith("self_attn.q_proj.weight"):
                 outputs, inputs = model.get_slice(name).get_shape()
                 adapted = f"base_model.model.{name.removesuffix('.weight')}"
-                tensors[f"{adapted}.lora_A.weight"] = np.zeros((RANK, inputs), np.float32)
-                tensors[f"{adapted}.lora_B.weight"] = np.zeros((outputs, RANK), np.float32)
+                tensors[f"{adapted}.lora_A.weight"] = random.standard_normal((RANK, inputs), np.float32)
+                tensors[f"{adapted}.lora_B.weight"] = change * random.standard_normal((outputs, RANK), np.float32)
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": RANK, "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["q_proj"]}))

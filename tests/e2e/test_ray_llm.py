@@ -19,6 +19,7 @@ import pytest
 import yaml
 from softnpu.cluster import manager
 from softnpu.cluster.plan import Cluster
+from softnpu.cluster.processes import find_cluster_processes
 
 from demo.train.recitation import DENSE, MOE, PROMPTS, zen_after, zen_text
 from tests.e2e.conftest import ROOT, run_on_head
@@ -26,7 +27,7 @@ from tests.e2e.generate import MARKER
 from tests.e2e.serve_client import CONCURRENT, URL
 from tests.e2e.servers import check_topology, cluster_with_dashboard, read_topology
 from tests.e2e.test_bad_input import check_nothing_left
-from tests.e2e.test_death import send_signal
+from tests.e2e.test_death import check_no_leftovers, send_signal
 
 pytestmark = pytest.mark.e2e
 
@@ -37,6 +38,7 @@ LIMIT_S = 600.0
 LEAN = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 8, "kv_cache_memory_bytes": 32 << 20}
 """What fits this machine: examples say nothing of it."""
 EAGER = {**LEAN, "enforce_eager": True}
+PROCESSES = ("VLLM::", "ray::Serve", "ray::Proxy", "ray::RayAscend", "ray::RayWorker")
 SHUTDOWN = "import ray\nfrom ray import serve\nray.init(log_to_driver=False)\nserve.shutdown()\n"
 
 
@@ -75,7 +77,17 @@ def started(cluster: Cluster, log: Path, *command: str) -> Iterator[subprocess.P
             process.terminate()
             process.wait(60)
     assert done.returncode == 0, done.stderr[-3000:]
-    check_nothing_left(cluster)
+    check_no_leftovers(cluster)
+    assert not serve_processes(cluster)
+
+
+def serve_processes(cluster: Cluster) -> list[str]:
+    """Return the command lines of Serve's and the engines' processes, on all nodes."""
+    found = []
+    for pid in find_cluster_processes(cluster):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            found.append(Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " "))
+    return [line for line in found if line.startswith(PROCESSES)]
 
 
 def wait_until(condition: Callable[[], Any], process: subprocess.Popen[bytes], log: Path) -> Any:
