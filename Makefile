@@ -12,6 +12,7 @@
 #   make lint    ruff and mypy; the pipelines, container files and manifests against their schemas
 #   make docs    the documentation, into site/; make docs-serve shows it while it is written
 #   make bench   compare executors (BENCH_ARGS='--quick'); see benchmarks/README.md
+#   make bench-quick     the same in five minutes, of two layouts: for a comparison with the night before
 #   make bench-steps     what an executor costs for each step, without a model; see benchmarks/README.md
 #   make bench-queues     messages to workers on other nodes, ours and ZeroMQ (root); see benchmarks/README.md
 #   make bench-nodes      a step's message to 64 nodes of 16 ranks; see benchmarks/README.md
@@ -26,7 +27,7 @@ RERUN ?=
 suite = $(RUN)/python -m ci.suite --local $(if $(filter-out 0,$(RERUN)),--rerun) $(1) --pytest $(PYTEST_ARGS)
 GROUPS ?=
 
-.PHONY: serve test check-patches contract test-release test-matrix test-faults test-upstream conformance lint format docs docs-serve bench bench-nodes bench-queues bench-scale bench-steps bench-transport soak clean
+.PHONY: serve test check-patches contract test-release test-matrix test-faults test-upstream conformance lint format docs docs-serve bench bench-nodes bench-queues bench-quick bench-scale bench-steps bench-transport soak clean
 
 serve:
 	@$(PYTHON) demo/install.py
@@ -106,6 +107,10 @@ bench-scale:
 bench-steps:
 	@$(PYTHON) demo/install.py bench
 	@$(RUN)/python -m benchmarks.steps $(BENCH_ARGS)
+
+bench-quick:
+	@$(PYTHON) demo/install.py bench
+	@$(RUN)/python -m benchmarks.steps --cases tp2 pp2 --executors mp ours --rounds 12 --name quick $(BENCH_ARGS)
 
 bench-queues:
 	@$(PYTHON) demo/install.py bench

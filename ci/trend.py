@@ -102,6 +102,7 @@ def main(arguments: list[str]) -> int:
     worse = False
     for result in options.results:
         metrics, machine = read_result(result)
+        metrics = {name: value for name, value in metrics.items() if options.metric in name}
         run = {
             "when": time.strftime("%Y-%m-%dT%H:%M:%S"),
             "commit": options.commit,
@@ -122,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ci.trend", description=__doc__.partition("\n")[0])
     parser.add_argument("trend", type=Path, help="the file to append to")
     parser.add_argument("results", type=Path, nargs="+", help="NAME.json of a benchmark, NAME.jsonl of a fault run")
+    parser.add_argument("--metric", default="", help="only metrics with this text in their names")
     parser.add_argument("--tolerance", type=float, default=1.3, help="times as before that are worse (default 1.3)")
     parser.add_argument("--commit", default="", help="what was measured")
     parser.add_argument("--machine", default="", help="a name for the machine, where the result has none")

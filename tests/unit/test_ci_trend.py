@@ -61,6 +61,13 @@ def test_a_regression_is_a_ratio_to_the_runs_before(tmp_path: Path, capsys: pyte
     assert main([str(trend), str(result(path, 4.0))]) == 0  # reported, not failed
 
 
+def test_only_metrics_that_were_asked_for_count(tmp_path: Path) -> None:
+    trend, path = tmp_path / "steps.jsonl", tmp_path / "quick.json"
+    for ratio in (*[2.0] * FEWEST, 8.0):
+        assert main([str(trend), str(result(path, ratio)), "--metric", "CPU", "--fail"]) == 0
+    assert json.loads(trend.read_text().splitlines()[-1])["metrics"] == {}
+
+
 def test_other_machines_and_runs_do_not_count() -> None:
     now = {"name": "nightly", "machine": "x", "metrics": {"a": 2.0, "new": 1.0}}
     same = {"name": "nightly", "machine": "x", "metrics": {"a": 1.0}}
