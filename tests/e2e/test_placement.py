@@ -53,6 +53,19 @@ def test_lists_that_differ_between_nodes(tmp_path: Path) -> None:
         assert [engine["dp_rank"] for engine in engines] == [0, 1]
 
 
+@pytest.mark.slow
+def test_a_head_without_npus_takes_no_rank(tmp_path: Path) -> None:
+    """Such as that of a KubeRay cluster; nothing but the number of ranks is given."""
+    with (
+        temporary_cluster("e2e-bare-head", 3, (0, 1, 1)) as cluster,
+        create_server(cluster, DENSE, tmp_path / "log", *sizes(tp=1, dp=2), *DP_RAY) as server,
+    ):
+        server.wait_until_healthy()
+        assert opened_npus_by_node(cluster) == {2: [0], 3: [0]}
+        check_text(server, DENSE, 2)
+        check_topology(cluster)
+
+
 @pytest.fixture(scope="module")
 def one_list() -> Iterator[Cluster]:
     """Two nodes, a list on the second one's raylet only; Ray hides NPUs from processes without, as older ones do."""

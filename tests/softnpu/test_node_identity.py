@@ -75,8 +75,8 @@ def test_containers_of_one_host_each_have_an_npu_0(containers: Cluster) -> None:
         1,
         """
         settings = config(2, 2)
-        data_parallel.complete(settings, False, True)
-        request = data_parallel.placement_request(settings, NPU)
+        data_parallel.complete(settings, False, True, is_moe=True)
+        request = data_parallel.placement_request(settings, NPU, is_moe=True)
         ranks = plan_placement(request, free_npus_per_node())
         groups = create_placement_groups(
             manager._wanted_groups(SimpleNamespace(instance_id="e"), ranks, NPU), 30)
@@ -126,9 +126,9 @@ def test_a_head_without_npus(bare_head: Cluster) -> None:
         audit_nodes(None)
         require_npus(2, {"--tensor-parallel-size": 2})
         settings = config(2, 2)
-        data_parallel.complete(settings, False, True)
+        data_parallel.complete(settings, False, True, is_moe=True)
         try:
-            plan_placement(data_parallel.placement_request(settings, NPU), free_npus_per_node())
+            plan_placement(data_parallel.placement_request(settings, NPU, is_moe=True), free_npus_per_node())
         except VllmRayAscendError as error:
             report([settings.data_parallel_master_ip, str(error)])
         """,
@@ -174,8 +174,8 @@ def test_the_ranks_meet_at_an_address_of_the_node(bare_head: Cluster, second_int
         """
         from vllm.utils.network_utils import get_ip
         settings = config(2, 2, address=sys.argv[1] or get_ip())
-        data_parallel.complete(settings, bool(sys.argv[1]), True)
-        request = data_parallel.placement_request(settings, NPU)
+        data_parallel.complete(settings, bool(sys.argv[1]), True, is_moe=True)
+        request = data_parallel.placement_request(settings, NPU, is_moe=True)
         ranks = plan_placement(request, free_npus_per_node())
         report([get_ip(), settings.data_parallel_master_ip, [rank.bundle_addresses[0] for rank in ranks]])
         """,
@@ -191,7 +191,7 @@ def test_an_address_of_another_node_is_refused(bare_head: Cluster) -> None:
         2,
         """
         try:
-            data_parallel.complete(config(2, 2, address=sys.argv[1]), True, True)
+            data_parallel.complete(config(2, 2, address=sys.argv[1]), True, True, is_moe=True)
         except VllmRayAscendError as error:
             report(str(error))
         """,

@@ -529,6 +529,23 @@ def test_this_node_takes_as_many_ranks_as_it_has_room_for(asked: DpRequest, free
     assert fit_local_size(asked, cluster(*free)) == size
 
 
+def test_a_node_without_npus_takes_no_rank_and_the_others_as_many_as_fit() -> None:
+    """Such as a head of Kubernetes: unless the ranks connect to each other, which they do where rank 0 is."""
+    nodes = [NodeNpus("10.77.0.1", 0, 0), *cluster(3, 2)[1:], NodeNpus("10.77.0.9", 3, 3)]
+    asked = request(2, 2, 2)
+    assert fit_local_size(asked, nodes) == 0
+    placed = plan_placement(replace(asked, dp_size_local=0), nodes)
+    assert [(rank.bundle_addresses[0], rank.local_dp_rank) for rank in placed] == [("10.77.0.2", 0), ("10.77.0.9", 0)]
+    with pytest.raises(PlacementError, match="The request fits with: --data-parallel-size-local 0"):
+        plan_placement(replace(asked, dp_size_local=1), nodes)
+    meeting = replace(asked, ranks_meet=True)
+    assert fit_local_size(meeting, nodes) == 1
+    with pytest.raises(PlacementError, match="connect to each other at the master"):
+        plan_placement(replace(meeting, dp_size_local=0), nodes)
+    grown = growth_demand(replace(asked, dp_size_local=0, dp_size=3), nodes[:1])
+    assert [(each.npus, each.cpus) for each in grown] == [(2, 1)] * 3
+
+
 @given(
     st.lists(st.integers(0, 6), min_size=1, max_size=4),
     st.integers(1, 8),

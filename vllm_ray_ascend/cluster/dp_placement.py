@@ -54,6 +54,8 @@ class DpRequest:
     """NPUs of a tensor parallel group, of which a rank has one in each pipeline stage."""
     master_id: str = ""
     """Ray's id of the master, which may share its address; empty: the node at ``master_address``."""
+    ranks_meet: bool = False
+    """Whether ranks connect to each other, at the master's address, so that rank 0 has to be there: those of an MoE."""
 
     @property
     def master(self) -> str:
@@ -166,6 +168,8 @@ def fit_local_size(request: DpRequest, nodes: Sequence[NodeNpus]) -> int:
     declared = [replace(node, free=0 if node.note else node.total) for node in nodes]
     for each in (nodes, declared):
         (master, *_) = _usable_nodes(each, request.master, request.allowed_addresses)
+        if _serves_other_nodes_only(request, master):
+            return 0
         for size in _candidate_local_sizes(replace(request, dp_size_local=request.dp_size), master, even_first=False):
             if not _try_placement(replace(request, dp_size_local=size), each).reason:
                 return size
@@ -180,6 +184,7 @@ def growth_demand(request: DpRequest, nodes: Sequence[NodeNpus]) -> list[RankPla
     the master, with "fill" one at least, with "span" a part of one.
     """
     whole, local = request.world_size, max(1, request.dp_size_local)
+    is_strict = request.strategy == "strict" and request.dp_size_local > 0
     largest = max((node.free for node in nodes), default=0)
     new_free = largest if request.strategy == "span" else local * whole
     count = -(-request.dp_size * whole // new_free) if new_free else 0
@@ -188,11 +193,7 @@ def growth_demand(request: DpRequest, nodes: Sequence[NodeNpus]) -> list[RankPla
         return []
     if request.strategy == "span":
         return [RankPlacementDemand(whole, 1, "PACK")] * request.dp_size
-    others = (
-        [local] * -(-(request.dp_size - local) // local)
-        if request.strategy == "strict"
-        else [1] * (request.dp_size - local)
-    )
+    others = [local] * -(-(request.dp_size - local) // local) if is_strict else [1] * (request.dp_size - local)
     return [RankPlacementDemand(whole * ranks, ranks, "STRICT_PACK") for ranks in (local, *others)]
 
 
@@ -298,11 +299,13 @@ def _try_placement(request: DpRequest, nodes: Sequence[NodeNpus]) -> _Attempt:
 
 def _place_within_nodes(request: DpRequest, nodes: Sequence[NodeNpus]) -> _Attempt:
     """Place ranks that each fit one node, for "strict" and "fill". The master is the first of ``nodes``."""
-    strict = request.strategy == "strict"
-    if not strict and request.all2all_backend in _DEEPEP:
+    strict = request.strategy == "strict" and request.dp_size_local > 0  # else no number is given for a node
+    if request.strategy != "strict" and request.all2all_backend in _DEEPEP:
         needs = "needs EP ranks 0 to 7, 8 to 15, ... on one node each"
         return _Attempt([], f"{request.all2all_backend} {needs}, which fill does not guarantee")
     local_size, master = request.dp_size_local, nodes[0]
+    if request.ranks_meet and not local_size:
+        return _Attempt([], "Ranks of this model connect to each other at the master, where rank 0 has to be")
     if master.free < local_size * request.world_size:
         return _Attempt([], f"The master fits {_format_ranks(master.free // request.world_size)}")
     places: list[tuple[NodeNpus, int]] = []
@@ -406,7 +409,8 @@ def _alternative_requests(request: DpRequest, nodes: Sequence[NodeNpus]) -> Iter
     every_node = frozenset(node.address for node in nodes if request.allowed_addresses)
     for allowed in dict.fromkeys((request.allowed_addresses, every_node)):
         usable = _usable_nodes(nodes, request.master, allowed)
-        masters = usable[:1] if usable[0].free >= request.world_size else usable
+        is_usable = usable[0].free >= request.world_size or _serves_other_nodes_only(request, usable[0])
+        masters = usable[:1] if is_usable else usable
         for master in masters:
             for strategy in dict.fromkeys((request.strategy, *STRATEGIES)):
                 other = replace(
@@ -424,8 +428,15 @@ def _alternative_requests(request: DpRequest, nodes: Sequence[NodeNpus]) -> Iter
                     yield from (replace(other, dp_size_local=size) for size in _candidate_local_sizes(request, master))
 
 
+def _serves_other_nodes_only(request: DpRequest, master: NodeNpus) -> bool:
+    """Return whether the master, such as a head without NPUs, takes no rank and none needs it."""
+    return not master.total and not request.ranks_meet and request.strategy != "span"
+
+
 def _candidate_local_sizes(request: DpRequest, master: NodeNpus, even_first: bool = True) -> list[int]:
     """Return the values of --data-parallel-size-local that fit the master: the given, even shares, large ones first."""
+    if _serves_other_nodes_only(request, master):
+        return [0]
     most = min(request.dp_size, master.free // request.world_size)
     given = request.dp_size_local
     return sorted(

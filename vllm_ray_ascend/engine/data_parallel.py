@@ -45,24 +45,25 @@ def _with_completion(is_our_platform: Callable[[], bool], create: Callable[..., 
         config.data_parallel_master_ip = without_brackets(config.data_parallel_master_ip)  # vLLM binds sockets to it
         if config.data_parallel_backend == "ray" and is_our_platform() and not _is_one_of_several_servers(self):
             is_default = not sets_local and config.data_parallel_size_local == config.data_parallel_size
-            complete(config, sets_address or bool(os.environ.get("VLLM_HOST_IP")), is_default)
+            sets_address = sets_address or bool(os.environ.get("VLLM_HOST_IP"))
+            complete(config, sets_address, is_default, vllm_config.model_config.is_moe)
         return vllm_config
 
     return create_engine_config
 
 
-def complete(config: Any, has_address: bool, is_default_local_size: bool) -> None:
+def complete(config: Any, has_address: bool, is_default_local_size: bool, is_moe: bool) -> None:
     """Set the address at which the ranks meet, and how many of them this node takes, in a ParallelConfig.
 
-    ``has_address``: whether the user chose the address. Joins Ray. Raises PlacementError for an address that is not of
-    this node.
+    ``has_address``: whether the user chose the address. ``is_moe``: whether the model is one. Joins Ray. Raises
+    PlacementError for an address that is not of this node.
     """
     connect(config)
     force_spawn_after_ray_init()
     config.data_parallel_master_ip = master_address(config.data_parallel_master_ip if has_address else "")
     if is_default_local_size and config.data_parallel_size > 1:
         kind = current_accelerator().kind
-        local_size = fit_local_size(placement_request(config, kind), free_npus_per_node(kind))
+        local_size = fit_local_size(placement_request(config, kind, is_moe), free_npus_per_node(kind))
         if local_size != config.data_parallel_size_local:
             logger.info("this node takes %d of %d data parallel ranks", local_size, config.data_parallel_size)
         config.data_parallel_size_local = local_size
@@ -89,8 +90,8 @@ def check_master_address(given: str) -> None:
         )
 
 
-def placement_request(config: Any, kind: Kind) -> DpRequest:
-    """Return what a ParallelConfig requests of the planner. Ray must be joined."""
+def placement_request(config: Any, kind: Kind, is_moe: bool) -> DpRequest:
+    """Return what a ParallelConfig requests of the planner, for a model that ``is_moe`` or not. Ray must be joined."""
     from vllm import envs
 
     return DpRequest(
@@ -104,6 +105,7 @@ def placement_request(config: Any, kind: Kind) -> DpRequest:
         kind=kind,
         group_size=config.tensor_parallel_size,
         master_id=node_id(),
+        ranks_meet=is_moe,
     )
 
 

@@ -321,7 +321,7 @@ class RayAscendEngineActorManager(ReplaceableActors):
         config = vllm_config.parallel_config
         reject_device_ids(getattr(config, "assigned_physical_gpu_ids", None), self._kind)
         check_master_address(config.data_parallel_master_ip)
-        request = placement_request(config, self._kind)
+        request = placement_request(config, self._kind, vllm_config.model_config.is_moe)
         self.placements = place_with_growth(
             lambda demand: plan_placement(request, free_npus_per_node(self._kind, demand)),
             lambda: self._demand(vllm_config, growth_demand(request, free_npus_per_node(self._kind))),
