@@ -227,7 +227,11 @@ class RayAscendEngineActorManager(ReplaceableActors):
 
         ``drained`` are those that were before. Return all that are.
         """
-        draining = draining_nodes()
+        try:
+            draining = draining_nodes()
+        except Exception:  # Ray's head does not answer now: the next look may succeed
+            logger.debug("it is not known which nodes drain", exc_info=True)
+            return set(drained)
         down = restarts.down()
         affected = {
             rank: deadlines
@@ -235,14 +239,16 @@ class RayAscendEngineActorManager(ReplaceableActors):
             if (deadlines := [draining[node] for node in self.nodes(rank) if node in draining])
         }
         for rank in affected.keys() - drained - down:
-            seconds = drain_limit_s(min(affected[rank]), time.time())
+            seconds = drain_limit_s(min(filter(None, affected[rank]), default=0), time.time())
             logger.warning(
                 "VRA-155: the node of data parallel rank %d is about to be stopped: the rank finishes its requests "
                 "within %d s",
                 rank,
                 seconds,
             )
-            for each in restarts.drain(rank, "its node is about to be stopped"):
+            ranks = restarts.drain(rank, "its node is about to be stopped")
+            self.manager_stopped.wait(WATCH_S)  # until API servers know: an engine core that ends refuses requests
+            for each in ranks:
                 self._server.send(each, drain_message(seconds))
         return set(affected) - down
 
