@@ -213,7 +213,8 @@ class RayAscendEngineActorManager(ReplaceableActors):
         import ray
 
         down = restarts.down()
-        ranks = {self.run_ref(rank): rank for rank in range(len(self.placement_group_is_local)) if rank not in down}
+        up = (rank for rank in range(len(self.placement_group_is_local)) if rank not in down)
+        ranks = {reference: rank for rank in up if (reference := self.run_ref(rank)) is not None}
         if not ranks:
             self.manager_stopped.wait(WATCH_S)
             return
