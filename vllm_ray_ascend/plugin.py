@@ -195,10 +195,10 @@ def _continue_without_ranks(_: ModuleType) -> None:
 
 
 def _report_failures(_: ModuleType) -> None:
-    from vllm_ray_ascend.engine.rank_client import report_errors_before_first_token, report_health
+    from vllm_ray_ascend.engine.rank_client import report_failed_requests, report_health
 
     report_health()
-    report_errors_before_first_token()
+    report_failed_requests()
 
 
 def _patch_engine_utils(module: ModuleType) -> None:

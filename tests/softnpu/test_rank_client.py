@@ -7,25 +7,27 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import zmq
-from vllm import SamplingParams
+from vllm import PoolingParams, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType, FinishReason, UtilityOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import DPLBAsyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder, UtilityResult
 
 from demo.train.recitation import DENSE
 from vllm_ray_ascend.engine import rank_client
-from vllm_ray_ascend.engine.rank_status import RANK_DOWN, RANK_UP, RankStatus, StatusPublisher
+from vllm_ray_ascend.engine.rank_status import RANK_DOWN, RANK_UP, RankStatus, StatusPublisher, error_output
 from vllm_ray_ascend.errors import RankDownError
 
 LIMIT_S = 60.0
@@ -155,7 +157,7 @@ def test_requests_of_a_lost_rank_fail_and_others_go_to_the_rank_that_serves() ->
             await client.add_request_async(request("e", 1))
             assert await next_failures(client) == ["e"]
             assert set(client.reqs_in_flight) == {"a", "d0", "d1", "d2", "d3"}
-            assert client.engine_inflight[client.core_engines[1]] == 0
+            assert rank_client._requests_in_flight(client)[client.core_engines[1]] == 0
 
     asyncio.run(scenario())
 
@@ -208,6 +210,94 @@ def test_a_rank_that_is_lost_again_before_it_answers_stays_down() -> None:
             assert rank_client._states[client].down
 
     asyncio.run(scenario())
+
+
+def test_what_a_lost_engine_core_has_sent_before_does_not_bring_its_rank_back() -> None:
+    async def scenario() -> None:
+        async with two_ranks() as (client, cores, _):
+            await lose(client, cores[1])
+            await rank_client.mark_up(client, RankStatus(1, "its workers were restarted"))
+            assert client.core_engines[1] in rank_client._states[client].down
+
+    asyncio.run(scenario())
+
+
+def test_a_call_whose_rank_was_chosen_before_it_was_lost_fails() -> None:
+    async def scenario() -> None:
+        async with two_ranks() as (client, cores, _):
+            await lose(client, cores[1])
+            call = client._call_utility_async("reset_prefix_cache", engine=client.core_engines[1])
+            with pytest.raises(RankDownError, match="data parallel rank 1 is down"):
+                await asyncio.wait_for(call, LIMIT_S)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.skipif(not hasattr(DPLBAsyncMPClient, "call_utility_all_async"), reason="vLLM 0.32 and later have it")
+def test_a_call_for_the_answers_of_all_ranks_leaves_out_a_lost_one_or_is_refused() -> None:
+    async def scenario() -> None:
+        async with two_ranks() as (client, cores, _):
+            await lose(client, cores[1])
+            assert await client.call_utility_all_async("reset_prefix_cache") == [False]
+            with pytest.raises(RankDownError, match="wake_up was called on no rank"):
+                await client.call_utility_all_async("wake_up", None)
+
+    asyncio.run(scenario())
+
+
+class OldClient:
+    """The state of a client of vLLM 0.23 to 0.26, whose load balancer counts waiting and running requests only."""
+
+    def __init__(self) -> None:
+        self.client_index = 1
+        self.vllm_config = SimpleNamespace(
+            parallel_config=SimpleNamespace(), model_config=SimpleNamespace(runner_type="generate")
+        )
+        self.reqs_in_flight = {"a": b"\0\0", "b": b"\1\0"}
+        self.lb_engines = [[0, 1], [0, 1]]
+        self.outputs_queue: asyncio.Queue[Any] = asyncio.Queue()
+
+
+def test_clients_of_older_releases_lose_a_rank_too() -> None:
+    async def scenario() -> None:
+        client = OldClient()
+        states = rank_client._states[client] = rank_client.RankStates()
+        rank_client.mark_down(client, RankStatus(1, "it was killed", requests_lost=True))
+        assert client.outputs_queue.get_nowait().finished_requests == {"b"} and set(client.reqs_in_flight) == {"a"}
+        states.lost.clear()
+        await rank_client.mark_up(client, RankStatus(1))
+        assert client.lb_engines == [[0, 1], [0, 0]]
+
+    asyncio.run(scenario())
+
+
+async def outputs_of(generate: Any) -> list[Any]:
+    return [output async for output in generate(SimpleNamespace(engine_core=OldClient()))]
+
+
+def test_a_pooling_request_that_fails_ends_with_an_error_and_the_server_does_not() -> None:
+    processor, queue = OutputProcessor(None, log_stats=False), RequestOutputCollector(RequestOutputKind.FINAL_ONLY, "a")
+    pooling = EngineCoreRequest("a", [1, 2], None, None, PoolingParams(task="embed"), 0.0, None, None, None)
+    pooling.external_req_id = "a"
+    processor.add_request(pooling, None, queue=queue)
+    processor.process_outputs([error_output("a", is_pooling=True)], 0.0, None)
+    assert not processor.request_states
+
+    async def encode(_: Any) -> AsyncGenerator[Any, None]:
+        yield await queue.get()
+
+    with pytest.raises(Exception, match="the workers failed") as raised:
+        asyncio.run(outputs_of(rank_client._raising_pooling_error(encode)))
+    assert type(raised.value).__name__ == "GenerationError"
+
+
+def test_a_choice_that_fails_before_its_first_token_is_an_error_though_another_has_begun() -> None:
+    async def generate(_: Any) -> AsyncGenerator[Any, None]:
+        for index, token_ids, reason in ((0, [1], None), (1, [], "error")):
+            yield SimpleNamespace(outputs=[SimpleNamespace(index=index, token_ids=token_ids, finish_reason=reason)])
+
+    with pytest.raises(Exception, match="the workers failed"):
+        asyncio.run(outputs_of(rank_client._raising_first_error(generate)))
 
 
 def test_health_names_what_is_down(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import msgspec
 from vllm_ray_ascend import patches
 from vllm_ray_ascend.engine.calls import IDEMPOTENT_UTILITIES
 from vllm_ray_ascend.engine.metrics import show
-from vllm_ray_ascend.engine.rank_status import RANK_DOWN, RANK_UP, RankStatus
+from vllm_ray_ascend.engine.rank_status import RANK_DOWN, RANK_UP, RankStatus, error_output
 from vllm_ray_ascend.errors import RankDownError
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.observability.metrics import DP_RANK_RESTARTS, DP_RANK_UP, Metric, Sample
@@ -43,6 +43,8 @@ class RankStates:
     def __init__(self) -> None:
         self.down: dict[Engine, str] = {}
         """Why, for each rank that takes no requests."""
+        self.lost: set[Engine] = set()
+        """Those of them whose engine core is gone: no answer comes until a new one has connected."""
         self.calls: dict[Engine, set[asyncio.Future[Any]]] = {}
         """Utility calls that are waiting for an answer."""
         self.connecting: dict[Engine, asyncio.Task[None]] = {}
@@ -60,12 +62,16 @@ _states: weakref.WeakKeyDictionary[Any, RankStates] = weakref.WeakKeyDictionary(
 
 def install() -> None:
     """Let the clients of this process continue without ranks that are down."""
+    from vllm.v1.engine.core_client import AsyncMPClient
+
     patches.wrap(f"{_CLIENT}.__init__", _with_states)
     patches.wrap(f"{_CLIENT}.get_core_engine_for_request", _avoiding_ranks_down)
     patches.wrap(f"{_CLIENT}.call_utility_async", _calling_ranks_up)
     patches.wrap(f"{_CLIENT}.eep_process_engine_core_notification", _handling_status)
     patches.wrap("vllm.v1.engine.core_client.DPAsyncMPClient.add_request_async", _failing_requests)
     patches.wrap("vllm.v1.engine.core_client.AsyncMPClient._call_utility_async", _failing_calls)
+    if hasattr(AsyncMPClient, "call_utility_all_async"):  # vLLM 0.32 and later
+        patches.wrap("vllm.v1.engine.core_client.AsyncMPClient.call_utility_all_async", _calling_all_ranks_up)
 
 
 def report_health() -> None:
@@ -73,9 +79,13 @@ def report_health() -> None:
     patches.wrap("vllm.v1.engine.async_llm.AsyncLLM.check_health", _checking_ranks)
 
 
-def report_errors_before_first_token() -> None:
-    """Let a request that fails before its first token end with an error: vLLM's streams end without any, as if done."""
+def report_failed_requests() -> None:
+    """Let a request that fails before its first token, or a pooling request that fails, end with an error.
+
+    vLLM's streams end without any, as if done, and it knows no pooling request that fails.
+    """
     patches.wrap("vllm.v1.engine.async_llm.AsyncLLM.generate", _raising_first_error)
+    patches.wrap("vllm.v1.engine.async_llm.AsyncLLM.encode", _raising_pooling_error)
 
 
 def mark_down(client: Any, status: RankStatus) -> None:
@@ -88,16 +98,17 @@ def mark_down(client: Any, status: RankStatus) -> None:
     _report(client, status.rank, {"status": "dead", "fault_info": status.cause})
     if not status.requests_lost:
         return
+    states.lost.add(engine)
     lost = [request for request, each in client.reqs_in_flight.items() if each == engine]
     for request in lost:
         del client.reqs_in_flight[request]
-    client.engine_inflight[engine] = 0
+    _requests_in_flight(client)[engine] = 0
     if lost:
         logger.warning("VRA-157: aborted %d requests: %s", len(lost), states.describe())
-        client.outputs_queue.put_nowait(_error_outputs(status.rank, lost))
+        client.outputs_queue.put_nowait(_error_outputs(client, status.rank, lost))
     for call in states.calls.pop(engine, set()):
         if not call.done():
-            call.set_exception(RankDownError("VRA-158", f"data parallel rank {status.rank} is down: {status.cause}"))
+            call.set_exception(_lost_error(states, engine))
 
 
 async def mark_up(client: Any, status: RankStatus) -> None:
@@ -106,13 +117,16 @@ async def mark_up(client: Any, status: RankStatus) -> None:
     if status.is_new:
         task = states.connecting[engine] = asyncio.ensure_future(_wait_for_answer(client, engine))
         await asyncio.wait([task])
-        if task.cancelled():  # it was lost again
+        if states.connecting.get(engine) is not task:  # it was lost again
             return
         del states.connecting[engine]
+        states.lost.discard(engine)
         states.restarts[engine] += 1
         _show(client, DP_RANK_RESTARTS, status.rank, states.restarts[engine])
+    if engine in states.lost:  # its old engine core has sent this before it was lost
+        return
     states.down.pop(engine, None)
-    client.lb_engines[status.rank] = [0, 0, 0.0]
+    client.lb_engines[status.rank] = [0] * len(client.lb_engines[status.rank])
     _show(client, DP_RANK_UP, status.rank, 1.0)
     _report(client, status.rank, {"status": "healthy"})
 
@@ -158,7 +172,7 @@ def _avoiding_ranks_down(choose: Callable[[Any, Any], Engine]) -> Callable[[Any,
         engine = choose(client, request)
         if engine in states.down:
             del client.reqs_in_flight[request.request_id]
-            client.engine_inflight[engine] -= 1
+            _requests_in_flight(client)[engine] -= 1
             raise RankDownError("VRA-159", f"no rank serves a request: {states.describe()}")
         return engine
 
@@ -175,7 +189,8 @@ def _failing_requests(add_request: Method) -> Method:
         except RankDownError as error:
             logger.warning("%s", error)
             client._ensure_output_queue_task()
-            client.outputs_queue.put_nowait(_error_outputs(request.data_parallel_rank or 0, [request.request_id]))
+            failed = _error_outputs(client, request.data_parallel_rank or 0, [request.request_id])
+            client.outputs_queue.put_nowait(failed)
 
     return add_or_fail
 
@@ -185,21 +200,38 @@ def _calling_ranks_up(call: Method) -> Method:
 
     @functools.wraps(call)
     async def call_ranks_up(client: Any, method: str, *args: Any) -> Any:
-        states = _states[client]
-        if not states.down:
+        if not _states[client].down:
             return await call(client, method, *args)
-        name = args[0] if method == "collective_rpc" and args else method
-        up = [engine for engine in client.core_engines if engine not in states.down]
-        if name not in IDEMPOTENT_UTILITIES or not up:
-            raise RankDownError(
-                "VRA-160",
-                f"{method} was called on no rank, since one that is down would lack it: {states.describe()}. Call "
-                "again once it serves.",
-            )
-        answers = await asyncio.gather(*(client._call_utility_async(method, *args, engine=engine) for engine in up))
-        return answers[0]
+        return (await _call_ranks_up(client, method, *args))[0]
 
     return call_ranks_up
+
+
+def _calling_all_ranks_up(call: Method) -> Method:
+    """Return `call_utility_all_async`, which does the same and returns the answers of all ranks."""
+
+    @functools.wraps(call)
+    async def call_all_ranks_up(client: Any, method: str, *args: Any) -> Any:
+        states = _states.get(client)
+        if states is None or not states.down:
+            return await call(client, method, *args)
+        return await _call_ranks_up(client, method, *args)
+
+    return call_all_ranks_up
+
+
+async def _call_ranks_up(client: Any, method: str, *args: Any) -> list[Any]:
+    """Return the answers of the ranks that are not down. Raises RankDownError where one that is would lack the call."""
+    states = _states[client]
+    name = args[0] if method == "collective_rpc" and args else method
+    up = [engine for engine in client.core_engines if engine not in states.down]
+    if name not in IDEMPOTENT_UTILITIES or not up:
+        raise RankDownError(
+            "VRA-160",
+            f"{method} was called on no rank, since one that is down would lack it: {states.describe()}. Call "
+            "again once it serves.",
+        )
+    return await asyncio.gather(*(client._call_utility_async(method, *args, engine=engine) for engine in up))
 
 
 def _failing_calls(call: Method) -> Method:
@@ -210,6 +242,8 @@ def _failing_calls(call: Method) -> Method:
         states = _states.get(client)
         if states is None:
             return await call(client, method, *args, engine=engine)
+        if engine in states.lost:  # since the ranks were chosen
+            raise _lost_error(states, engine)
         lost: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         answer = asyncio.ensure_future(call(client, method, *args, engine=engine))
         calls = states.calls.setdefault(engine, set())
@@ -258,30 +292,57 @@ def _checking_ranks(check: Method) -> Method:
     return check_ranks
 
 
-def _raising_first_error(
-    generate: Callable[..., AsyncGenerator[Any, None]],
-) -> Callable[..., AsyncGenerator[Any, None]]:
+def _raising_first_error(generate: Generate) -> Generate:
     @functools.wraps(generate)
     async def generate_or_raise(engine: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-        from vllm.entrypoints.openai.completion.serving import GenerationError  # it has moved, the import not
-
-        has_begun = False
+        begun: set[int] = set()
+        """Which of the request's choices (`n`) have a token."""
         async with contextlib.aclosing(generate(engine, *args, **kwargs)) as outputs:
             async for output in outputs:
-                has_begun = has_begun or any(each.token_ids for each in output.outputs)
-                if not has_begun and any(each.finish_reason == "error" for each in output.outputs):
-                    states = _states.get(engine.engine_core)
-                    raise GenerationError(states.describe() if states and states.down else "the workers failed")
+                begun.update(each.index for each in output.outputs if each.token_ids)
+                if any(each.finish_reason == "error" and each.index not in begun for each in output.outputs):
+                    raise _generation_error(engine)
                 yield output
 
     return generate_or_raise
 
 
-def _error_outputs(rank: int, requests: list[str]) -> Any:
-    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+def _raising_pooling_error(encode: Generate) -> Generate:
+    @functools.wraps(encode)
+    async def encode_or_raise(engine: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        async with contextlib.aclosing(encode(engine, *args, **kwargs)) as outputs:
+            async for output in outputs:
+                if not output.outputs.data.numel():  # of an error_output
+                    raise _generation_error(engine)
+                yield output
 
-    outputs = [EngineCoreOutput(request, [], finish_reason=FinishReason.ERROR) for request in requests]
+    return encode_or_raise
+
+
+def _generation_error(engine: Any) -> Exception:
+    from vllm.entrypoints.openai.completion.serving import GenerationError  # it has moved, the import not
+
+    states = _states.get(engine.engine_core)
+    error: Exception = GenerationError(states.describe() if states and states.down else "the workers failed")
+    return error
+
+
+def _lost_error(states: RankStates, engine: Engine) -> RankDownError:
+    return RankDownError("VRA-158", f"data parallel rank {_rank(engine)} is down: {states.down[engine]}")
+
+
+def _error_outputs(client: Any, rank: int, requests: list[str]) -> Any:
+    from vllm.v1.engine import EngineCoreOutputs
+
+    is_pooling = client.vllm_config.model_config.runner_type == "pooling"
+    outputs = [error_output(request, is_pooling) for request in requests]
     return EngineCoreOutputs(engine_index=rank, outputs=outputs, finished_requests=set(requests))
+
+
+def _requests_in_flight(client: Any) -> Counter[Engine]:
+    """Return the load balancer's count of requests by rank; one that nobody reads before vLLM 0.27."""
+    counts: Counter[Engine] = client.engine_inflight if hasattr(client, "engine_inflight") else Counter()
+    return counts
 
 
 def _show(client: Any, metric: Metric, rank: int, value: float) -> None:

@@ -39,6 +39,18 @@ def notification(kind: str, status: RankStatus) -> Any:
     )
 
 
+def error_output(request_id: str, is_pooling: bool) -> Any:
+    """Return the EngineCoreOutput of a request that has failed.
+
+    vLLM takes one without a pooling result for a generated text: of a pooling request it ends the API server.
+    """
+    import torch
+    from vllm.v1.engine import EngineCoreOutput, FinishReason
+
+    result = torch.empty(0) if is_pooling else None
+    return EngineCoreOutput(request_id, [], pooling_output=result, finish_reason=FinishReason.ERROR)
+
+
 def notify_clients(engine: Any, kind: str, status: RankStatus) -> None:
     """Notify all API servers of an engine core from its own process."""
     for client in range(engine.client_count):
@@ -53,6 +65,7 @@ class StatusPublisher:
         self._addresses = addresses
         self._lock = threading.Lock()
         self._sockets: dict[str, Any] = {}
+        self._closed = False
 
     def publish(self, kind: str, status: RankStatus) -> None:
         """Notify all API servers. Does not wait for one that does not read."""
@@ -79,6 +92,7 @@ class StatusPublisher:
     def close(self) -> None:
         """Close the sockets, once what was sent has had a moment to leave."""
         with self._lock:
+            self._closed = True
             for socket in self._sockets.values():
                 socket.close()
             self._sockets.clear()
@@ -88,6 +102,8 @@ class StatusPublisher:
 
         frames: Sequence[Any] = MsgpackEncoder().encode(outputs)
         with self._lock:
+            if self._closed:  # nobody listens any more, and nobody would close a new socket
+                return
             self._socket(address).send_multipart(frames)
 
     def _socket(self, address: str) -> Any:

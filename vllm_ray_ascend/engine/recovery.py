@@ -10,11 +10,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequestType, FinishReason
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequestType
 from vllm.v1.request import RequestStatus
 
 from vllm_ray_ascend import patches
-from vllm_ray_ascend.engine.rank_status import RANK_DOWN, RANK_UP, RankStatus, notify_clients
+from vllm_ray_ascend.engine.rank_status import RANK_DOWN, RANK_UP, RankStatus, error_output, notify_clients
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.observability.events import EVENTS, REQUESTS_ABORTED
 from vllm_ray_ascend.observability.metrics import ABORTED, VALUES
@@ -72,6 +72,7 @@ def abort_running_requests(engine: Any) -> Outputs:
     """
     scheduler = engine.scheduler
     started: dict[int, list[str]] = {}
+    pooling = {request.request_id for request in scheduler.requests.values() if request.pooling_params is not None}
     for request in scheduler.requests.values():
         if has_begun(request):
             started.setdefault(request.client_index, []).append(request.request_id)
@@ -85,7 +86,7 @@ def abort_running_requests(engine: Any) -> Outputs:
     EVENTS.emit(REQUESTS_ABORTED, aborted=len(aborted), waiting=len(scheduler.requests))
     return {
         client: EngineCoreOutputs(
-            outputs=[EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR) for request_id in request_ids],
+            outputs=[error_output(request_id, request_id in pooling) for request_id in request_ids],
             finished_requests=set(request_ids),
         )
         for client, request_ids in started.items()
