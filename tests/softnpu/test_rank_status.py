@@ -13,7 +13,7 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.serial_utils import MsgpackDecoder
 
 from vllm_ray_ascend.engine.rank_recovery import RankRecovery
-from vllm_ray_ascend.engine.rank_status import RANK_DOWN, RANK_UP, StatusPublisher
+from vllm_ray_ascend.engine.rank_status import RANK_DOWN, RANK_UP, RankStatus, StatusPublisher
 
 LIMIT_MS = 30_000
 
@@ -105,6 +105,24 @@ def test_all_end_where_none_serves_and_none_can_be_started(listener: Listener) -
     assert cluster.recovery.ended.wait(LIMIT_MS / 1000)
     assert cluster.recovery.cause == "it was killed" and len(cluster.restarted) == 3
     cluster.publisher.close()
+
+
+def test_none_ends_while_the_last_rank_that_was_lost_is_being_started(listener: Listener) -> None:
+    cluster = Cluster(listener, [[0], [1]])
+    recovery = cluster.recovery
+    recovery._down = {1}
+    assert not any(recovery._nothing_can_be_started((1,)) for _ in range(9))  # rank 0 serves
+    recovery._down = {0, 1}
+    assert not any(recovery._nothing_can_be_started((1,)) for _ in range(9))
+    assert [recovery._nothing_can_be_started((0,)) for _ in range(3)] == [False, False, True]
+    cluster.publisher.close()
+
+
+def test_a_closed_publisher_opens_no_sockets(listener: Listener) -> None:
+    publisher = StatusPublisher(listener.addresses)
+    publisher.close()
+    publisher.publish(RANK_UP, RankStatus(1))
+    assert not publisher._sockets
 
 
 def test_all_end_where_a_new_rank_would_lack_what_a_call_changed(listener: Listener) -> None:

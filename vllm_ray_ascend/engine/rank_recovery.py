@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,7 +26,7 @@ _DRAIN = "drain:"
 _DRAIN_S = 120
 _EXIT_S = 10.0
 _MAX_ATTEMPTS_ALONE = 3
-"""How often a start may fail while no rank serves."""
+"""How often each start may fail while no rank serves."""
 
 
 def restart_delay_s(starts: Sequence[float], now: float) -> float:
@@ -85,6 +85,8 @@ class RankRecovery:
         self._lock = threading.Lock()
         self._down: set[int] = set()
         self._starts: defaultdict[int, list[float]] = defaultdict(list)
+        self._failed_alone: Counter[tuple[int, ...]] = Counter()
+        """How often each failure domain could not be started since any rank served."""
         self._stopped = threading.Event()
         self.changed_by = ""
         """The call after which a new engine core would lack something that the others have."""
@@ -145,6 +147,7 @@ class RankRecovery:
             return
         with self._lock:
             self._down.difference_update(ranks)
+            self._failed_alone.clear()
         for rank in ranks:
             self._publisher.publish(RANK_UP, RankStatus(rank, is_new=True))
         EVENTS.emit(RANKS_RESTORED, ranks=_format(ranks), seconds=round(time.monotonic() - lost_at, 3))
@@ -166,10 +169,19 @@ class RankRecovery:
                     attempts,
                     error,
                 )
-            if attempts >= _MAX_ATTEMPTS_ALONE and self.down() == set(self._domain):
+            if self._nothing_can_be_started(ranks):
                 self._give_up(cause)
                 return False
         return False
+
+    def _nothing_can_be_started(self, ranks: tuple[int, ...]) -> bool:
+        """Note that a start of ``ranks`` has failed. Return whether all have often enough, while no rank served."""
+        with self._lock:
+            if self._down != set(self._domain):
+                self._failed_alone.clear()
+                return False
+            self._failed_alone[ranks] += 1
+            return all(self._failed_alone[each] >= _MAX_ATTEMPTS_ALONE for each in self._domain.values())
 
     def _next_delay_s(self, ranks: tuple[int, ...]) -> float:
         starts = self._starts[ranks[0]]
