@@ -87,6 +87,7 @@ class NodeLocalEngineCore:
     def _handle_extension(self, name: str) -> None:
         """Finish the requests, for at most the seconds in the message, and exit: this node is about to be stopped."""
         if seconds := drain_seconds(name):
+            self._exit_after(seconds)  # vLLM's engine core itself knows no limit
             self.vllm_config.shutdown_timeout = seconds  # type: ignore[attr-defined]
             self._request_shutdown()
 
@@ -101,10 +102,15 @@ class NodeLocalEngineCore:
         """Shut down gracefully, since the driver is gone, and exit immediately where that takes too long."""
         config = getattr(self, "vllm_config", None)  # not before vLLM's own __init__
         ranks = config.parallel_config.world_size if config is not None else 1
-        limit = threading.Timer(stop_grace_s(load().stop_grace_s, ranks) + 1, os._exit, (1,))
+        self._exit_after(stop_grace_s(load().stop_grace_s, ranks) + 1)
+        self._request_shutdown()
+
+    @staticmethod
+    def _exit_after(seconds: float) -> None:
+        """End this process, whatever it is doing then, unless it has ended before."""
+        limit = threading.Timer(seconds, os._exit, (1,))
         limit.daemon = True
         limit.start()
-        self._request_shutdown()
 
     def _set_visible_devices(self, vllm_config: Any, local_dp_rank: int) -> None:
         """Assign no NPUs: the executor asks Ray which ones the placement group's bundles hold.

@@ -95,7 +95,7 @@ class RayAscendEngineActorManager(ReplaceableActors):
         self._world_size: int = vllm_config.parallel_config.world_size
         self._losses: list[PeerLost] = []
         self._leaving: dict[int, threading.Thread] = {}
-        self._ranks_lock = threading.RLock()
+        self._ranks_lock, self._placing = threading.RLock(), threading.Lock()
         self._config = copy.deepcopy(vllm_config)
         self._publisher = StatusPublisher(addresses)
         self._restarts: RankRecovery | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -43,6 +44,7 @@ class ReplaceableActors(CoreEngineActorManager):
     _given_groups: Sequence[Any] = ()
     """Placement groups that the caller made, of the first ranks: it removes them itself."""
     _given_local_ranks: Sequence[int] = ()
+    _placing: threading.Lock
     _starts = 0
     """How often lost ranks were started again."""
 
@@ -64,7 +66,8 @@ class ReplaceableActors(CoreEngineActorManager):
                 config.parallel_config._data_parallel_master_port_list.pop()
             )
         for rank in ranks:
-            self._ensure_group(rank)
+            with self._placing:  # two ranks must not choose the same NPUs
+                self._ensure_group(rank)
         for rank in ranks:
             self._set_actor(rank, self._launch(rank, config))
         try:
@@ -178,6 +181,8 @@ class ReplaceableActors(CoreEngineActorManager):
         placement = plan_replacement(rank, others, config.world_size, node_id(), nodes, allowed_addresses(), self._kind)
         (group,) = create_placement_groups(wanted_groups(self._config, [placement], self._kind), GRANT_LIMIT_S)
         self.created_placement_groups[rank], self.placements[rank] = group, placement
+        if self.manager_stopped.is_set():  # it has removed the groups that were there
+            remove_placement_groups([group])
 
 
 def wanted_groups(vllm_config: Any, placements: Collection[RankPlacement], kind: Kind) -> list[PlacementGroupSpec]:

@@ -1,0 +1,60 @@
+"""Engine cores that drain, and that are placed again while the server stops, without Ray."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_ray_ascend.cluster.dp_placement import RankPlacement
+from vllm_ray_ascend.devices.kind import NPU
+from vllm_ray_ascend.engine import rank_actors
+from vllm_ray_ascend.engine.actors import NodeLocalEngineCore
+from vllm_ray_ascend.engine.rank_actors import ReplaceableActors
+from vllm_ray_ascend.engine.rank_recovery import drain_message
+
+
+def test_requests_that_outlast_a_drain_do_not_keep_the_engine_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    exited = threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda code: exited.set())
+    core = object.__new__(NodeLocalEngineCore)
+    vars(core).update(vllm_config=SimpleNamespace(shutdown_timeout=0), shutdown_state=None, input_queue=queue.Queue())
+    core._handle_extension(drain_message(1).name)
+    assert core.vllm_config.shutdown_timeout == 1  # type: ignore[attr-defined]
+    assert exited.wait(30)
+
+
+def test_no_group_is_left_where_the_server_stops_while_a_rank_is_placed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    actors = object.__new__(ReplaceableActors)
+    removed: list[str] = []
+    actors.placements = [RankPlacement(0, 0, ("gone",), ("gone",))]
+    actors.__dict__.update(
+        manager_stopped=threading.Event(),
+        created_placement_groups=["old"],
+        addresses=SimpleNamespace(outputs=["tcp://127.0.0.1:1"]),
+        _config=SimpleNamespace(parallel_config=SimpleNamespace(world_size=1)),
+        _kind=NPU,
+    )
+
+    def create(*_: Any) -> list[str]:
+        actors.manager_stopped.set()
+        return ["new"]
+
+    replaced = {
+        "current_nodes": lambda kind: [],
+        "free_npus_per_node": lambda kind: [],
+        "node_id": lambda: "here",
+        "allowed_addresses": frozenset,
+        "plan_replacement": lambda *_: RankPlacement(0, 0, ("here",), ("here",)),
+        "wanted_groups": lambda *_: [],
+        "create_placement_groups": create,
+        "remove_placement_groups": removed.extend,
+    }
+    for name, function in replaced.items():
+        monkeypatch.setattr(rank_actors, name, function)
+    actors._ensure_group(0)
+    assert removed == ["old", "new"]
