@@ -14,8 +14,10 @@ from vllm_ray_ascend.cluster.dp_placement import RankPlacement
 from vllm_ray_ascend.devices.kind import NPU
 from vllm_ray_ascend.engine import rank_actors
 from vllm_ray_ascend.engine.actors import NodeLocalEngineCore
+from vllm_ray_ascend.engine.manager import RayAscendEngineActorManager
 from vllm_ray_ascend.engine.rank_actors import ReplaceableActors
-from vllm_ray_ascend.engine.rank_recovery import drain_message
+from vllm_ray_ascend.engine.rank_recovery import RankRecovery, drain_message
+from vllm_ray_ascend.engine.rank_status import StatusPublisher
 
 
 def test_requests_that_outlast_a_drain_do_not_keep_the_engine_core(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,3 +60,14 @@ def test_no_group_is_left_where_the_server_stops_while_a_rank_is_placed_again(mo
         monkeypatch.setattr(rank_actors, name, function)
     actors._ensure_group(0)
     assert removed == ["old", "new"]
+
+
+def test_a_rank_whose_new_engine_core_starts_just_now_is_not_watched() -> None:
+    manager = object.__new__(RayAscendEngineActorManager)
+    stopped = threading.Event()
+    stopped.set()  # so that nothing is waited for
+    manager.__dict__.update(
+        placement_group_is_local=[True], local_engine_actors=["new"], actor_run_ref_dict={}, manager_stopped=stopped
+    )
+    publisher = StatusPublisher(SimpleNamespace(outputs=[], coordinator_output=None))
+    manager._watch_ranks(RankRecovery([[0]], lambda ranks: None, publisher))

@@ -6,6 +6,7 @@ those of a mixture of experts step together, so all of them are one.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import Counter, defaultdict
@@ -44,7 +45,7 @@ def failure_domains(vllm_config: Any) -> list[list[int]]:
 def may_restart_ranks(vllm_config: Any) -> bool:
     """Return whether lost ranks of an engine are restarted: it has several, of which its API servers know all.
 
-    Elastic expert parallelism counts its ranks otherwise.
+    Elastic expert parallelism counts its ranks otherwise, and vLLM's front end in Rust runs no code of ours.
     """
     config = vllm_config.parallel_config
     return (
@@ -52,6 +53,7 @@ def may_restart_ranks(vllm_config: Any) -> bool:
         and config.data_parallel_size > 1
         and not config.local_engines_only
         and not getattr(config, "enable_elastic_ep", False)
+        and os.environ.get("VLLM_USE_RUST_FRONTEND", "0") in ("", "0")
     )
 
 
