@@ -12,7 +12,7 @@ import pytest
 
 from vllm_ray_ascend.cluster.dp_placement import RankPlacement
 from vllm_ray_ascend.devices.kind import NPU
-from vllm_ray_ascend.engine import rank_actors
+from vllm_ray_ascend.engine import manager, rank_actors
 from vllm_ray_ascend.engine.actors import NodeLocalEngineCore
 from vllm_ray_ascend.engine.manager import RayAscendEngineActorManager
 from vllm_ray_ascend.engine.rank_actors import ReplaceableActors
@@ -63,11 +63,31 @@ def test_no_group_is_left_where_the_server_stops_while_a_rank_is_placed_again(mo
 
 
 def test_a_rank_whose_new_engine_core_starts_just_now_is_not_watched() -> None:
-    manager = object.__new__(RayAscendEngineActorManager)
+    ranks = object.__new__(RayAscendEngineActorManager)
     stopped = threading.Event()
     stopped.set()  # so that nothing is waited for
-    manager.__dict__.update(
+    ranks.__dict__.update(
         placement_group_is_local=[True], local_engine_actors=["new"], actor_run_ref_dict={}, manager_stopped=stopped
     )
     publisher = StatusPublisher(SimpleNamespace(outputs=[], coordinator_output=None))
-    manager._watch_ranks(RankRecovery([[0]], lambda ranks: None, publisher))
+    ranks._watch_ranks(RankRecovery([[0]], lambda ranks: None, publisher))
+
+
+def test_ranks_leave_a_node_that_drains_only_while_another_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server on one node serves until the node is gone."""
+    drained: list[int] = []
+    stopped = threading.Event()
+    stopped.set()  # so that nothing is waited for
+    ranks = object.__new__(RayAscendEngineActorManager)
+    ranks.__dict__.update(
+        placement_group_is_local=[True, False],
+        placements=[RankPlacement(0, 0, ("a",), ("a",)), RankPlacement(1, 0, ("b",), ("b",))],
+        manager_stopped=stopped,
+        _server=SimpleNamespace(send=lambda rank, message: drained.append(rank)),
+    )
+    publisher = StatusPublisher(SimpleNamespace(outputs=[], coordinator_output=None))
+    recovery = RankRecovery([[0], [1]], lambda ranks: None, publisher)
+    for draining, expected in (({"a": 0, "b": 0}, []), ({"b": 0}, [1])):
+        monkeypatch.setattr(manager, "draining_nodes", lambda draining=draining: draining)
+        assert sorted(ranks._drain_ranks(recovery, set())) == drained == expected
+    assert ranks._drain_ranks(recovery, {1}) == {1} and drained == [1]

@@ -40,6 +40,7 @@ class EngineCore:
     def __init__(self, rank: int, addresses: dict[str, str], silent: bool = False) -> None:
         self.requests: list[str] = []
         self.calls: list[str] = []
+        self.is_paused = False
         self._silent = silent
         self._killed = threading.Event()
         self._context = zmq.Context()
@@ -69,7 +70,8 @@ class EngineCore:
                 _, call_id, method, _ = decode_call.decode(frames)
                 self.calls.append(method)
                 if not self._silent:
-                    output = UtilityOutput(call_id=call_id, result=UtilityResult(False))
+                    answer = self.is_paused and method == "is_scheduler_paused"
+                    output = UtilityOutput(call_id=call_id, result=UtilityResult(answer))
                     self._output.send_multipart(MsgpackEncoder().encode(EngineCoreOutputs(utility_output=output)))
 
 
@@ -194,6 +196,21 @@ def test_a_new_engine_core_of_the_rank_serves_once_it_answers() -> None:
             await until(lambda: cores[1].requests == ["a"])
             await client.call_utility_async("sleep", 1)
             assert cores[1].calls[-1] == "sleep"
+
+    asyncio.run(scenario())
+
+
+def test_a_new_engine_core_is_paused_as_the_others_are() -> None:
+    """As while the weights of all ranks are updated."""
+
+    async def scenario() -> None:
+        async with two_ranks() as (client, cores, addresses):
+            cores[0].is_paused = True
+            await lose(client, cores[1])
+            client.publish(RANK_UP, RankStatus(1, is_new=True))
+            cores[1] = EngineCore(1, addresses)
+            await until(lambda: not rank_client._states[client].down)
+            assert cores[1].calls[-1] == "pause_scheduler"
 
     asyncio.run(scenario())
 

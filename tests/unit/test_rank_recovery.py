@@ -64,6 +64,8 @@ def test_a_replacement_is_whole_and_takes_a_free_local_rank() -> None:
     others = [PlacedRank(0, 0, "A"), PlacedRank(2, 0, "B")]
     placed = plan_replacement(1, others, 2, "A", nodes, {"b", "gone"})
     assert (placed.dp_rank, placed.local_dp_rank, placed.node_ids) == (1, 1, ("B", "B"))
+    crowd = [PlacedRank(rank, rank - 2, "B") for rank in (2, 3, 4)]
+    assert plan_replacement(1, crowd, 1, "A", nodes).local_dp_rank == 1  # vLLM refuses one above the rank's own
     with pytest.raises(ShortageError, match="data parallel rank 1 of 4 NPUs on another node"):
         plan_replacement(1, others, 4, "A", nodes)
     with pytest.raises(ShortageError):

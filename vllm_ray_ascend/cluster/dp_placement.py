@@ -250,7 +250,7 @@ def plan_replacement(
         more = _free_more_npus(world_size, kind)
         raise ShortageError("VRA-154", _placement_message(task, nodes, kind, "No node has room for it", more))
     node, local_dp_rank = places[0]
-    return _place_rank(dp_rank, local_dp_rank, [node] * world_size)
+    return _place_rank(dp_rank, min(local_dp_rank, dp_rank), [node] * world_size)  # vLLM refuses a greater one
 
 
 def is_tied_by_mp_backend(

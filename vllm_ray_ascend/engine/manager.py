@@ -239,6 +239,8 @@ class RayAscendEngineActorManager(ReplaceableActors):
             for rank in range(len(self.placement_group_is_local))
             if (deadlines := [draining[node] for node in self.nodes(rank) if node in draining])
         }
+        if len(affected.keys() | down) == len(self.placement_group_is_local):
+            return set(drained)  # no other rank serves: rather until the nodes are gone
         for rank in affected.keys() - drained - down:
             seconds = drain_limit_s(min(filter(None, affected[rank]), default=0), time.time())
             logger.warning(

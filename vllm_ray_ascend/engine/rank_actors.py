@@ -17,6 +17,7 @@ from vllm_ray_ascend.cluster.placement_groups import (
     create_placement_groups,
     current_nodes,
     free_npus_per_node,
+    nodes_of_bundles,
     pin_to_nodes,
     remove_placement_groups,
 )
@@ -162,11 +163,13 @@ class ReplaceableActors(CoreEngineActorManager):
         return self.actor_run_ref_dict.get(self.actor(rank))
 
     def _ensure_group(self, rank: int) -> None:
-        """Give ``rank`` a placement group on other nodes where a node of its own is gone or drains.
+        """Give ``rank`` a placement group on other nodes where it has none, or a node of its own is gone or drains.
 
         Raises PlacementError where they have no room.
         """
-        if not self._missing_nodes(rank) or rank < len(self._given_groups):
+        if rank < len(self._given_groups):
+            return
+        if not self._missing_nodes(rank) and nodes_of_bundles(self.created_placement_groups[rank]):
             return
         config = self._config.parallel_config
         remove_placement_groups([self.created_placement_groups[rank]])

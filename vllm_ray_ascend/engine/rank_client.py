@@ -115,7 +115,7 @@ async def mark_up(client: Any, status: RankStatus) -> None:
     """Send requests to a rank again, once it answers."""
     states, engine = _states[client], _engine(status.rank)
     if status.is_new:
-        task = states.connecting[engine] = asyncio.ensure_future(_wait_for_answer(client, engine))
+        task = states.connecting[engine] = asyncio.ensure_future(_prepare(client, engine))
         await asyncio.wait([task])
         if states.connecting.get(engine) is not task:  # it was lost again
             return
@@ -129,6 +129,18 @@ async def mark_up(client: Any, status: RankStatus) -> None:
     client.lb_engines[status.rank] = [0] * len(client.lb_engines[status.rank])
     _show(client, DP_RANK_UP, status.rank, 1.0)
     _report(client, status.rank, {"status": "healthy"})
+
+
+async def _prepare(client: Any, engine: Engine) -> None:
+    """Wait until a new engine core answers, and pause it where the others are, as while weights are updated."""
+    await _wait_for_answer(client, engine)
+    serving = [each for each in client.core_engines if each not in _states[client].down]
+    if not serving or not hasattr(client, "is_scheduler_paused_async"):
+        return
+    with contextlib.suppress(RankDownError):  # that one is lost meanwhile
+        if await client._call_utility_async("is_scheduler_paused", engine=serving[0]):
+            call = patches.original("vllm.v1.engine.core_client.AsyncMPClient._call_utility_async")
+            await call(client, "pause_scheduler", engine=engine)
 
 
 async def _wait_for_answer(client: Any, engine: Engine) -> None:
