@@ -1,4 +1,4 @@
-"""A command that is told to end, twice: `timeout make conformance` does so."""
+"""A command that gets SIGTERM twice, as from `timeout make conformance`."""
 
 from __future__ import annotations
 

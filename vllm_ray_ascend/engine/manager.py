@@ -99,6 +99,7 @@ class RayAscendEngineActorManager(ReplaceableActors):
         self._config = copy.deepcopy(vllm_config)
         self._publisher = StatusPublisher(addresses)
         self._restarts: RankRecovery | None = None
+        restarts_ranks = may_restart_ranks(vllm_config)
         self._server = ControlServer(
             node_address(),
             load().silence_s,
@@ -107,15 +108,13 @@ class RayAscendEngineActorManager(ReplaceableActors):
             on_error=self._handle_server_error,
         )
         try:
-            addresses.launch_context = EngineLaunchContext(
-                self._server.address_json(), secrets, may_restart_ranks(vllm_config)
-            )
+            addresses.launch_context = EngineLaunchContext(self._server.address_json(), secrets, restarts_ranks)
             with _environment({DRIVER_VARIABLE: driver_settings_value()}):
                 start(self, vllm_config, addresses, *args, **kwargs)
         except BaseException:  # Ctrl-C too: no actor may stay
             self._undo_startup()
             raise
-        if may_restart_ranks(vllm_config):
+        if restarts_ranks:
             self._restarts = RankRecovery(failure_domains(vllm_config), self.restart_ranks, self._publisher)
             self._server.on_event = self._record_event
         self._warn_of_unused_list(vllm_config)

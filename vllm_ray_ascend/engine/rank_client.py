@@ -27,6 +27,7 @@ from vllm_ray_ascend.settings import load
 logger = get_logger(__name__)
 
 _CLIENT = "vllm.v1.engine.core_client.DPLBAsyncMPClient"
+_CALL = "vllm.v1.engine.core_client.AsyncMPClient._call_utility_async"
 _RETRY_S = 2.0
 _BUSY = 1 << 40
 """Requests that the load balancer is made to count for a rank that is down, so that it prefers any other."""
@@ -69,7 +70,7 @@ def install() -> None:
     patches.wrap(f"{_CLIENT}.call_utility_async", _calling_ranks_up)
     patches.wrap(f"{_CLIENT}.eep_process_engine_core_notification", _handling_status)
     patches.wrap("vllm.v1.engine.core_client.DPAsyncMPClient.add_request_async", _failing_requests)
-    patches.wrap("vllm.v1.engine.core_client.AsyncMPClient._call_utility_async", _failing_calls)
+    patches.wrap(_CALL, _failing_calls)
     if hasattr(AsyncMPClient, "call_utility_all_async"):  # vLLM 0.32 and later
         patches.wrap("vllm.v1.engine.core_client.AsyncMPClient.call_utility_all_async", _calling_all_ranks_up)
 
@@ -139,13 +140,13 @@ async def _prepare(client: Any, engine: Engine) -> None:
         return
     with contextlib.suppress(RankDownError):  # that one is lost meanwhile
         if await client._call_utility_async("is_scheduler_paused", engine=serving[0]):
-            call = patches.original("vllm.v1.engine.core_client.AsyncMPClient._call_utility_async")
+            call = patches.original(_CALL)
             await call(client, "pause_scheduler", engine=engine)
 
 
 async def _wait_for_answer(client: Any, engine: Engine) -> None:
     """Wait until a new engine core answers: until it has connected, what is sent to it is lost without notice."""
-    call = patches.original("vllm.v1.engine.core_client.AsyncMPClient._call_utility_async")
+    call = patches.original(_CALL)
     attempts: set[asyncio.Future[Any]] = set()
     try:
         while not any(attempt.done() for attempt in attempts):

@@ -36,10 +36,15 @@ def restart_delay_s(starts: Sequence[float], now: float) -> float:
     return min(2.0 ** (recent - 1), _MAX_DELAY_S) if recent > 1 else 0.0
 
 
+def steps_together(vllm_config: Any) -> bool:
+    """Return whether an engine core of this vLLM config steps together with others, and cannot continue alone."""
+    return bool(vllm_config.parallel_config.data_parallel_size > 1 and vllm_config.model_config.is_moe)
+
+
 def failure_domains(vllm_config: Any) -> list[list[int]]:
     """Return which data parallel ranks of a vLLM config end with one another, and are restarted together."""
     ranks = list(range(vllm_config.parallel_config.data_parallel_size))
-    return [ranks] if vllm_config.model_config.is_moe else [[rank] for rank in ranks]
+    return [ranks] if steps_together(vllm_config) else [[rank] for rank in ranks]
 
 
 def may_restart_ranks(vllm_config: Any) -> bool:
@@ -134,10 +139,6 @@ class RankRecovery:
         """Restart nothing from now on."""
         with self._lock:
             self._stopped.set()
-
-    def is_stopped(self) -> bool:
-        """Return whether nothing is restarted any more."""
-        return self._stopped.is_set()
 
     def _recover(self, ranks: tuple[int, ...], cause: str) -> None:
         lost_at = time.monotonic()

@@ -29,6 +29,7 @@ from vllm_ray_ascend.control.timeouts import PAIRS, STEPS, is_switch, step_limit
 from vllm_ray_ascend.engine import fault_tolerance
 from vllm_ray_ascend.engine.metrics import report_values
 from vllm_ray_ascend.engine.process import driver_settings_value, node_id, node_local_variables, skip_final_gc
+from vllm_ray_ascend.engine.rank_recovery import steps_together
 from vllm_ray_ascend.engine.shutdown import exit_with_parent
 from vllm_ray_ascend.environment.paths import absolute_if_here
 from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, early_variables
@@ -47,7 +48,7 @@ from vllm_ray_ascend.executor.rank_report import (
     format_ready_line,
     report_rank,
 )
-from vllm_ray_ascend.executor.recovery import Recovery, check_recoverable, has_other_ranks
+from vllm_ray_ascend.executor.recovery import Recovery, check_recoverable
 from vllm_ray_ascend.executor.startup import StartupRayProxy
 from vllm_ray_ascend.executor.supervisor import WorkerSupervisor, run_each
 from vllm_ray_ascend.executor.worker import RayAscendWorkerProc, actor_class
@@ -505,7 +506,7 @@ def _create_recovery(vllm_config: Any) -> Recovery | None:
     if load().recover == "0":
         return None
     check_recoverable(vllm_config)
-    if has_other_ranks(vllm_config):  # engine/rank_recovery.py restarts all of them
+    if steps_together(vllm_config):  # engine/rank_recovery.py restarts all of them
         return Recovery(restarts_workers=False)
     from vllm_ray_ascend.engine.recovery import install
 

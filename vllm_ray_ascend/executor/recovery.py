@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from vllm_ray_ascend.engine.calls import READINESS_CALLS, STATELESS_CALLS
+from vllm_ray_ascend.engine.rank_recovery import steps_together
 from vllm_ray_ascend.errors import HeadLostError, SettingError
 from vllm_ray_ascend.observability.events import EVENTS, WORKERS_CHANGED
 
@@ -68,14 +69,9 @@ def restart_obstacle(cause: Exception, changed_by: str, restarts: Sequence[float
     return ""
 
 
-def has_other_ranks(config: Any) -> bool:
-    """Return whether an engine core of this vLLM config steps together with others, and cannot continue alone."""
-    return bool(config.parallel_config.data_parallel_size > 1 and config.model_config.is_moe)
-
-
 def check_recoverable(config: Any) -> None:
     """Raise SettingError where an engine of this vLLM config cannot continue with new workers."""
-    if has_other_ranks(config) and config.parallel_config.data_parallel_backend != "ray":
+    if steps_together(config) and config.parallel_config.data_parallel_backend != "ray":
         reason = (
             "data parallel ranks of a MoE model step together, and are restarted together only with "
             "--data-parallel-backend ray"
