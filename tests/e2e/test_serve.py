@@ -23,6 +23,8 @@ from demo.server import Server
 from demo.train.recitation import DENSE, PROMPTS, QUESTION, zen_after, zen_text
 from vllm_ray_ascend.observability.metrics import (
     ABORTED,
+    DP_RANK_RESTARTS,
+    DP_RANK_UP,
     FAILURE_DETECTION,
     FAILURE_INFO,
     FAILURE_TIME,
@@ -133,9 +135,10 @@ def test_metrics_of_the_engine_are_with_vllm_s(server: Server, two_nodes_of_two:
             if sample.name in METRICS:
                 assert sample.labels.pop("model_name") == MODEL and sample.labels.pop("engine") == "0"
                 found.setdefault(sample.name, {})[tuple(sample.labels.values())] = sample.value
-    absent_while_well = {each.name for each in (FAILURE_INFO, FAILURE_DETECTION, FAILURE_TIME, RESTART_TIME)}
-    assert [found[each.name] for each in (FAILURES, RESTARTS, ABORTED, FALLBACKS)] == [{(): 0}] * 4
-    assert set(METRICS) - found.keys() == absent_while_well
+    of_failures = {each.name for each in (FAILURE_INFO, FAILURE_DETECTION, FAILURE_TIME, RESTART_TIME)}
+    counters = (FAILURES, RESTARTS, DP_RANK_RESTARTS, ABORTED, FALLBACKS)
+    assert [found[each.name] for each in counters] == [{(): 0}] * len(counters)
+    assert set(METRICS) - found.keys() == {*of_failures, DP_RANK_UP.name}, "there are no data parallel ranks"
     assert found[RANKS.name] == found[RANKS_ALIVE.name] == {(): 4}
     assert {node for node, _, _ in found[RANK_INFO.name]} == {node.address for node in two_nodes_of_two.nodes}
     assert (

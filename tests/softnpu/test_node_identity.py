@@ -79,7 +79,7 @@ def test_containers_of_one_host_each_have_an_npu_0(containers: Cluster) -> None:
         request = data_parallel.placement_request(settings, NPU, is_moe=True)
         ranks = plan_placement(request, free_npus_per_node())
         groups = create_placement_groups(
-            manager._wanted_groups(SimpleNamespace(instance_id="e"), ranks, NPU), 30)
+            manager.wanted_groups(SimpleNamespace(instance_id="e"), ranks, NPU), 30)
         @ray.remote(num_cpus=0, resources={"NPU": 1})
         class Worker:
             def place(self):
