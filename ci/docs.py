@@ -115,10 +115,17 @@ def patches_table() -> str:
 def doctor_table() -> str:
     """Return the table of the checks that `vllm-ray-ascend doctor` makes."""
     rows = [
-        [f"`{check.name}`", check.summary, check.source, check.level, "all nodes" if check.of_cluster else "each node"]
+        [
+            f"`{check.name}`",
+            check.summary,
+            check.source,
+            check.level,
+            "all nodes" if check.of_cluster else "each node",
+            "" if check.at_start == "skipped" else check.at_start,
+        ]
         for check in CHECKS.values()
     ]
-    return markdown_table(["check", "what is looked at", "source", "level", "judged over"], rows)
+    return markdown_table(["check", "what is looked at", "source", "level", "judged over", "before a start"], rows)
 
 
 def metrics_table() -> str:

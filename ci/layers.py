@@ -68,6 +68,10 @@ LAYERS: tuple[Layer, ...] = (
         },
     ),
     Layer(
+        "diagnosis",
+        {"doctor": "`vllm-ray-ascend doctor`, and the checks before a start: facts of every node, judged, reported"},
+    ),
+    Layer(
         "elastic expert parallelism",
         {"elastic_ep": "an MoE engine changes its size while it serves: groups, layers, experts, a worker's steps"},
     ),
@@ -90,7 +94,6 @@ LAYERS: tuple[Layer, ...] = (
         "the executor's variant",
         {"compiled_graph": "`CompiledGraphExecutor`: steps as a Ray compiled graph"},
     ),
-    Layer("diagnosis", {"doctor": "`vllm-ray-ascend doctor`: facts of every node, checks of them, reports"}),
     Layer("vLLM's entry points", {"plugin": "called by vLLM in every process; decides what is active"}),
     Layer("the command line", {"cli": "the command `vllm-ray-ascend`, one file for each subcommand"}),
 )

@@ -24,7 +24,8 @@ PRELUDE = """
 import json, logging, os, sys, ray
 from types import SimpleNamespace
 logging.basicConfig(format="%(message)s")
-from vllm_ray_ascend.cluster.connect import audit_nodes, connect_as_observer, require_npus
+from vllm_ray_ascend.cluster.connect import connect_as_observer, require_npus
+from vllm_ray_ascend.doctor.before_start import check_nodes
 from vllm_ray_ascend.cluster.dp_placement import plan_placement
 from vllm_ray_ascend.cluster.placement_groups import *
 from vllm_ray_ascend.cluster.registry import EngineRecord, RankRecord, claims_of_engine, publish_record
@@ -100,7 +101,7 @@ def test_containers_of_one_host_each_have_an_npu_0(containers: Cluster) -> None:
         check_claims([claim for record in records for claim in claims_of_engine(record)])
         for record in records:
             publish_record(record)
-        audit_nodes({node for node, _ in placed})
+        check_nodes({node for node, _ in placed})
         import subprocess
         text = subprocess.run(
             [sys.executable, "-m", "vllm_ray_ascend.cli.main", "topology", "--json"], text=True, capture_output=True)
@@ -123,7 +124,7 @@ def test_a_head_without_npus(bare_head: Cluster) -> None:
         bare_head,
         1,
         """
-        audit_nodes(None)
+        check_nodes(None)
         require_npus(2, {"--tensor-parallel-size": 2})
         settings = config(2, 2)
         data_parallel.complete(settings, False, True, is_moe=True)

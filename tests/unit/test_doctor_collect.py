@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -68,6 +69,16 @@ def test_tools_that_are_missing_or_hang(tmp_path: Path, monkeypatch: pytest.Monk
     program(tmp_path, "npu-smi", "")
     (tmp_path / "npu-smi").write_text("#!/no/such/shell\n")
     assert run_command("npu-smi info", tmp_path, time.monotonic() + 30).code is None
+
+
+def test_a_resolver_that_does_not_answer_costs_the_own_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answered.wait() and [])
+    try:
+        found = collect_record("127.0.0.1", [], limit_s=2)
+    finally:
+        answered.set()
+    assert found.own_addresses == [] and found.limits and found.mtu
 
 
 def test_hccn_tool_is_found_in_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

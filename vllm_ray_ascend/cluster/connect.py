@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import socket
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from msgspec.structs import replace
 
 from vllm_ray_ascend import __version__
 from vllm_ray_ascend.addresses import join_host_port, split_host_port
-from vllm_ray_ascend.cluster.audit import Driver, audit_node, raise_for_findings, unreachable_finding
+from vllm_ray_ascend.cluster.audit import Driver, audit_node, unreachable_finding
 from vllm_ray_ascend.cluster.findings import Finding
 from vllm_ray_ascend.cluster.growth import place_with_growth
 from vllm_ray_ascend.cluster.placement_groups import PlacementGroupSpec, current_nodes
@@ -167,26 +164,6 @@ def npu_wait_s(needed: int, kind: Kind = NPU) -> float:
     nodes = current_nodes(kind)
     gone = total_npus(nodes) < needed and _leaving_nodes(nodes)
     return 0.0 if gone and not is_set("npu_wait_s") else load().npu_wait_s
-
-
-def audit_nodes(node_ids: Collection[str] | None = None) -> None:
-    """Compare the NPUs of nodes with what they declare to Ray, and log warnings, each once in a process.
-
-    These are the nodes ``node_ids``, or all nodes, of which an engine may use those that declare NPUs.
-    Raises ClusterResourceError with every error of a node that the engine may use.
-    """
-    nodes = [node for node in current_nodes() if node_ids is None or node.node_id in node_ids]
-    findings = [
-        replace(finding, severity="warning") if node_ids is None and not node.npus else finding
-        for node, finding in _collect_findings(nodes)
-    ]
-    for warning in raise_for_findings(findings):
-        _report_finding(str(warning))
-
-
-@functools.cache
-def _report_finding(text: str) -> None:
-    logger.warning("%s", text)
 
 
 def parallel_sizes(parallel_config: Any) -> Mapping[str, int]:

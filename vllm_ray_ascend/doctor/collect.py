@@ -13,12 +13,12 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from platform import python_version
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -41,6 +41,8 @@ from vllm_ray_ascend.environment.derive import interface_with_address
 from vllm_ray_ascend.environment.node import list_interfaces, read_first_port
 from vllm_ray_ascend.environment.redact import redact_value
 from vllm_ray_ascend.environment.table import scope_of
+
+T = TypeVar("T")
 
 Run = Callable[[str], Output]
 """Runs a command line and returns its output."""
@@ -105,9 +107,9 @@ def collect_record(
         listening_ports=_listening_ports(),
         first_port=read_first_port(),
         worker_ports=_worker_ports(),
-        own_addresses=own_addresses.result(),
+        own_addresses=_result(own_addresses, deadline, []),
         mtu=_mtu(address),
-        unreachable=unreachable.result(),
+        unreachable=_result(unreachable, deadline, {}),
         started=started,
         ended=time.time(),
     )
@@ -299,6 +301,14 @@ def _listening_ports() -> list[int] | None:
 def _worker_ports() -> tuple[int, int] | None:
     command = _read(Path("/proc") / os.environ.get("RAY_RAYLET_PID", "self") / "cmdline") or ""
     return parsers.parse_worker_ports(command.replace("\0", " "))
+
+
+def _result(found: Future[T], deadline: float, otherwise: T) -> T:
+    """Return a result, or ``otherwise`` at the deadline: a resolver without servers waits longer than anybody does."""
+    try:
+        return found.result(max(0.0, deadline - time.monotonic()))
+    except TimeoutError:
+        return otherwise
 
 
 def _own_addresses() -> list[str]:

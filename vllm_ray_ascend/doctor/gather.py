@@ -43,23 +43,38 @@ def snapshot_of_cluster(
 
     ``with_pings``: then NPUs ping those of other nodes, which takes a few seconds more.
     """
+    rows = _live_rows()
+    nodes = [node for node in current_nodes() if not only or _names(rows[node.node_id]) & set(only)]
+    _require_all_found(only, [rows[node.node_id] for node in nodes])
+    return snapshot_of_nodes(nodes, list(rows), level, commands, limit_s, with_pings=with_pings)
+
+
+def snapshot_of_nodes(
+    nodes: Sequence[NodeResources],
+    peers: Collection[str],
+    level: Level,
+    commands: Sequence[str],
+    limit_s: float,
+    *,
+    with_pings: bool = False,
+) -> Snapshot:
+    """Return a snapshot of these nodes of the joined cluster; each connects to the nodes with the ids ``peers``."""
     import ray
 
-    rows = {str(row["NodeID"]): row for row in ray.nodes() if row["Alive"]}
-    nodes = {node.node_id: node for node in current_nodes() if not only or _names(rows[node.node_id]) & set(only)}
-    _require_all_found(only, [rows[node_id] for node_id in nodes])
+    rows, by_id = _live_rows(), {node.node_id: node for node in nodes}
+    raylets = {node_id: _raylet(row) for node_id, row in rows.items() if node_id in peers}
     arguments = {
-        node_id: (node.address, commands, _peers(rows, node_id), max(1.0, limit_s - _MARGIN_S))
-        for node_id, node in nodes.items()
+        node_id: (node.address, commands, _others(raylets, node_id), max(1.0, limit_s - _MARGIN_S))
+        for node_id, node in by_id.items()
     }
     found = run_on_nodes(collect_as_dict, decode_record, arguments, limit_s)
     records = {
-        node_id: replace(answer.value, ray=_ray_node(nodes[node_id], answer.sent, answer.received))
-        for node_id, answer in sorted(found.answers.items(), key=lambda entry: nodes[entry[0]].address)
+        node_id: replace(answer.value, ray=_ray_node(by_id[node_id], answer.sent, answer.received))
+        for node_id, answer in sorted(found.answers.items(), key=lambda entry: by_id[entry[0]].address)
     }
     if with_pings:
         records = _with_pings(records, limit_s)
-    failures = [Failure(nodes[node_id].address, nodes[node_id].npus, why) for node_id, why in found.failures.items()]
+    failures = [Failure(by_id[node_id].address, by_id[node_id].npus, why) for node_id, why in found.failures.items()]
     driver = this_driver()
     return Snapshot(
         version=__version__,
@@ -71,6 +86,12 @@ def snapshot_of_cluster(
         nodes=list(records.values()),
         failures=failures,
     )
+
+
+def _live_rows() -> dict[str, Mapping[str, Any]]:
+    import ray
+
+    return {str(row["NodeID"]): row for row in ray.nodes() if row["Alive"]}
 
 
 def _with_pings(records: Mapping[str, NodeRecord], limit_s: float) -> dict[str, NodeRecord]:
@@ -98,13 +119,12 @@ def _require_all_found(only: Collection[str], rows: Collection[Mapping[str, Any]
         )
 
 
-def _peers(rows: Mapping[str, Mapping[str, Any]], node_id: str) -> list[str]:
-    """Return HOST:PORT of the raylets of the other nodes."""
-    return [
-        join_host_port(str(row["NodeManagerAddress"]), int(row["NodeManagerPort"]))
-        for other, row in rows.items()
-        if other != node_id
-    ]
+def _raylet(row: Mapping[str, Any]) -> str:
+    return join_host_port(str(row["NodeManagerAddress"]), int(row["NodeManagerPort"]))
+
+
+def _others(raylets: Mapping[str, str], node_id: str) -> list[str]:
+    return [raylet for other, raylet in raylets.items() if other != node_id]
 
 
 def _ray_node(node: NodeResources, sent: float, received: float) -> RayNode:

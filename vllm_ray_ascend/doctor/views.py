@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from vllm_ray_ascend.cluster.audit import Driver
 from vllm_ray_ascend.cluster.findings import Finding, Severity
@@ -22,6 +22,9 @@ _AS_ROOT = "Start Ray as root there, or run `vllm-ray-ascend doctor --local` as 
 
 K = TypeVar("K")
 T = TypeVar("T")
+
+AtStart = Literal["skipped", "warns", "refuses"]
+"""What a finding does before an engine starts: nothing, a warning in the log, or, if it is an error, no start."""
 
 
 class NodeView:
@@ -150,6 +153,8 @@ class Check(NamedTuple):
     level: Level = "quick"
     of_cluster: bool = False
     applies: Callable[[NodeView], bool] = lambda node: node.has_npus
+    at_start: AtStart = "skipped"
+    """Checks that are made before an engine starts read files and connect to nodes; they ask no tool."""
 
 
 def has_npus(record: NodeRecord) -> bool:

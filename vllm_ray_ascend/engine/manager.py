@@ -17,7 +17,7 @@ from vllm.v1.executor.ray_utils import WORKER_SPECIFIC_ENV_VARS
 
 from vllm_ray_ascend import patches
 from vllm_ray_ascend.accelerators.choose import current_accelerator
-from vllm_ray_ascend.cluster.connect import audit_nodes, connect, npu_wait_s
+from vllm_ray_ascend.cluster.connect import connect, npu_wait_s
 from vllm_ray_ascend.cluster.dp_placement import (
     PlacedRank,
     RankPlacement,
@@ -42,6 +42,7 @@ from vllm_ray_ascend.control.server import ControlServer, PeerLost
 from vllm_ray_ascend.control.timeouts import stop_grace_s
 from vllm_ray_ascend.devices.kind import NPU
 from vllm_ray_ascend.devices.owners import reject_device_ids
+from vllm_ray_ascend.doctor.before_start import check_nodes
 from vllm_ray_ascend.engine.data_parallel import allowed_addresses, check_master_address, placement_request
 from vllm_ray_ascend.engine.process import (
     EngineLaunchContext,
@@ -336,7 +337,7 @@ class RayAscendEngineActorManager(ReplaceableActors):
             lambda: npu_wait_s(request.dp_size * request.world_size, self._kind),
         )
         if self._kind is NPU:
-            audit_nodes({node for placement in self.placements for node in placement.bundle_nodes})
+            check_nodes({node for placement in self.placements for node in placement.bundle_nodes})
         groups = create_placement_groups(wanted_groups(vllm_config, self.placements, self._kind), GRANT_LIMIT_S)
         return groups, [placement.local_dp_rank for placement in self.placements]
 

@@ -10,7 +10,7 @@ from vllm import envs
 
 from vllm_ray_ascend.accelerators.choose import current_accelerator
 from vllm_ray_ascend.cluster.bundles import BundleOrder, bundle_share, check_worker_share, held_share, select_bundles
-from vllm_ray_ascend.cluster.connect import audit_nodes, connect, parallel_sizes, require_npus
+from vllm_ray_ascend.cluster.connect import connect, parallel_sizes, require_npus
 from vllm_ray_ascend.cluster.dp_placement import is_tied_by_mp_backend
 from vllm_ray_ascend.cluster.node_address import resolve_rendezvous
 from vllm_ray_ascend.cluster.placement_groups import (
@@ -28,6 +28,7 @@ from vllm_ray_ascend.cluster.probe import live_node_addresses
 from vllm_ray_ascend.cluster.rank_placement import order_bundles, place_groups, rate_placement, straddling_groups
 from vllm_ray_ascend.devices.kind import NPU, SHARE_VARIABLE, Kind
 from vllm_ray_ascend.devices.owners import reject_device_ids
+from vllm_ray_ascend.doctor.before_start import check_nodes
 from vllm_ray_ascend.engine.process import node_id
 from vllm_ray_ascend.errors import PlacementError
 from vllm_ray_ascend.log import get_logger
@@ -54,7 +55,9 @@ def create_placement_group(vllm_config: Any, ray_address: str | None = None, wai
     reject_device_ids(getattr(config, "assigned_physical_gpu_ids", None), kind)
     given = _given_group(config)
     if given is not None:
-        _check_group(given, config, kind)
+        used = _check_group(given, config, kind)
+        if kind is NPU and config.data_parallel_backend != "ray":  # else the nodes of all ranks were checked together
+            check_nodes(used)
         return None
     name = f"{vllm_config.instance_id}_dp{config.data_parallel_index}"
     share = bundle_share(envs.VLLM_RAY_PER_WORKER_GPUS, config.world_size)
@@ -62,7 +65,7 @@ def create_placement_group(vllm_config: Any, ray_address: str | None = None, wai
     demand = wanted._replace(name=f"{wanted.name}_demand")
     require_npus(config.world_size, parallel_sizes(config), wait_s, kind, [demand], share)
     if kind is NPU:
-        audit_nodes(None)
+        check_nodes(spans_nodes=not _fits_on_one_node(config.world_size, share))
     if _must_be_here(config, kind):
         pinned = pin_to_nodes(wanted, [node_id()] * config.world_size, current_nodes(kind))
         (config.placement_group,) = create_placement_groups([pinned], _GRANT_LIMIT_S)
@@ -160,8 +163,8 @@ def _given_group(config: Any) -> Any:
     return config.placement_group or ray.util.get_current_placement_group()
 
 
-def _check_group(group: Any, config: Any, kind: Kind) -> None:
-    """Raise PlacementError where the bundles of a given group cannot hold the engine."""
+def _check_group(group: Any, config: Any, kind: Kind) -> set[str]:
+    """Return the ids of the nodes of a given group that the engine uses; raise PlacementError where it does not fit."""
     if not group.wait(_GRANT_LIMIT_S):
         raise PlacementError(
             "VRA-314",
@@ -180,6 +183,11 @@ def _check_group(group: Any, config: Any, kind: Kind) -> None:
         addresses = live_node_addresses()
         places = [(order.nodes[index], addresses[order.nodes[index]]) for index in chosen]
         _warn_of_straddling_groups(places, order.group_size)
+    return {order.nodes[index] for index in chosen}
+
+
+def _fits_on_one_node(workers: int, share: float) -> bool:
+    return any(node.count_free(share) >= workers for node in current_nodes())
 
 
 def _must_be_here(config: Any, kind: Kind) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from vllm_ray_ascend.cluster.audit import audit_node
 from vllm_ray_ascend.cluster.findings import Finding
@@ -27,16 +27,16 @@ _IDLE_HBM_PERCENT = 12
 _IN_CONTAINER = "`docker run --device /dev/davinci_manager --device /dev/devmm_svm --device /dev/hisi_hdc`"
 
 
-def audit(name: str) -> Callable[[NodeView], Iterator[Finding]]:
-    """Return the check ``name`` of the audit that runs before each start of an engine: the same code and messages."""
+def _audit(name: str, summary: str, source: str) -> Check:
+    """Return the check ``name`` of the audit, whose errors keep an engine from starting."""
 
-    def check(node: NodeView) -> Iterator[Finding]:
+    def judge(node: NodeView) -> Iterator[Finding]:
         if node.ray is None:
             return
         found = audit_node(node.record.facts, node.ray.npus, node.ray.gpus, node.head_address, node.driver)
         yield from (finding for finding in found if finding.check == name)
 
-    return check
+    return Check(name, summary, source, judge, at_start="refuses")
 
 
 def check_split_cards(node: NodeView) -> Iterator[Finding]:
@@ -271,16 +271,23 @@ def _list(values: Sequence[object]) -> str:
 
 
 CHECKS = (
-    Check("npus-declared", "Ray has the NPUs that the node has", "CANN, `ray start`", audit("npus-declared")),
-    Check("plugin", "this plugin is active, and equal on all nodes", "`ray start`, metadata", audit("plugin")),
-    Check("visible-devices", "lists of NPUs are read as they are meant", "`ray start`", audit("visible-devices")),
-    Check("npu-counts", "CANN, device files and npu-smi count alike", "CANN, /dev, npu-smi -m", audit("npu-counts")),
+    _audit("npus-declared", "Ray has the NPUs that the node has", "CANN, `ray start`"),
+    _audit("plugin", "this plugin is active, and equal on all nodes", "`ray start`, metadata"),
+    _audit("visible-devices", "lists of NPUs are read as they are meant", "`ray start`"),
+    _audit("npu-counts", "CANN, device files and npu-smi count alike", "CANN, /dev, npu-smi -m"),
     Check(
-        "split-cards", "Ray has both dies of a card (A3)", "`ray start`, npu-smi -m", check_split_cards, applies=on_a3
+        "split-cards",
+        "Ray has both dies of a card (A3)",
+        "`ray start`, npu-smi -m",
+        check_split_cards,
+        applies=on_a3,
+        at_start="warns",
     ),
     Check("device-files", "the driver's device files are there", "/dev", check_device_files),
-    Check("device-access", "device files can be opened", "open() of /dev/davinci*", check_device_access),
-    Check("user", "the user who runs Ray has a name", "/etc/passwd", check_user),
+    Check(
+        "device-access", "device files can be opened", "open() of /dev/davinci*", check_device_access, at_start="warns"
+    ),
+    Check("user", "the user who runs Ray has a name", "/etc/passwd", check_user, at_start="warns"),
     Check("npu-smi", "npu-smi answers", "npu-smi -m", check_npu_smi),
     Check("health", "each NPU is healthy", "npu-smi -t health", check_health, (HEALTH,)),
     Check("ecc", "HBM without uncorrectable errors", "npu-smi -t ecc", check_ecc, (ECC,)),

@@ -223,29 +223,49 @@ def _command(name: str, value: str | None) -> str:
 
 
 CHECKS = (
-    Check("limits", "the raylet may open files and lock memory", "/proc/PID/limits", check_limits),
-    Check("shared-memory", "/dev/shm is large enough", "statvfs", check_shared_memory),
+    Check("limits", "the raylet may open files and lock memory", "/proc/PID/limits", check_limits, at_start="warns"),
+    Check("shared-memory", "/dev/shm is large enough", "statvfs", check_shared_memory, at_start="warns"),
     Check(
         "own-name",
         "the node's name is no loopback address",
         "its name, resolved there",
         check_name,
         applies=on_several_nodes,
+        at_start="warns",
     ),
-    Check("clock", "clocks agree within a second", "time before and after", check_clock, applies=on_every_node),
     Check(
-        "reachable", "every node reaches Ray on every other", "TCP connections", check_reachable, applies=on_every_node
+        "clock",
+        "clocks agree within a second",
+        "time before and after",
+        check_clock,
+        applies=on_every_node,
+        at_start="warns",
     ),
-    Check("hccl-ports", "HCCL's ports are free", "/proc/net/tcp", check_ports),
-    Check("worker-ports", "ports of Ray's workers are not HCCL's", "the raylet's command line", check_worker_ports),
+    Check(
+        "reachable",
+        "every node reaches Ray on every other",
+        "TCP connections",
+        check_reachable,
+        applies=on_every_node,
+        at_start="warns",
+    ),
+    Check("hccl-ports", "HCCL's ports are free", "/proc/net/tcp", check_ports, at_start="warns"),
+    Check(
+        "worker-ports",
+        "ports of Ray's workers are not HCCL's",
+        "the raylet's command line",
+        check_worker_ports,
+        at_start="warns",
+    ),
     Check(
         "same-variables",
         "HCCL's variables are equal on all nodes",
         "environment of `ray start`",
         check_same_variables,
         of_cluster=True,
+        at_start="warns",
     ),
-    Check("whitelist", "HCCL's whitelist has a file", "HCCL_WHITELIST_*", check_whitelist),
+    Check("whitelist", "HCCL's whitelist has a file", "HCCL_WHITELIST_*", check_whitelist, at_start="warns"),
     Check(
         "same-auth",
         "Ray's authentication is equal on all nodes",
@@ -253,6 +273,7 @@ CHECKS = (
         check_same_auth,
         of_cluster=True,
         applies=on_every_node,
+        at_start="warns",
     ),
     Check(
         "same-mtu",
@@ -261,5 +282,6 @@ CHECKS = (
         check_same_mtu,
         of_cluster=True,
         applies=on_every_node,
+        at_start="warns",
     ),
 )
