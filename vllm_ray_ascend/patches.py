@@ -973,7 +973,7 @@ PATCHES: tuple[Patch, ...] = (
         what="a request that a failure ends before its first token ends with an error, and a pooling request",
         why="the stream of such a request ends as if it had been served, with no text",
         releases="vllm",
-        removable="vLLM's streams report an error before the first token",
+        removable="vLLM 0.33 is the oldest, whose streams report the error, and pooling requests report theirs",
         applied=_RECOVERING_SERVER,
     ),
     # ---- Ray Serve LLM ----

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import inspect
 import os
 import sys
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,6 +68,50 @@ def metrics_without_serve() -> None:
     assert ray_wrappers.ray_metrics is not None
 
 
+def error_before_the_first_token() -> None:
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+
+    completion = {"model": "m", "prompt": "p", "max_tokens": 1, "stream": True}
+    chat = {"model": "m", "messages": [{"role": "user", "content": "p"}], "stream": True}
+    chunks = asyncio.run(stream_of(OpenAIServingCompletion, "completion", completion))
+    assert any('"error"' in chunk for chunk in chunks), f"no error in {chunks}"
+    chunks = asyncio.run(stream_of(OpenAIServingChat, "chat_completion", chat))
+    assert any('"error"' in chunk for chunk in chunks), f"no error in {chunks}"
+
+
+async def stream_of(serving_class: Any, name: str, body: dict[str, Any]) -> list[str]:
+    """Return what the API server streams of a request that has failed before its first token."""
+    from importlib import import_module
+
+    protocol = import_module(f"vllm.entrypoints.openai.{name}.protocol")
+    request_class = next(
+        getattr(protocol, each) for each in ("CompletionRequest", "ChatCompletionRequest") if hasattr(protocol, each)
+    )
+    without_options = type("Serving", (serving_class,), {"__init__": lambda _: None, "__getattr__": lambda *_: None})
+    stream = getattr(without_options(), f"{name}_stream_generator")
+    given = {
+        "request": request_class(**body),
+        "request_id": "r",
+        "created_time": 0,
+        "model_name": "m",
+        "num_prompts": 1,
+    }
+    given |= {"engine_inputs": [], "engine_prompts": [], "conversation": [], "tokenizer": None}
+    given["result_generator"] = failed(is_indexed=name == "completion")
+    given["request_metadata"] = SimpleNamespace(final_usage_info=None)
+    taken = inspect.signature(stream).parameters
+    return [chunk async for chunk in stream(**{key: value for key, value in given.items() if key in taken})]
+
+
+async def failed(is_indexed: bool) -> AsyncIterator[Any]:
+    from vllm.outputs import CompletionOutput, RequestOutput
+
+    ended = CompletionOutput(0, "", [], None, None, finish_reason="error")
+    output = RequestOutput("r", "p", [1], None, [ended], finished=True)
+    yield (0, output) if is_indexed else output
+
+
 if __name__ == "__main__":
     run(
         {
@@ -73,5 +120,6 @@ if __name__ == "__main__":
             "vllm-0003": pipeline_communicator,
             "vllm-0006": platform_variables,
             "vllm-0007": metrics_without_serve,
+            "vllm-0010": error_before_the_first_token,
         }
     )
