@@ -100,6 +100,7 @@ def test_12942_without_the_plugin(one_list: Cluster, tmp_path: Path) -> None:
     assert "AssertionError: Invalid device id" in (tmp_path / "log").read_text()
 
 
+@pytest.mark.slow
 def test_the_drivers_list_is_not_copied_to_workers(one_list: Cluster) -> None:
     """The driver's list names an NPU that Ray did not assign; without the plugin the worker gets that list."""
     code = START.format(model=str(DENSE))

@@ -31,6 +31,7 @@ def test_two_engines(
     check_nothing_left(one_node)
 
 
+@pytest.mark.slow
 def test_ranks_are_in_the_bundles_that_the_user_names_in_reversed_order(two_nodes_of_one: Cluster) -> None:
     """Each bundle is on a node of its own, so that a worker's node identifies its bundle."""
     result = run_engines(two_nodes_of_one, 2, "1", "1,0")
@@ -54,6 +55,7 @@ def run_engines(cluster: Cluster, tp: int, share: str, *indices: str) -> dict[st
     return result
 
 
+@pytest.mark.slow
 def test_the_same_bundles_for_both_are_rejected(one_node: Cluster) -> None:
     """Without our check the second engine would wait forever for the NPUs of the first."""
     done = run_on_head(one_node, "-m", "tests.e2e.shared_group", str(DENSE), "1", "1", "1", "1")

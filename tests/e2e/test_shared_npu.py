@@ -59,6 +59,7 @@ def start_engine(cluster: Cluster, **variables: str) -> subprocess.CompletedProc
     return run_on_head(cluster, "-c", START.format(model=str(DENSE)), **variables)
 
 
+@pytest.mark.slow
 def test_two_servers_share_an_npu_and_end_apart(cluster: Cluster, tmp_path: Path) -> None:
     """The second has no address of Ray: vLLM would start another cluster, whose engine opens the same NPU unseen."""
     with half_server(cluster, tmp_path / "first") as first:

@@ -34,9 +34,10 @@ class Case(NamedTuple):
 
 CASES = [
     Case("one_node", 2, 1, model="moe"),
-    Case("two_nodes_of_two", 2, 2),
 ]
+"""TP x PP of the dense model on two nodes: tests/e2e/test_serve.py."""
 SLOW = [
+    Case("two_nodes_of_two", 2, 2),
     Case("one_node", 1, 1),
     Case("one_node", 2, 1),
     Case("one_node", 1, 2),
