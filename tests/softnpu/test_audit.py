@@ -185,19 +185,19 @@ def test_gpus_declared_for_npus(cluster: Cluster, raylet: Any) -> None:
 
 def test_what_doctor_would_say_is_a_warning(cluster: Cluster, raylet: Any) -> None:
     """Nodes are compared where the engine spans them, in what workers do not get from the driver."""
-    raylet(RAY_AUTH_MODE="disabled", HCCL_DETERMINISTIC="true")
+    raylet(HCCL_BUFFSIZE="512", HCCL_DETERMINISTIC="true")
     address = cluster.node(2).address
     error, log = run_on_head(
         cluster, "import functools\nreport(message(functools.partial(check_nodes, spans_nodes=False)))"
     )
-    assert error is None and "VRA-678" not in log and "VRA-680" not in log
+    assert error is None and "VRA-678" not in log
     error, log = run_on_head(cluster, "report(message(check_nodes))")
     assert error is None and f"VRA-678: node {address}: HCCL_DETERMINISTIC is 'true' where Ray was started there" in log
-    assert f"VRA-680: node {address}: RAY_AUTH_MODE is 'disabled' there, not set on node " in log
+    assert f"VRA-678: node {address}: HCCL_BUFFSIZE is '512' where Ray was started there" in log
     error, log = run_on_head(
         cluster, "import os\nos.environ['HCCL_DETERMINISTIC'] = 'true'\nreport(message(check_nodes))"
     )
-    assert error is None and "VRA-678" not in log and "VRA-680" in log
+    assert error is None and "HCCL_DETERMINISTIC is" not in log and "HCCL_BUFFSIZE is" in log
 
 
 def test_more_npus_declared_than_there_are(cluster: Cluster, raylet: Any) -> None:

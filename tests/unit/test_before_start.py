@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,7 +39,7 @@ def snapshot(*records: NodeRecord, failures: tuple[Failure, ...] = ()) -> Snapsh
 def found(
     *records: NodeRecord,
     failures: tuple[Failure, ...] = (),
-    environ: Mapping[str, str] = {},
+    environ: Mapping[str, str] = os.environ,
     all_used: bool = True,
     spans_nodes: bool = True,
 ) -> list[Finding]:

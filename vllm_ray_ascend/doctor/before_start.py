@@ -71,7 +71,7 @@ def _find(snapshot: Snapshot, nodes: Sequence[NodeRecord], checks: Sequence[Chec
 
 def _is_copied(finding: Finding, environ: Mapping[str, str]) -> bool:
     """Return whether it is about a variable that workers get from the driver, whatever is set on their nodes."""
-    return finding.values.get("variable") in environ
+    return finding.values.get("variable", "") in environ
 
 
 def _declares_npus(record: NodeRecord) -> bool:
