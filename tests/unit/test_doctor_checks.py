@@ -160,6 +160,7 @@ FAULTS = [
     Case(
         "cuda-packages", "VRA-620", "error", change=record(cuda_packages=["flashinfer-python"]), says="build for CUDA"
     ),
+    Case("serve-llm", "VRA-621", "info", change=record(serve_llm_lacks=["vllm.a.b"]), says="which has no vllm.a.b"),
     Case("device-files", "VRA-630", "error", change=blind(""), npus=(None,) * 3, says="is not there, without which"),
     Case("device-access", "VRA-631", "error", change=record(devices=CLOSED), remedy="`--device /dev/davinci3`"),
     Case(

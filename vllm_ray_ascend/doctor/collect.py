@@ -37,6 +37,7 @@ from vllm_ray_ascend.doctor.records import (
     SharedMemory,
     User,
 )
+from vllm_ray_ascend.doctor.serve_llm import names_missing_here
 from vllm_ray_ascend.environment.derive import interface_with_address
 from vllm_ray_ascend.environment.node import list_interfaces, read_first_port
 from vllm_ray_ascend.environment.redact import redact_value
@@ -98,6 +99,7 @@ def collect_record(
         environment=_known_variables(environment),
         versions={**{package: installed(package) for package in PACKAGES}, "Python": python_version()},
         cuda_packages=_cuda_requirements(),
+        serve_llm_lacks=names_missing_here(),
         cann_home=str(cann or ""),
         nnal=[str(path) for path in sorted((root / _ASCEND).glob("nnal/atb/*/version.info"))],
         limits=_raylet_limits(),

@@ -89,6 +89,8 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Versions of packages, and of Python; None where not installed."""
     cuda_packages: list[str] = []
     """Packages that only vLLM's build for CUDA requires, as its metadata lists them."""
+    serve_llm_lacks: list[str] = []
+    """MODULE.NAME of what Ray Serve LLM imports of vLLM and vLLM does not have."""
     cann_home: str = ""
     """Where CANN was found; empty where it was not."""
     nnal: list[str] = []

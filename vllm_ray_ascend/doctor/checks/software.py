@@ -189,6 +189,19 @@ def check_cuda_packages(node: NodeView) -> Iterator[Finding]:
         )
 
 
+def check_serve_llm(node: NodeView) -> Iterator[Finding]:
+    """Yield a note where Ray Serve LLM cannot be imported with this vLLM: whatever else there is works."""
+    if missing := node.record.serve_llm_lacks:
+        ray, vllm = (node.record.versions.get(package) for package in ("ray", "vllm"))
+        yield node.finding(
+            "info",
+            "VRA-621",
+            f"Ray Serve LLM of Ray {ray} is for another vLLM than {vllm}, which has no {missing[0]}.",
+            "Needed for Ray Serve LLM alone: install a pair of `docs/ray-serve-llm.md`, Releases of Ray.",
+            missing=missing,
+        )
+
+
 def _release(version: str | None, parts: int) -> tuple[int, ...]:
     """Return the release without suffixes: that of 0.30.0rc2 is that of 0.30.0. Builds between releases have none."""
     try:
@@ -249,4 +262,5 @@ CHECKS = (
         check_cuda_packages,
         at_start="warns",
     ),
+    Check("serve-llm", "Ray Serve LLM is made for this vLLM", "what it imports of vLLM", check_serve_llm),
 )
