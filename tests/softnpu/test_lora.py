@@ -66,3 +66,25 @@ def test_one_adapter_for_each_sequence(dtype: torch.dtype) -> None:
         return [*drawn(dtype)[:3], torch.randint(-1, 3, (3,)), torch.randint(1, 3, (3,))]
 
     check_eager_and_replayed(fused, wanted, inputs, dtype)
+
+
+def test_torch_compile_traces_all_operators_of_vllm_ascend() -> None:
+    """Those that return something have shapes for it, and none returns what it was given."""
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("_C_ascend::")]
+    assert len(names) >= 6
+    for name in names:
+        schema = torch._C._get_schema(*(name.split(".") if "." in name else (name, "")))
+        assert all(output.alias_info is None for output in schema.returns), schema
+        assert not schema.returns or torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta"), schema
+
+
+def test_compiled_like_eager() -> None:
+    def layer(x: Tensor, down: Tensor, up: Tensor, indices: Tensor) -> Tensor:
+        low, out = torch.zeros(TOKENS, RANK, device=x.device), torch.ones(TOKENS, OUT, device=x.device)
+        torch.ops._C_ascend.bgmv_shrink(x, down, indices, low, 0.5)
+        torch.ops._C_ascend.bgmv_expand(low, up, indices, out, 3, 5)
+        return out * 2  # of the tensor that was given: vllm-ascend takes no other
+
+    inputs = [each.to("npu") for each in drawn(torch.float32)]
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs).cpu(), layer(*inputs).cpu())

@@ -50,6 +50,11 @@ def _gating_top_k(
     )  # fmt: skip
 
 
+def _gating_top_k_shapes(x: Tensor, k: int, *rest: object, **named: object) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.shape[:-1]
+    return x.new_empty((*rows, k)), x.new_empty((*rows, k), dtype=torch.int32), torch.empty_like(x, dtype=torch.float32)
+
+
 def _add_sleep_mode(module: ModuleType) -> None:
     """Add the functions of csrc/camem. vllm-ascend finds the library by its name among the loaded ones."""
     path = Path(os.environ["SOFTNPU_LIB"]) / "vllm_ascend_C.so"
@@ -81,4 +86,5 @@ def install_operators(module: ModuleType) -> None:
         " -> (Tensor, Tensor, Tensor)"
     )
     _library.impl("moe_gating_top_k", _gating_top_k, "PrivateUse1")
+    _library.impl("moe_gating_top_k", _gating_top_k_shapes, "Meta")
     lora.define_operators(_library)

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 SCHEMAS = {
-    "bgmv_shrink": "(Tensor x, Tensor weight, Tensor indices, Tensor(a!) y, float scale) -> ()",
-    "bgmv_expand": "(Tensor x, Tensor weight, Tensor indices, Tensor(a!) y, int slice_offset, int slice_size)"
-    " -> Tensor(a!)",
-    "sgmv_shrink": "(Tensor x, Tensor weight, Tensor lora_indices, Tensor seq_len, Tensor(a!) y, float scale) -> ()",
-    "sgmv_expand": "(Tensor x, Tensor weight, Tensor lora_indices, Tensor seq_len, Tensor(a!) y, int slice_offset,"
-    " int slice_size) -> Tensor(a!)",
+    "bgmv_shrink": "(Tensor! x, Tensor! weight, Tensor! indices, Tensor! y, float scale) -> ()",
+    "bgmv_expand": "(Tensor! x, Tensor! weight, Tensor! indices, Tensor! y, int slice_offset, int slice_size)"
+    " -> Tensor",
+    "sgmv_shrink": "(Tensor! x, Tensor! weight, Tensor! lora_indices, Tensor! seq_len, Tensor! y, float scale) -> ()",
+    "sgmv_expand": "(Tensor! x, Tensor! weight, Tensor! lora_indices, Tensor! seq_len, Tensor! y, int slice_offset,"
+    " int slice_size) -> Tensor",
 }
+"""As vllm-ascend declares them: whatever they are given may change, and what they return is new. torch.compile takes
+no operator of others that returns what it was given."""
 
 
 def _multiply_by_adapter(x: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
@@ -33,7 +35,7 @@ def bgmv_shrink(x: Tensor, weight: Tensor, indices: Tensor, y: Tensor, scale: fl
 def bgmv_expand(x: Tensor, weight: Tensor, indices: Tensor, y: Tensor, slice_offset: int, slice_size: int) -> Tensor:
     """Compute y += x B^T in some of y's columns, with one index per token."""
     y.narrow(1, slice_offset, slice_size).add_(_multiply_by_adapter(x, weight, indices))
-    return y
+    return y.clone()
 
 
 def _expand_to_tokens(lora_indices: Tensor, seq_len: Tensor, tokens: int) -> Tensor:
@@ -55,8 +57,22 @@ def sgmv_expand(
     return bgmv_expand(x, weight, _expand_to_tokens(lora_indices, seq_len, x.shape[0]), y, slice_offset, slice_size)
 
 
+def _shape_of_sum(x: Tensor, weight: Tensor, indices: Tensor, y: Tensor, *slice_: int) -> Tensor:
+    return torch.empty_like(y)
+
+
+def _shape_of_sums(x: Tensor, weight: Tensor, indices: Tensor, seq_len: Tensor, y: Tensor, *slice_: int) -> Tensor:
+    return torch.empty_like(y)
+
+
+META = {"bgmv_expand": _shape_of_sum, "sgmv_expand": _shape_of_sums}
+"""For torch.compile, as vllm_ascend/meta_registration.py has them."""
+
+
 def define_operators(library: torch.library.Library) -> None:
     """Add the operators to the library of `_C_ascend`."""
     for name, schema in SCHEMAS.items():
         library.define(name + schema)
         library.impl(name, globals()[name], "PrivateUse1")
+    for name, shape in META.items():
+        library.impl(name, shape, "Meta")
