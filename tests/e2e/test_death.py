@@ -24,6 +24,8 @@ from tests.e2e.servers import check_text, create_server, opened_npus, read_topol
 from tests.e2e.test_bad_input import check_nothing_left
 
 SIZES = ("--tensor-parallel-size", "2", "--pipeline-parallel-size", "2")
+ONE_EACH = ("--tensor-parallel-size", "1", "--pipeline-parallel-size", "2")
+"""Then a rank on each of two nodes."""
 LIMIT_S = 120.0
 START_LIMIT_S = 600.0
 PATIENT = {"VLLM_RAY_ASCEND_STOP_GRACE_S": "60"}  # the test is of an orderly shutdown, not of its duration
@@ -131,26 +133,26 @@ def test_an_error_of_the_device_is_reported_with_its_rank_and_meaning(
 
 
 def test_an_engine_starts_on_the_same_npus_at_once_and_shuts_down_in_order(
-    two_nodes_of_two: Cluster, tmp_path: Path
+    two_nodes_of_one: Cluster, tmp_path: Path
 ) -> None:
-    with running_server(two_nodes_of_two, tmp_path, **PATIENT) as server:
+    with running_server(two_nodes_of_one, tmp_path, *ONE_EACH, **PATIENT) as server:
         check_text(server, DENSE, 1)
-        assert leftover_shared_memory(two_nodes_of_two) == []  # names are gone as soon as all ends have it open
+        assert leftover_shared_memory(two_nodes_of_one) == []  # names are gone as soon as all ends have it open
         server._process.send_signal(signal.SIGINT)
         assert server._process.wait(LIMIT_S) == 0
     log = (tmp_path / "log").read_text()
     ended, _, _ = log.partition("engine manager stopped")  # its client may say EngineDeadError then
     assert "Worker process" not in log and "did not exit in time" not in log and "EngineDeadError" not in ended
-    check_no_leftovers(two_nodes_of_two)
+    check_no_leftovers(two_nodes_of_one)
 
 
-def test_the_driver_is_killed(two_nodes_of_two: Cluster, tmp_path: Path) -> None:
+def test_the_driver_is_killed(two_nodes_of_one: Cluster, tmp_path: Path) -> None:
     """SIGKILL of the engine core, which cannot notify anybody: its workers do not outlive it."""
-    with running_server(two_nodes_of_two, tmp_path) as server:
-        engine = read_topology(two_nodes_of_two)["engines"][0]
-        send_signal(two_nodes_of_two, 1, engine["pid"])
+    with running_server(two_nodes_of_one, tmp_path, *ONE_EACH) as server:
+        engine = read_topology(two_nodes_of_one)["engines"][0]
+        send_signal(two_nodes_of_one, 1, engine["pid"])
         wait_for_server_exit(server)
-    check_no_leftovers(two_nodes_of_two)
+    check_no_leftovers(two_nodes_of_one)
 
 
 def test_a_supervisor_of_servers_that_fail_fails_too(two_nodes_of_two: Cluster, tmp_path: Path) -> None:
