@@ -564,6 +564,17 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         "vllm.v1.engine.core_client",
+        ("MPClient.shutdown",),
+        kind="wrap",
+        by="engine/shutdown.py",
+        what="whoever waits for an engine core that has died gets EngineDeadError",
+        why="`LLM.generate` and calls that wait for a result hang for ever",
+        releases="vllm",
+        removable="vLLM's clients end such waits",
+        applied="import of vLLM's engine client, in API servers and processes of LLM",
+    ),
+    Patch(
+        "vllm.v1.engine.core_client",
         ("_process_utility_output",),
         kind="wrap",
         by="engine/metrics.py",

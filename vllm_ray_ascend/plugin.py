@@ -91,6 +91,7 @@ def general() -> None:
     if settings.executor != "upstream":
         when_imported(_ENGINE_ARGS, _complete_configs)
         when_imported(_ENGINE_CLIENT, _check_adapters)
+        when_imported(_CORE_CLIENT, _end_waits)
         if settings.recover == "1":
             when_imported(_CORE_CLIENT, _continue_without_ranks)
             when_imported(_ENGINE_CLIENT, _report_failures)
@@ -178,6 +179,12 @@ def _check_adapters(_: ModuleType) -> None:
     from vllm_ray_ascend.platform_patch import workers_are_ours
 
     check_before_requests(workers_are_ours)
+
+
+def _end_waits(_: ModuleType) -> None:
+    from vllm_ray_ascend.engine.shutdown import end_waits_for_engine_core
+
+    end_waits_for_engine_core()
 
 
 def _receive_metrics(_: ModuleType) -> None:

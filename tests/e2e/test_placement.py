@@ -77,6 +77,7 @@ def one_list() -> Iterator[Cluster]:
 MOE_DP2 = (*sizes(tp=1, dp=2), *DP_RAY, "--data-parallel-size-local", "1", "--enable-expert-parallel")
 
 
+@pytest.mark.slow  # lists alone: the first test here; experts on several ranks: test_elastic_ep
 def test_moe_with_expert_parallelism_and_a_list_on_one_raylet(one_list: Cluster, tmp_path: Path) -> None:
     """The ranks meet at an address that is given by name."""
     address = ("--data-parallel-address", one_list.nodes[0].hostname)

@@ -7,6 +7,7 @@ import contextlib
 import inspect
 import os
 import sys
+import threading
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
@@ -112,6 +113,33 @@ async def failed(is_indexed: bool) -> AsyncIterator[Any]:
     yield (0, output) if is_indexed else output
 
 
+def wait_for_a_dead_engine_core() -> None:
+    import zmq
+    from vllm.v1.engine import core_client
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    def connect(client: Any, *_: Any, **__: Any) -> None:
+        client.ctx, client.decoder, client.utility_results = zmq.Context(), None, {}
+        client.resources = core_client.BackgroundResources(client.ctx, output_socket=client.ctx.socket(zmq.PULL))
+        client.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=1))
+
+    core_client.MPClient.__init__ = connect
+    client = core_client.SyncMPClient(None, None, False)
+    answers: list[Exception] = []
+
+    def wait() -> None:
+        try:
+            client.get_output()
+        except EngineDeadError as error:
+            answers.append(error)
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    client.resources()  # as the thread does that watches the engine core's process
+    waiting.join(10)
+    assert answers, "still waits for an engine core that has died"
+
+
 if __name__ == "__main__":
     run(
         {
@@ -121,5 +149,6 @@ if __name__ == "__main__":
             "vllm-0006": platform_variables,
             "vllm-0007": metrics_without_serve,
             "vllm-0010": error_before_the_first_token,
+            "vllm-0011": wait_for_a_dead_engine_core,
         }
     )

@@ -1,20 +1,22 @@
-"""How long vLLM waits for an engine core's process: with vLLM's own manager of such processes."""
+"""How long vLLM waits for an engine core's process, and what its clients say when that has died."""
 
 from __future__ import annotations
 
+import asyncio
+import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm.v1.engine import utils
+import zmq
+from vllm.v1.engine import core_client, utils
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_ray_ascend.control.timeouts import engine_exit_s, stop_grace_s
-from vllm_ray_ascend.engine.shutdown import extend_shutdown_timeout
+from vllm_ray_ascend.engine.shutdown import end_waits_for_engine_core, extend_shutdown_timeout
 
 pytestmark = pytest.mark.integration
-
-if not hasattr(utils, "get_engine_process_shutdown_timeout"):
-    pytest.skip("this vLLM waits for a fixed time", allow_module_level=True)
 
 
 def start_manager(ranks: int, shutdown_timeout: int = 0) -> Any:
@@ -26,6 +28,9 @@ def start_manager(ranks: int, shutdown_timeout: int = 0) -> Any:
                    log_stats=False)  # fmt: skip
 
 
+@pytest.mark.skipif(
+    not hasattr(utils, "get_engine_process_shutdown_timeout"), reason="this vLLM waits for a fixed time"
+)
 def test_the_time_of_an_engine_core_follows_the_number_of_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_RAY_ASCEND_STOP_GRACE_S", "5")
     extend_shutdown_timeout(utils)
@@ -36,3 +41,45 @@ def test_the_time_of_an_engine_core_follows_the_number_of_its_ranks(monkeypatch:
     start_manager(2)
     assert seconds(0, 0) == engine_exit_s(5, 2048), "of the largest"
     assert (seconds(30, 0), seconds(30, 12), seconds(0, 7)) == (0, 12, 7), "a limit of the user's own stays"
+
+
+def connect_to_nobody(client: Any, *_: Any, **__: Any) -> None:
+    """Take the place of the part of vLLM's client that starts an engine core."""
+    client.ctx, client.decoder, client.utility_results = zmq.Context(), None, {}
+    client.resources = core_client.BackgroundResources(client.ctx, output_socket=client.ctx.socket(zmq.PULL))
+    client.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=1))
+    client._finalizer = weakref.finalize(client, client.resources)
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """vLLM's client of a process of `LLM`, with its thread and sockets."""
+    monkeypatch.setattr(core_client.MPClient, "__init__", connect_to_nobody)
+    end_waits_for_engine_core()
+    made: Any = core_client.SyncMPClient
+    return made(None, None, False)
+
+
+def test_generate_and_calls_end_once_the_engine_core_has_died(client: Any) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        outputs = pool.submit(client.get_output)
+        call: Future[str] = Future()
+        done: Future[str] = Future()
+        done.set_result("before")
+        client.utility_results = {1: call, 2: done}
+        client.shutdown()  # as the thread does that watches the engine core's process
+        with pytest.raises(EngineDeadError):
+            outputs.result(30)
+    assert isinstance(call.exception(30), EngineDeadError) and done.result() == "before"
+
+
+def test_calls_of_a_server_end_too(client: Any) -> None:
+    async def wait_for_call() -> None:
+        call = client.utility_results[1] = asyncio.get_running_loop().create_future()
+        cancelled = client.utility_results[2] = asyncio.get_running_loop().create_future()
+        cancelled.cancel()
+        await asyncio.to_thread(client.shutdown)
+        with pytest.raises(EngineDeadError):
+            await asyncio.wait_for(call, 30)
+
+    asyncio.run(wait_for_call())

@@ -1,16 +1,20 @@
-"""Shutdown of an engine core, which vLLM kills immediately or leaves running, and removal of its sockets' files."""
+"""Shutdown of an engine core, which vLLM kills immediately or leaves running, removal of its sockets' files, and the
+end of what waits for an engine core that is gone."""
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import functools
 import inspect
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from types import ModuleType
 from typing import Any
 
@@ -73,6 +77,43 @@ def _exit_after(server: Any, ranks: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(engine_exit_s(load().stop_grace_s, ranks))
     os._exit(1)
+
+
+def end_waits_for_engine_core() -> None:
+    """Let whoever waits for an answer of an engine core get EngineDeadError once vLLM's client has shut down.
+
+    It does so when the engine core's process has died. The client of `LLM` only ends the thread that reads the answers:
+    `LLM.generate` hangs. And no client ends calls that wait for a result, such as `sleep` or `collective_rpc`.
+    """
+    patches.wrap("vllm.v1.engine.core_client.MPClient.shutdown", _ending_waits)
+
+
+def _ending_waits(shut_down: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(shut_down)
+    def shut_down_and_end_waits(client: Any, *args: Any, **kwargs: Any) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            shut_down(client, *args, **kwargs)
+        finally:
+            outputs = getattr(client, "outputs_queue", None)
+            if isinstance(outputs, queue.Queue):  # into asyncio's vLLM puts the error
+                outputs.put_nowait(EngineDeadError())
+            for result in list(getattr(client, "utility_results", {}).values()):
+                _fail(result, EngineDeadError())
+
+    return shut_down_and_end_waits
+
+
+def _fail(result: Future[Any] | asyncio.Future[Any], error: Exception) -> None:
+    def fail() -> None:
+        if not result.done():
+            result.set_exception(error)
+
+    if isinstance(result, Future):
+        fail()
+    elif not (loop := result.get_loop()).is_closed():
+        loop.call_soon_threadsafe(fail)
 
 
 def remove_ipc_sockets() -> None:
