@@ -984,7 +984,7 @@ PATCHES: tuple[Patch, ...] = (
         what="a request that a failure ends before its first token ends with an error, and a pooling request",
         why="the stream of such a request ends as if it had been served, with no text",
         releases="vllm",
-        removable="vLLM 0.33 is the oldest, whose streams report the error, and pooling requests report theirs",
+        removable="the oldest supported vLLM is 0.33, whose streams report it, and pooling requests report it too",
         applied=_RECOVERING_SERVER,
     ),
     # ---- Ray Serve LLM ----

@@ -31,7 +31,7 @@ PRELUDE = """
 import json, logging, ray
 logging.basicConfig(format="%(message)s")
 from vllm_ray_ascend.cluster.connect import connect_as_observer, require_npus
-from vllm_ray_ascend.doctor.before_start import check_nodes
+from vllm_ray_ascend.doctor.before_start import check_cluster, check_nodes
 from vllm_ray_ascend.cluster.probe import probe_nodes, probe_cluster
 from vllm_ray_ascend.errors import ClusterResourceError
 def message(function, *arguments):
@@ -41,6 +41,8 @@ def message(function, *arguments):
         return str(error)
 def report(value):
     print("RESULT" + json.dumps(value))
+def nodes_at(*addresses):
+    return {row["NodeID"] for row in ray.nodes() if row["Alive"] and row["NodeManagerAddress"] in addresses}
 connect_as_observer()
 """
 
@@ -108,7 +110,7 @@ def test_facts_are_those_of_each_node_without_its_list(cluster: Cluster) -> None
 
 
 def test_a_bad_noset_is_a_warning_logged_once(cluster: Cluster) -> None:
-    error, log = run_on_head(cluster, "report([message(check_nodes), message(check_nodes)])")
+    error, log = run_on_head(cluster, "report([message(check_cluster), message(check_cluster)])")
     assert error == [None, None] and log.count("VRA-") == 1, "nothing else is wrong with these nodes"
     expected = (
         f"VRA-212: node {cluster.node(2).address}: {NOSET}=0,1,2 counts as false since Ray 2.54, which "
@@ -117,7 +119,7 @@ def test_a_bad_noset_is_a_warning_logged_once(cluster: Cluster) -> None:
         f"`ray start --address={cluster.ray_address}`."
     )
     assert log.count(expected) == 1
-    _, log = run_on_head(cluster, f"report(message(check_nodes, ['{cluster.node(1).address}']))")
+    _, log = run_on_head(cluster, f"report(message(check_nodes, nodes_at('{cluster.node(1).address}')))")
     assert expected not in log
 
 
@@ -174,7 +176,7 @@ def test_gpus_declared_for_npus(cluster: Cluster, raylet: Any) -> None:
         short = message(require_npus, 8, {{"--tensor-parallel-size": 8}}, 0)
         there = [row for row in ray.nodes() if row["NodeManagerAddress"] == "{address}" and row["Alive"]]
         node_id = next(row["NodeID"] for row in there if "GPU" in row["Resources"])  # there is the first raylet too
-        report([message(check_nodes), message(check_nodes, {{node_id}}), short])
+        report([message(check_cluster), message(check_nodes, {{node_id}}), short])
         """,
     )
     assert unused is None and finding in log, "an engine cannot be placed there, so it is logged and no error"
@@ -187,22 +189,22 @@ def test_what_doctor_would_say_is_a_warning(cluster: Cluster, raylet: Any) -> No
     """Nodes are compared where the engine spans them, in what workers do not get from the driver."""
     raylet(HCCL_BUFFSIZE="512", HCCL_DETERMINISTIC="true")
     address = cluster.node(2).address
-    error, log = run_on_head(
-        cluster, "import functools\nreport(message(functools.partial(check_nodes, spans_nodes=False)))"
-    )
+    error, log = run_on_head(cluster, "report(message(check_cluster))")
     assert error is None and "VRA-678" not in log
-    error, log = run_on_head(cluster, "report(message(check_nodes))")
+    addresses = [node.address for node in cluster.nodes]
+    error, log = run_on_head(cluster, f"report(message(check_nodes, nodes_at(*{addresses})))")
     assert error is None and f"VRA-678: node {address}: HCCL_DETERMINISTIC is 'true' where Ray was started there" in log
     assert f"VRA-678: node {address}: HCCL_BUFFSIZE is '512' where Ray was started there" in log
     error, log = run_on_head(
-        cluster, "import os\nos.environ['HCCL_DETERMINISTIC'] = 'true'\nreport(message(check_nodes))"
+        cluster,
+        f"import os\nos.environ['HCCL_DETERMINISTIC'] = 'true'\nreport(message(check_nodes, nodes_at(*{addresses})))",
     )
     assert error is None and "HCCL_DETERMINISTIC is" not in log and "HCCL_BUFFSIZE is" in log
 
 
 def test_more_npus_declared_than_there_are(cluster: Cluster, raylet: Any) -> None:
     raylet('--resources={"NPU": 6}')
-    error, _ = run_on_head(cluster, "report(message(check_nodes))")
+    error, _ = run_on_head(cluster, "report(message(check_cluster))")
     assert error == (
         "VRA-217: The engine cannot start on these nodes:\n"
         f"VRA-206: node {cluster.node(2).address}: it declares 6 NPUs to Ray, but 4 of 4 are usable: CANN counts no "
@@ -215,7 +217,7 @@ def test_a_node_without_our_package(cluster: Cluster, raylet: Any, tmp_path: Pat
     (tmp_path / "vllm_ray_ascend" / "__init__.py").touch()  # hides ours
     path = manager.command_environment(cluster, 2, os.environ)["PYTHONPATH"]
     raylet('--resources={"NPU": 4}', PYTHONPATH=f"{tmp_path}:{path}")
-    error, _ = run_on_head(cluster, "report(message(check_nodes))")
+    error, _ = run_on_head(cluster, "report(message(check_cluster))")
     line = f"VRA-215: node {cluster.node(2).address}: vllm-ray-ascend 0.1.0 is not installed there ("
     assert error.splitlines()[1].startswith(line)
     assert error.endswith("`pip install vllm-ray-ascend==0.1.0` there.")

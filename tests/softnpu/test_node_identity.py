@@ -25,7 +25,7 @@ import json, logging, os, sys, ray
 from types import SimpleNamespace
 logging.basicConfig(format="%(message)s")
 from vllm_ray_ascend.cluster.connect import connect_as_observer, require_npus
-from vllm_ray_ascend.doctor.before_start import check_nodes
+from vllm_ray_ascend.doctor.before_start import check_cluster, check_nodes
 from vllm_ray_ascend.cluster.dp_placement import plan_placement
 from vllm_ray_ascend.cluster.placement_groups import *
 from vllm_ray_ascend.cluster.registry import EngineRecord, RankRecord, claims_of_engine, publish_record
@@ -124,7 +124,7 @@ def test_a_head_without_npus(bare_head: Cluster) -> None:
         bare_head,
         1,
         """
-        check_nodes(None)
+        check_cluster()
         require_npus(2, {"--tensor-parallel-size": 2})
         settings = config(2, 2)
         data_parallel.complete(settings, False, True, is_moe=True)

@@ -149,7 +149,7 @@ FAULTS = [
     Case("same-driver", "VRA-616", "warning", "old-driver", says="driver 23.0.rc3 there, 25.5.1 on node 10.0.0.1"),
     Case("same-cann", "VRA-617", "error", "other-cann", says="CANN 8.3.RC2 there (/usr/local/Ascend/cann), 8.5.1 on"),
     Case("same-packages", "VRA-618", "error", change=versions(ray="2.55.0"), remedy="`pip install ray==2.60.0` there."),
-    Case("same-packages", "VRA-618", "error", change=versions(Python="3.12.1"), says="Python 3.12.1 there, 3.11.7 on"),
+    Case("same-packages", "VRA-618", "error", change=versions(Python="3.12.1"), says="Python 3.12 there, 3.11 on"),
     Case(
         "package-set",
         "VRA-619",

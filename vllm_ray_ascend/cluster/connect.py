@@ -150,7 +150,7 @@ def require_npus(
     except ClusterResourceError:
         nodes = current_nodes(kind)
         if total_npus(nodes) < needed and kind is NPU:
-            errors = [str(finding) for _, finding in _collect_findings(nodes) if finding.severity == "error"]
+            errors = [str(finding) for finding in _collect_findings(nodes) if finding.severity == "error"]
             if errors:
                 check_declared_npus(nodes, needed, sizes, visible_devices, errors, leaving=_leaving_nodes(nodes))
         raise
@@ -193,17 +193,17 @@ def _npu_holders(nodes: Sequence[NodeResources], kind: Kind) -> list[str]:
     return npu_holders(ray.util.placement_group_table().values(), nodes, kind)
 
 
-def _collect_findings(nodes: Sequence[NodeResources]) -> list[tuple[NodeResources, Finding]]:
+def _collect_findings(nodes: Sequence[NodeResources]) -> list[Finding]:
     import ray
 
     head_address = ray.get_runtime_context().gcs_address
     driver = this_driver()
     results = probe_nodes({node.node_id: node.address for node in nodes})
-    found: list[tuple[NodeResources, Finding]] = []
+    found: list[Finding] = []
     for node in nodes:
         if (facts := results.facts.get(node.node_id)) is not None:
-            found += [(node, each) for each in audit_node(facts, node.npus, node.gpus, head_address, driver)]
+            found += audit_node(facts, node.npus, node.gpus, head_address, driver)
         elif node.npus or node.gpus:
             reason = results.failures[node.node_id]
-            found.append((node, unreachable_finding(node.address, node.npus, reason, __version__)))
+            found.append(unreachable_finding(node.address, node.npus, reason, __version__))
     return found

@@ -1,25 +1,26 @@
-"""The checks that are made before each start of an engine: those of `doctor` that ask no tool, on the engine's nodes.
+"""The checks of `doctor` that are made before each start of an engine too: the same code, and the same messages.
 
-The same code, and the same messages. An error of how NPUs are declared to Ray keeps the engine from starting. Whatever
-else is found is a warning in the log: it may be meant, and vLLM's own executor would start as well.
+They start no tool but `npu-smi info -m`. An error of how NPUs are declared to Ray keeps the engine from starting.
+Whatever else is found on the engine's nodes is a warning in the log: it may be meant, and vLLM's own executor would
+start as well.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 from msgspec.structs import replace
 
 from vllm_ray_ascend.cluster.audit import raise_for_findings
 from vllm_ray_ascend.cluster.findings import Finding
 from vllm_ray_ascend.cluster.placement_groups import current_nodes
+from vllm_ray_ascend.cluster.resources import NodeResources
 from vllm_ray_ascend.doctor.checks import CHECKS
 from vllm_ray_ascend.doctor.gather import snapshot_of_nodes
 from vllm_ray_ascend.doctor.judge import find
-from vllm_ray_ascend.doctor.records import NodeRecord, Snapshot
-from vllm_ray_ascend.doctor.views import Check
+from vllm_ray_ascend.doctor.records import Snapshot
 from vllm_ray_ascend.log import get_logger
 
 _LIMIT_S = 20.0
@@ -29,53 +30,68 @@ _WARNING = [check for check in CHECKS.values() if check.at_start == "warns"]
 logger = get_logger(__name__)
 
 
-def check_nodes(node_ids: Collection[str] | None = None, *, spans_nodes: bool = True) -> None:
-    """Check nodes of the joined cluster, and log warnings, each once in a process.
+def check_nodes(node_ids: Collection[str]) -> None:
+    """Check the nodes of an engine, and log warnings. Raises ClusterResourceError with every error."""
+    snapshot = _collect([node for node in current_nodes() if node.node_id in node_ids])
+    _refuse(refusing_findings(snapshot, all_used=True))
+    warn_of_nodes(snapshot, node_ids)
 
-    These are the nodes ``node_ids``, or all nodes, of which an engine may use those that declare NPUs. Unless it
-    ``spans_nodes``, they are not compared with each other.
-    Raises ClusterResourceError with every error of a node that the engine may use.
+
+def check_cluster() -> Snapshot:
+    """Check all nodes on which Ray may place an engine, and return what was collected, for `warn_of_nodes`.
+
+    Raises ClusterResourceError with every error of a node that declares NPUs; those of others are logged.
     """
-    nodes = [node for node in current_nodes() if node_ids is None or node.node_id in node_ids]
-    peers = [node.node_id for node in nodes if node.npus] if spans_nodes else []
-    snapshot = snapshot_of_nodes(nodes, peers, "quick", (), _LIMIT_S)
-    with_devices = {node.address for node in nodes if node.npus or node.gpus}
-    failures = [failure for failure in snapshot.failures if failure.address in with_devices]
-    snapshot = replace(snapshot, failures=failures)
-    found = findings_at_start(snapshot, os.environ, all_used=node_ids is not None, spans_nodes=spans_nodes)
-    for warning in raise_for_findings(found):
-        _report_once(str(warning))
+    snapshot = _collect([node for node in current_nodes() if not node.draining])
+    _refuse(refusing_findings(snapshot, all_used=False))
+    return snapshot
 
 
-def findings_at_start(
-    snapshot: Snapshot, environ: Mapping[str, str], *, all_used: bool, spans_nodes: bool
-) -> list[Finding]:
-    """Return the errors and warnings of a snapshot before a start. Pure.
+def warn_of_nodes(snapshot: Snapshot, node_ids: Collection[str]) -> None:
+    """Log what is wrong with these nodes, those of an engine, each once in a process."""
+    for finding in warnings_of_nodes(snapshot, node_ids, os.environ):
+        _report_once(str(finding))
 
-    ``environ`` is the driver's environment, whose variables of HCCL its workers get. ``all_used``: the engine is
-    placed on all these nodes; else errors of those that declare no NPU to Ray are warnings.
+
+def refusing_findings(snapshot: Snapshot, *, all_used: bool) -> list[Finding]:
+    """Return errors, which keep an engine from starting, and warnings of how NPUs are declared. Pure.
+
+    ``all_used``: the engine is placed on all these nodes; else errors of those that declare no NPU are warnings.
     """
-    used = [record for record in snapshot.nodes if all_used or _declares_npus(record)]
+    used = [record for record in snapshot.nodes if all_used or (record.ray and record.ray.npus)]
     others = [record for record in snapshot.nodes if record not in used]
-    refusing = find(replace(snapshot, nodes=used), _REFUSING)
-    groups = [used] if spans_nodes else [[record] for record in used]
-    warning = [finding for group in groups for finding in _find(snapshot, group, _WARNING)]
-    warning += _find(snapshot, others, _REFUSING)
-    found = [*refusing, *map(_as_warning, warning)]
-    return [each for each in found if each.severity in ("error", "warning") and not _is_copied(each, environ)]
+    found = find(replace(snapshot, nodes=used), _REFUSING)
+    found += map(_as_warning, find(replace(snapshot, nodes=others, failures=[]), _REFUSING))
+    return [finding for finding in found if finding.severity in ("error", "warning")]
 
 
-def _find(snapshot: Snapshot, nodes: Sequence[NodeRecord], checks: Sequence[Check]) -> list[Finding]:
-    return find(replace(snapshot, nodes=list(nodes), failures=[]), checks)
+def warnings_of_nodes(snapshot: Snapshot, node_ids: Collection[str], environ: Mapping[str, str]) -> list[Finding]:
+    """Return what else is wrong with the nodes of an engine: with each, and between them. Pure.
+
+    ``environ`` is the driver's environment: what workers get from there may differ on nodes.
+    """
+    used = [record for record in snapshot.nodes if record.ray and record.ray.node_id in node_ids]
+    raylets = {record.ray.raylet for record in used if record.ray}
+    return [
+        _as_warning(finding)
+        for finding in find(replace(snapshot, nodes=used, failures=[]), _WARNING)
+        if finding.severity in ("error", "warning")
+        and finding.values.get("variable", "") not in environ
+        and ("peer" not in finding.values or finding.values["peer"] in raylets)
+    ]
 
 
-def _is_copied(finding: Finding, environ: Mapping[str, str]) -> bool:
-    """Return whether it is about a variable that workers get from the driver, whatever is set on their nodes."""
-    return finding.values.get("variable", "") in environ
+def _collect(nodes: Collection[NodeResources]) -> Snapshot:
+    """Return a snapshot of these nodes. One without NPUs and GPUs that does not answer is left out."""
+    peers = [node.node_id for node in nodes if node.npus]
+    snapshot = snapshot_of_nodes(nodes, peers, "quick", (), _LIMIT_S)
+    matter = {node.address for node in nodes if node.npus or node.gpus}
+    return replace(snapshot, failures=[failure for failure in snapshot.failures if failure.address in matter])
 
 
-def _declares_npus(record: NodeRecord) -> bool:
-    return bool(record.ray and record.ray.npus)
+def _refuse(findings: Collection[Finding]) -> None:
+    for warning in raise_for_findings(findings):
+        _report_once(str(warning))
 
 
 def _as_warning(finding: Finding) -> Finding:

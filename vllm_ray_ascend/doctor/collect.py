@@ -13,7 +13,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
@@ -42,6 +42,7 @@ from vllm_ray_ascend.environment.derive import interface_with_address
 from vllm_ray_ascend.environment.node import list_interfaces, read_first_port
 from vllm_ray_ascend.environment.redact import redact_value
 from vllm_ray_ascend.environment.table import scope_of
+from vllm_ray_ascend.settings import variable_of
 
 T = TypeVar("T")
 
@@ -52,6 +53,8 @@ PACKAGES = ("vllm", "vllm-ascend", "vllm-ray-ascend", "ray", "torch", "torch-npu
 _ALSO = ("RAY_AUTH_MODE", "RAY_ADDRESS")
 _AT_ONCE = 8
 _CONNECT_S = 3.0
+_FACTS_S = 10.0
+"""CANN's count may take so long, and without it an engine does not start."""
 _CUDA_ONLY = ("nvidia-", "flashinfer", "xformers")
 _DRIVER, _ASCEND = "usr/local/Ascend/driver", "usr/local/Ascend"
 _TOOLKIT_INFO = ("ascend_toolkit_install.info", "*-linux/ascend_toolkit_install.info", "version.cfg")
@@ -83,9 +86,9 @@ def collect_record(
     """
     started, deadline = time.time(), time.monotonic() + limit_s
     pool = ThreadPoolExecutor(2)  # what waits for the network does so meanwhile
-    unreachable, own_addresses = pool.submit(_unreachable, peers), pool.submit(_own_addresses)
     environment = raylet_environment()
-    facts = collect_node_facts(address, limit_s / 2)
+    unreachable, own_addresses = pool.submit(_unreachable, peers), pool.submit(_own_addresses, environment)
+    facts = collect_node_facts(address, min(limit_s, max(_FACTS_S, limit_s / 2)))
     driver = _driver_folder(environment, root)
     outputs = _run_commands(run or partial(run_command, driver=driver, deadline=deadline), facts.dies, commands)
     cann = _cann_home(environment, root)
@@ -307,13 +310,14 @@ def _worker_ports() -> tuple[int, int] | None:
 
 def _result(found: Future[T], deadline: float, otherwise: T) -> T:
     """Return a result, or ``otherwise`` at the deadline: a resolver without servers waits longer than anybody does."""
-    try:
-        return found.result(max(0.0, deadline - time.monotonic()))
-    except TimeoutError:
-        return otherwise
+    done, _ = wait([found], max(0.0, deadline - time.monotonic()))
+    return found.result() if done else otherwise
 
 
-def _own_addresses() -> list[str]:
+def _own_addresses(environment: Mapping[str, str]) -> list[str]:
+    """Return to what the node's name resolves, where that matters: gloo uses it if no interface is derived."""
+    if environment.get(variable_of("node_env")) != "off":
+        return []
     try:
         found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
     except OSError:

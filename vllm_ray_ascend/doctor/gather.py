@@ -13,7 +13,7 @@ from vllm_ray_ascend import __version__
 from vllm_ray_ascend.addresses import join_host_port
 from vllm_ray_ascend.cluster.connect import this_driver
 from vllm_ray_ascend.cluster.placement_groups import current_nodes
-from vllm_ray_ascend.cluster.probe import run_on_nodes
+from vllm_ray_ascend.cluster.probe import Answer, run_on_nodes
 from vllm_ray_ascend.cluster.resources import NodeResources
 from vllm_ray_ascend.doctor.collect import (
     collect_as_dict,
@@ -50,7 +50,7 @@ def snapshot_of_cluster(
 
 
 def snapshot_of_nodes(
-    nodes: Sequence[NodeResources],
+    nodes: Collection[NodeResources],
     peers: Collection[str],
     level: Level,
     commands: Sequence[str],
@@ -62,14 +62,15 @@ def snapshot_of_nodes(
     import ray
 
     rows, by_id = _live_rows(), {node.node_id: node for node in nodes}
-    raylets = {node_id: _raylet(row) for node_id, row in rows.items() if node_id in peers}
+    raylets = {node_id: _raylet(row) for node_id, row in rows.items()}
+    known_peers = {node_id: raylets[node_id] for node_id in peers if node_id in raylets}
     arguments = {
-        node_id: (node.address, commands, _others(raylets, node_id), max(1.0, limit_s - _MARGIN_S))
+        node_id: (node.address, commands, _others(known_peers, node_id), max(1.0, limit_s - _MARGIN_S))
         for node_id, node in by_id.items()
     }
     found = run_on_nodes(collect_as_dict, decode_record, arguments, limit_s)
     records = {
-        node_id: replace(answer.value, ray=_ray_node(by_id[node_id], answer.sent, answer.received))
+        node_id: replace(answer.value, ray=_ray_node(by_id[node_id], raylets.get(node_id, ""), answer))
         for node_id, answer in sorted(found.answers.items(), key=lambda entry: by_id[entry[0]].address)
     }
     if with_pings:
@@ -127,5 +128,13 @@ def _others(raylets: Mapping[str, str], node_id: str) -> list[str]:
     return [raylet for other, raylet in raylets.items() if other != node_id]
 
 
-def _ray_node(node: NodeResources, sent: float, received: float) -> RayNode:
-    return RayNode(npus=node.npus, gpus=node.gpus, free_npus=node.free, sent=sent, received=received)
+def _ray_node(node: NodeResources, raylet: str, answer: Answer) -> RayNode:
+    return RayNode(
+        node_id=node.node_id,
+        raylet=raylet,
+        npus=node.npus,
+        gpus=node.gpus,
+        free_npus=node.free,
+        sent=answer.sent,
+        received=answer.received,
+    )

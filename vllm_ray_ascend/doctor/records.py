@@ -63,6 +63,9 @@ class SharedMemory(msgspec.Struct, frozen=True):
 class RayNode(msgspec.Struct, frozen=True, kw_only=True):
     """What Ray has of the node. ``sent`` and ``received`` are times of the driver's clock around the collection."""
 
+    node_id: str = ""
+    raylet: str = ""
+    """HOST:PORT of its raylet."""
     npus: float
     gpus: float
     free_npus: float
@@ -106,7 +109,7 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     worker_ports: tuple[int, int] | None = None
     """Range of ports of Ray's workers; None where the system chooses, or without Ray."""
     own_addresses: list[str] = []
-    """To what the node's own name resolves."""
+    """To what the node's own name resolves, where VLLM_RAY_ASCEND_NODE_ENV is off."""
     mtu: int | None = None
     """That of the interface with Ray's address."""
     unreachable: dict[str, str] = {}

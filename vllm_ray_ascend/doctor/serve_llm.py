@@ -18,6 +18,13 @@ IMPORTERS = tuple(
 
 def names_missing_here() -> list[str]:
     """Return what Serve LLM of the installed Ray imports and the installed vLLM lacks; none where one is missing."""
+    try:
+        return _names_missing_here()
+    except (OSError, SyntaxError, ValueError):  # a package that cannot be read: whoever imports it learns why
+        return []
+
+
+def _names_missing_here() -> list[str]:
     packages = [find_spec(name) for name in ("ray", "vllm")]
     folders = [Path(spec.origin).parent for spec in packages if spec is not None and spec.origin]
     return names_missing(*folders) if len(folders) == len(packages) else []
@@ -33,7 +40,7 @@ def names_imported(file: Path) -> Iterator[tuple[str, str]]:
     """Yield module and name of what a file takes of vLLM when it is imported; nothing where it is not there."""
     if not file.is_file():
         return
-    for statement in _executed(ast.parse(file.read_text()).body):
+    for statement in _executed(ast.parse(file.read_text(encoding="utf-8")).body):
         if isinstance(statement, ast.ImportFrom) and (statement.module or "").startswith("vllm."):
             yield from ((str(statement.module), alias.name) for alias in statement.names)
 
@@ -53,5 +60,7 @@ def _executed(statements: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def _has(vllm: Path, module: str, name: str) -> bool:
-    texts = [path.read_text() for file in files_of(module) if (path := vllm / file).is_file()]
+    if any((vllm / file).is_file() for file in files_of(f"{module}.{name}")):
+        return True
+    texts = [path.read_text(encoding="utf-8") for file in files_of(module) if (path := vllm / file).is_file()]
     return any(re.search(rf"\b{name}\b", text) for text in texts)

@@ -154,7 +154,7 @@ class Check(NamedTuple):
     of_cluster: bool = False
     applies: Callable[[NodeView], bool] = lambda node: node.has_npus
     at_start: AtStart = "skipped"
-    """Checks that are made before an engine starts read files and connect to nodes; they ask no tool."""
+    """Checks that are made before an engine starts have no ``queries``."""
 
 
 def has_npus(record: NodeRecord) -> bool:

@@ -8,7 +8,7 @@ import inspect
 import os
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -93,6 +93,7 @@ class RayAscendEngineActorManager(ReplaceableActors):
             CoreEngineActorManager=SimpleNamespace(create_dp_placement_groups=self.create_dp_placement_groups),
         )
         connect(vllm_config.parallel_config)
+        self._check_before_start(node for group in self._given_groups for node in nodes_of_bundles(group).values())
         self._world_size: int = vllm_config.parallel_config.world_size
         self._losses: list[PeerLost] = []
         self._leaving: dict[int, threading.Thread] = {}
@@ -317,6 +318,7 @@ class RayAscendEngineActorManager(ReplaceableActors):
             lambda: self._demand(old_vllm_config, missing * (new_data_parallel_size - len(current))),
             lambda: npu_wait_s(new_data_parallel_size * config.world_size, self._kind),
         )
+        self._check_before_start(node for placement in added for node in placement.bundle_nodes)
         groups = create_placement_groups(wanted_groups(old_vllm_config, added, self._kind), GRANT_LIMIT_S)
         EVENTS.emit(RANKS_ADDED, data_parallel_size=new_data_parallel_size)
         self.placements[len(created) :] = added
@@ -336,10 +338,13 @@ class RayAscendEngineActorManager(ReplaceableActors):
             lambda: self._demand(vllm_config, growth_demand(request, free_npus_per_node(self._kind))),
             lambda: npu_wait_s(request.dp_size * request.world_size, self._kind),
         )
-        if self._kind is NPU:
-            check_nodes({node for placement in self.placements for node in placement.bundle_nodes})
+        self._check_before_start(node for placement in self.placements for node in placement.bundle_nodes)
         groups = create_placement_groups(wanted_groups(vllm_config, self.placements, self._kind), GRANT_LIMIT_S)
         return groups, [placement.local_dp_rank for placement in self.placements]
+
+    def _check_before_start(self, node_ids: Iterable[str]) -> None:
+        if self._kind is NPU and (used := set(node_ids)):
+            check_nodes(used)
 
     def _demand(self, vllm_config: Any, demand: Collection[RankPlacementDemand]) -> list[PlacementGroupSpec]:
         """Return the placement groups that ask an autoscaler for nodes."""

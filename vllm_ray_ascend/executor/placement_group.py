@@ -28,7 +28,7 @@ from vllm_ray_ascend.cluster.probe import live_node_addresses
 from vllm_ray_ascend.cluster.rank_placement import order_bundles, place_groups, rate_placement, straddling_groups
 from vllm_ray_ascend.devices.kind import NPU, SHARE_VARIABLE, Kind
 from vllm_ray_ascend.devices.owners import reject_device_ids
-from vllm_ray_ascend.doctor.before_start import check_nodes
+from vllm_ray_ascend.doctor.before_start import check_cluster, check_nodes, warn_of_nodes
 from vllm_ray_ascend.engine.process import node_id
 from vllm_ray_ascend.errors import PlacementError
 from vllm_ray_ascend.log import get_logger
@@ -56,7 +56,7 @@ def create_placement_group(vllm_config: Any, ray_address: str | None = None, wai
     given = _given_group(config)
     if given is not None:
         used = _check_group(given, config, kind)
-        if kind is NPU and config.data_parallel_backend != "ray":  # else the nodes of all ranks were checked together
+        if kind is NPU and config.data_parallel_backend != "ray":  # else the manager has checked those of all ranks
             check_nodes(used)
         return None
     name = f"{vllm_config.instance_id}_dp{config.data_parallel_index}"
@@ -64,13 +64,14 @@ def create_placement_group(vllm_config: Any, ray_address: str | None = None, wai
     wanted = PlacementGroupSpec(name, [{kind.key: share}] * config.world_size, "PACK")
     demand = wanted._replace(name=f"{wanted.name}_demand")
     require_npus(config.world_size, parallel_sizes(config), wait_s, kind, [demand], share)
-    if kind is NPU:
-        check_nodes(spans_nodes=not _fits_on_one_node(config.world_size, share))
+    checked = check_cluster() if kind is NPU else None
     if _must_be_here(config, kind):
         pinned = pin_to_nodes(wanted, [node_id()] * config.world_size, current_nodes(kind))
         (config.placement_group,) = create_placement_groups([pinned], _GRANT_LIMIT_S)
     else:
         config.placement_group = create_group_of_whole_tp_groups(wanted, config.tensor_parallel_size, kind)
+    if checked is not None:
+        warn_of_nodes(checked, nodes_of_bundles(config.placement_group).values())
     return config.placement_group
 
 
@@ -184,10 +185,6 @@ def _check_group(group: Any, config: Any, kind: Kind) -> set[str]:
         places = [(order.nodes[index], addresses[order.nodes[index]]) for index in chosen]
         _warn_of_straddling_groups(places, order.group_size)
     return {order.nodes[index] for index in chosen}
-
-
-def _fits_on_one_node(workers: int, share: float) -> bool:
-    return any(node.count_free(share) >= workers for node in current_nodes())
 
 
 def _must_be_here(config: Any, kind: Kind) -> bool:

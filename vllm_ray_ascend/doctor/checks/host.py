@@ -57,7 +57,7 @@ def check_shared_memory(node: NodeView) -> Iterator[Finding]:
             "`docker run --shm-size=16g`, or a volume of medium Memory in Kubernetes.",
             total=found.total,
         )
-    elif found.free < _GIB:
+    elif found.free < min(_GIB, found.total // 4):
         yield node.finding(
             "warning",
             "VRA-673",
@@ -183,6 +183,7 @@ def check_whitelist(node: NodeView) -> Iterator[Finding]:
             "VRA-679",
             "HCCL_WHITELIST_DISABLE=0 lets HCCL accept listed addresses only, and HCCL_WHITELIST_FILE is not set.",
             "`export HCCL_WHITELIST_DISABLE=1`, or HCCL_WHITELIST_FILE=FILE, before `ray start` there.",
+            variable="HCCL_WHITELIST_DISABLE",
         )
 
 
@@ -223,7 +224,7 @@ def _command(name: str, value: str | None) -> str:
 
 
 CHECKS = (
-    Check("limits", "the raylet may open files and lock memory", "/proc/PID/limits", check_limits, at_start="warns"),
+    Check("limits", "the raylet may open files and lock memory", "/proc/PID/limits", check_limits),
     Check("shared-memory", "/dev/shm is large enough", "statvfs", check_shared_memory, at_start="warns"),
     Check(
         "own-name",
@@ -249,7 +250,7 @@ CHECKS = (
         applies=on_every_node,
         at_start="warns",
     ),
-    Check("hccl-ports", "HCCL's ports are free", "/proc/net/tcp", check_ports, at_start="warns"),
+    Check("hccl-ports", "HCCL's ports are free", "/proc/net/tcp", check_ports),
     Check(
         "worker-ports",
         "ports of Ray's workers are not HCCL's",
@@ -273,7 +274,6 @@ CHECKS = (
         check_same_auth,
         of_cluster=True,
         applies=on_every_node,
-        at_start="warns",
     ),
     Check(
         "same-mtu",
@@ -282,6 +282,5 @@ CHECKS = (
         check_same_mtu,
         of_cluster=True,
         applies=on_every_node,
-        at_start="warns",
     ),
 )

@@ -146,7 +146,7 @@ _EQUAL = ("Python", "ray", "vllm", "torch", "torch-npu")
 def check_same_packages(nodes: Sequence[NodeView]) -> Iterator[Finding]:
     """Yield an error for each node with another Python, Ray, vLLM or torch; the audit compares ours and vllm-ascend."""
     for package in _EQUAL:
-        found = {node: node.record.versions.get(package) for node in nodes}
+        found = {node: _compared(package, node.record.versions.get(package)) for node in nodes}
         for node, version, example, usual in odd_ones(found):
             yield node.finding(
                 "error",
@@ -157,6 +157,11 @@ def check_same_packages(nodes: Sequence[NodeView]) -> Iterator[Finding]:
                 here=version,
                 there=usual,
             )
+
+
+def _compared(package: str, version: str | None) -> str | None:
+    """Return what has to be equal of a version: of Python, as for Ray, all but the last number."""
+    return version.rpartition(".")[0] if version and package == "Python" else version
 
 
 def check_set(node: NodeView) -> Iterator[Finding]:
@@ -221,7 +226,6 @@ CHECKS = (
         "the driver fits CANN",
         "Innerversion, CANN's compatible_version",
         check_driver_fits_cann,
-        at_start="warns",
     ),
     Check("nnal", "NNAL (ATB) is installed", "nnal/atb/*/version.info, ATB_HOME_PATH", check_nnal),
     Check(
