@@ -100,7 +100,7 @@ for executor, tensor, options in (
     (None, 1, {{"num_cpus": 1, "resources": {{"NPU": 1}}}}),
     ("ray", 2, {{"num_cpus": 1}}),
 ):
-    task = ray.remote(complete).options(max_calls=1, **options)  # Ray's default for GPUs, not for NPUs
+    task = ray.remote(max_calls=1, **options)(complete)  # Ray's default for GPUs, not for NPUs
     texts.append(ray.get(task.remote(executor, tensor)))
     actor = ray.remote(Completer).options(**options).remote()
     texts.append(ray.get(actor.complete.remote(executor, tensor)))
