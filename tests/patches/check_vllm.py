@@ -70,29 +70,27 @@ def metrics_without_serve() -> None:
 
 
 def error_before_the_first_token() -> None:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 
-    completion = {"model": "m", "prompt": "p", "max_tokens": 1, "stream": True}
-    chat = {"model": "m", "messages": [{"role": "user", "content": "p"}], "stream": True}
-    chunks = asyncio.run(stream_of(OpenAIServingCompletion, "completion", completion))
-    assert any('"error"' in chunk for chunk in chunks), f"no error in {chunks}"
-    chunks = asyncio.run(stream_of(OpenAIServingChat, "chat_completion", chat))
-    assert any('"error"' in chunk for chunk in chunks), f"no error in {chunks}"
+    completion = CompletionRequest(model="m", prompt="p", max_tokens=1, stream=True)
+    chat = ChatCompletionRequest(model="m", messages=[{"role": "user", "content": "p"}], stream=True)
+    for serving_class, name, request in (
+        (OpenAIServingCompletion, "completion", completion),
+        (OpenAIServingChat, "chat_completion", chat),
+    ):
+        chunks = asyncio.run(stream_of(serving_class, name, request))
+        assert any('"error"' in chunk for chunk in chunks), f"no error in {chunks}"
 
 
-async def stream_of(serving_class: Any, name: str, body: dict[str, Any]) -> list[str]:
+async def stream_of(serving_class: Any, name: str, request: Any) -> list[str]:
     """Return what the API server streams of a request that has failed before its first token."""
-    from importlib import import_module
-
-    protocol = import_module(f"vllm.entrypoints.openai.{name}.protocol")
-    request_class = next(
-        getattr(protocol, each) for each in ("CompletionRequest", "ChatCompletionRequest") if hasattr(protocol, each)
-    )
     without_options = type("Serving", (serving_class,), {"__init__": lambda _: None, "__getattr__": lambda *_: None})
     stream = getattr(without_options(), f"{name}_stream_generator")
     given = {
-        "request": request_class(**body),
+        "request": request,
         "request_id": "r",
         "created_time": 0,
         "model_name": "m",

@@ -25,7 +25,8 @@ from vllm_ray_ascend.settings import PREFIX
 NOSET = "RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES"
 SWITCHES = (PREFIX, "VLLM_PLUGINS")
 
-_LIMIT_S = 10.0
+LIMIT_S = 10.0
+"""Seconds that CANN's count may take: without it an engine does not start."""
 _COUNT, _FAILED, _ACL = "npus=", "failed=", "acl=yes"  # prefixes, because CANN may log to standard output
 _COUNT_SCRIPT = f"""
 import ctypes
@@ -74,7 +75,7 @@ def node_facts_from_dict(values: Mapping[str, Any]) -> NodeFacts:
     return NodeFacts(**{**kept, "device_files": tuple(kept.get("device_files", ())), "dies": dies})
 
 
-def collect_node_facts(address: str = "", limit_s: float = _LIMIT_S) -> NodeFacts:
+def collect_node_facts(address: str = "", limit_s: float = LIMIT_S) -> NodeFacts:
     """Return the facts of this process's node, whose address for Ray is ``address``, within ``limit_s`` seconds.
 
     What cannot be determined is None: nothing is raised.

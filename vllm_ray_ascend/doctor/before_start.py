@@ -20,7 +20,7 @@ from vllm_ray_ascend.cluster.resources import NodeResources
 from vllm_ray_ascend.doctor.checks import CHECKS
 from vllm_ray_ascend.doctor.gather import snapshot_of_nodes
 from vllm_ray_ascend.doctor.judge import find
-from vllm_ray_ascend.doctor.records import Snapshot
+from vllm_ray_ascend.doctor.records import NodeRecord, Snapshot
 from vllm_ray_ascend.log import get_logger
 
 _LIMIT_S = 20.0
@@ -58,8 +58,8 @@ def refusing_findings(snapshot: Snapshot, *, all_used: bool) -> list[Finding]:
 
     ``all_used``: the engine is placed on all these nodes; else errors of those that declare no NPU are warnings.
     """
-    used = [record for record in snapshot.nodes if all_used or (record.ray and record.ray.npus)]
-    others = [record for record in snapshot.nodes if record not in used]
+    used = [record for record in snapshot.nodes if all_used or _declares_npus(record)]
+    others = [record for record in snapshot.nodes if not all_used and not _declares_npus(record)]
     found = find(replace(snapshot, nodes=used), _REFUSING)
     found += map(_as_warning, find(replace(snapshot, nodes=others, failures=[]), _REFUSING))
     return [finding for finding in found if finding.severity in ("error", "warning")]
@@ -79,6 +79,10 @@ def warnings_of_nodes(snapshot: Snapshot, node_ids: Collection[str], environ: Ma
         and finding.values.get("variable", "") not in environ
         and ("peer" not in finding.values or finding.values["peer"] in raylets)
     ]
+
+
+def _declares_npus(record: NodeRecord) -> bool:
+    return record.ray is not None and record.ray.npus > 0
 
 
 def _collect(nodes: Collection[NodeResources]) -> Snapshot:

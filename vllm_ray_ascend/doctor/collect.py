@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from vllm_ray_ascend.addresses import split_host_port
-from vllm_ray_ascend.cluster.node_facts import NodeFacts, collect_node_facts, raylet_environment
+from vllm_ray_ascend.cluster.node_facts import LIMIT_S, NodeFacts, collect_node_facts, raylet_environment
 from vllm_ray_ascend.compat.versions import installed
 from vllm_ray_ascend.devices.cards import Die
 from vllm_ray_ascend.doctor import parsers
@@ -53,8 +53,6 @@ PACKAGES = ("vllm", "vllm-ascend", "vllm-ray-ascend", "ray", "torch", "torch-npu
 _ALSO = ("RAY_AUTH_MODE", "RAY_ADDRESS")
 _AT_ONCE = 8
 _CONNECT_S = 3.0
-_FACTS_S = 10.0
-"""CANN's count may take so long, and without it an engine does not start."""
 _CUDA_ONLY = ("nvidia-", "flashinfer", "xformers")
 _DRIVER, _ASCEND = "usr/local/Ascend/driver", "usr/local/Ascend"
 _TOOLKIT_INFO = ("ascend_toolkit_install.info", "*-linux/ascend_toolkit_install.info", "version.cfg")
@@ -88,7 +86,7 @@ def collect_record(
     pool = ThreadPoolExecutor(2)  # what waits for the network does so meanwhile
     environment = raylet_environment()
     unreachable, own_addresses = pool.submit(_unreachable, peers), pool.submit(_own_addresses, environment)
-    facts = collect_node_facts(address, min(limit_s, max(_FACTS_S, limit_s / 2)))
+    facts = collect_node_facts(address, min(limit_s, max(LIMIT_S, limit_s / 2)))
     driver = _driver_folder(environment, root)
     outputs = _run_commands(run or partial(run_command, driver=driver, deadline=deadline), facts.dies, commands)
     cann = _cann_home(environment, root)

@@ -19,15 +19,12 @@ IMPORTERS = tuple(
 def names_missing_here() -> list[str]:
     """Return what Serve LLM of the installed Ray imports and the installed vLLM lacks; none where one is missing."""
     try:
-        return _names_missing_here()
+        ray, vllm = (find_spec(name) for name in ("ray", "vllm"))
+        if not (ray and ray.origin and vllm and vllm.origin):
+            return []
+        return names_missing(Path(ray.origin).parent, Path(vllm.origin).parent)
     except (OSError, SyntaxError, ValueError):  # a package that cannot be read: whoever imports it learns why
         return []
-
-
-def _names_missing_here() -> list[str]:
-    packages = [find_spec(name) for name in ("ray", "vllm")]
-    folders = [Path(spec.origin).parent for spec in packages if spec is not None and spec.origin]
-    return names_missing(*folders) if len(folders) == len(packages) else []
 
 
 def names_missing(ray: Path, vllm: Path) -> list[str]:

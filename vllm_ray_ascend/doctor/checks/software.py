@@ -221,12 +221,7 @@ CHECKS = (
     Check("firmware", "the firmware fits the driver", "compatible_version_fw in driver/version.info", check_firmware),
     Check("board", "driver and firmware fit, as the NPU says", "npu-smi -t board", check_compatibility, (BOARD,)),
     Check("cann", "CANN is found", "ASCEND_HOME_PATH, /usr/local/Ascend", check_cann),
-    Check(
-        "driver-cann",
-        "the driver fits CANN",
-        "Innerversion, CANN's compatible_version",
-        check_driver_fits_cann,
-    ),
+    Check("driver-cann", "the driver fits CANN", "Innerversion, CANN's compatible_version", check_driver_fits_cann),
     Check("nnal", "NNAL (ATB) is installed", "nnal/atb/*/version.info, ATB_HOME_PATH", check_nnal),
     Check(
         "same-driver",
