@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,9 @@ from softnpu.cluster.plan import Cluster
 
 from demo.server import Server
 from demo.train.recitation import MOE, PROMPTS, zen_after
-from tests.e2e.servers import check_text, create_server, opened_npus_by_node, temporary_cluster
+from tests.e2e.servers import check_text, create_server, opened_npus, opened_npus_by_node, temporary_cluster
 from tests.e2e.test_bad_input import check_nothing_left
-from tests.e2e.test_death import send_signal
+from tests.e2e.test_death import check_no_leftovers, send_signal, wait_for_server_exit
 
 ELASTIC = (
     *("--tensor-parallel-size", "1", "--data-parallel-size", "2", "--data-parallel-backend", "ray"),
@@ -34,8 +36,8 @@ EXPERTS_OF_A_RANK = 4
 
 
 @contextmanager
-def elastic_server(cluster: Cluster, folder: Path, *arguments: str) -> Iterator[Server]:
-    with create_server(cluster, MOE, folder / "log", *ELASTIC, *arguments, **VARIABLES) as server:
+def elastic_server(cluster: Cluster, folder: Path, *arguments: str, **variables: str) -> Iterator[Server]:
+    with create_server(cluster, MOE, folder / "log", *ELASTIC, *arguments, **VARIABLES, **variables) as server:
         server.wait_until_healthy()
         yield server
 
@@ -150,15 +152,96 @@ def test_a_new_rank_that_dies_is_undone(tmp_path: Path) -> None:
         scale(server, 4)
 
 
-def kill_new_worker(cluster: Cluster) -> None:
-    """Kill the first worker that opens another NPU than those of the ranks that serve."""
-    from tests.e2e.servers import opened_npus
-
-    before = opened_npus(cluster)
+def kill_new_worker(cluster: Cluster, before: Collection[tuple[str, int]] = ()) -> None:
+    """Kill the first worker that opens another NPU than those of the ranks that serve, which are ``before``."""
+    before = before or opened_npus(cluster).keys()
     deadline = time.monotonic() + LIMIT_S
-    while not (new := opened_npus(cluster).keys() - before.keys()) and time.monotonic() < deadline:
+    while not (new := opened_npus(cluster).keys() - before) and time.monotonic() < deadline:
         time.sleep(0.1)
     send_signal(cluster, 1, min(new)[1])
+
+
+def wait_for_log(server: Server, pattern: str, limit_s: float = LIMIT_S) -> None:
+    deadline = time.monotonic() + limit_s
+    while not re.search(pattern, server._text()):
+        server.check()
+        assert time.monotonic() < deadline, f"not in the log: {pattern}"
+        time.sleep(0.05)
+
+
+@contextmanager
+def scaling(server: Server, size: int) -> Iterator[Future[httpx.Response]]:
+    """Request a scaling in another thread."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(request_scaling, server, size)
+
+
+@pytest.mark.slow
+def test_a_new_rank_that_dies_after_it_was_ready_is_undone(tmp_path: Path) -> None:
+    """While the ranks that serve finish a request, before the switch."""
+    variables = {"VLLM_ELASTIC_EP_DRAIN_REQUESTS": "1"}
+    with (
+        temporary_cluster("e2e-elastic-ready", 1, 4) as cluster,
+        elastic_server(cluster, tmp_path, **variables) as server,
+    ):
+        before = opened_npus(cluster).keys()
+        stop_reading = threading.Event()
+        reader = threading.Thread(target=keep_busy, args=(server, stop_reading))
+        reader.start()
+        with scaling(server, 4) as answer:
+            wait_for_log(server, "waiting for requests to drain before scaling")
+            kill_new_worker(cluster, before)
+            wait_for_log(server, r"engine core of data parallel rank [23] \(.*\) exited")
+            stop_reading.set()
+        reader.join()
+        assert answer.result().status_code == 500 and "VRA-343" in answer.result().text, answer.result().text
+        check_scaled(server, 2)
+        wait_for_npus(cluster, 1, [0, 1])
+        scale(server, 3)
+
+
+def keep_busy(server: Server, stop: threading.Event) -> None:
+    """Read texts, one after the other, until ``stop`` is set; the server may refuse to begin one."""
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=LIMIT_S, max_retries=0)
+    while not stop.is_set():
+        options = {"ignore_eos": True}
+        with suppress(openai.APIStatusError):
+            stream = client.completions.create(
+                model=MOE.name, prompt=PROMPTS[0], max_tokens=450, stream=True, extra_body=options
+            )
+            for _ in stream:
+                if stop.is_set():
+                    stream.close()
+                    break
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("new", [True, False], ids=["new rank", "serving rank"])
+def test_a_death_in_the_switch_ends_all(tmp_path: Path, new: bool) -> None:
+    """No rank knows then which experts the others have. The first cause is in the log, and nothing is left."""
+    with temporary_cluster("e2e-elastic-switch", 1, 4) as cluster, elastic_server(cluster, tmp_path) as server:
+        before = opened_npus(cluster).keys()
+        with scaling(server, 4) as answer:
+            wait_for_log(server, "Starting expert resharding")
+            victims = opened_npus(cluster).keys() - before if new else before
+            send_signal(cluster, 1, max(victims)[1])
+            wait_for_server_exit(server)
+        assert isinstance(answer.exception(), httpx.HTTPError) or answer.result().status_code == 500
+        assert "VRA-346" in server._text() and f"process {max(victims)[1]}" in server._text()
+        check_no_leftovers(cluster)
+
+
+@pytest.mark.slow
+def test_ranks_of_two_npus_each(tmp_path: Path) -> None:
+    """Whole tensor parallel groups come and go."""
+    with (
+        temporary_cluster("e2e-elastic-tensor", 1, 6) as cluster,
+        elastic_server(cluster, tmp_path, "--tensor-parallel-size", "2", "--elastic-ep-max-dp-size", "3") as server,
+    ):
+        check_scaled(server, 2)
+        scale(server, 3)
+        scale(server, 2)
+        wait_for_npus(cluster, 1, [0, 1, 2, 3])
 
 
 @pytest.mark.slow

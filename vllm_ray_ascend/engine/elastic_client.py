@@ -7,6 +7,7 @@ import functools
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -28,19 +29,21 @@ _DRAIN_S = 120.0
 """Seconds in which ranks that leave may finish their requests, unless the request to scale says otherwise."""
 _ENDPOINTS = ("data_parallel_master_port", "_data_parallel_master_port_list", "_coord_store_port")
 """Of a ParallelConfig: where ranks meet, which each scaling changes."""
+_ENGINES = ("lb_engines", "engine_ranks_managed")
+"""Of a client: the ranks that get requests, which draining changes."""
 
 Method = Callable[..., Awaitable[Any]]
 
 
 def install() -> None:
     """Guard the scalings of this process's clients."""
-    patches.wrap(f"{_CLIENT}.prepare_elastic_ep", _with_rollback)
+    patches.wrap(f"{_CLIENT}.prepare_elastic_ep", _watched)
     patches.wrap(f"{_CLIENT}.commit_elastic_ep", _closing_on_failure)
 
 
 def guard_frontend(module: ModuleType) -> None:
     """Guard the scalings of AsyncLLM, of the ``module`` that has it: a failure leaves no server that answers 503."""
-    patches.wrap("vllm.v1.engine.async_llm.AsyncLLM._scale_elastic_ep", _with_drain_limit)
+    patches.wrap("vllm.v1.engine.async_llm.AsyncLLM._scale_elastic_ep", _with_rollback)
 
 
 def explain_failures(module: ModuleType) -> None:
@@ -54,53 +57,85 @@ def explain_failures(module: ModuleType) -> None:
     patches.apply("vllm.entrypoints.serve.elastic_ep.api_router.HTTPException", ExplainedError)
 
 
-def _with_drain_limit(scale: Method) -> Method:
-    """Return `_scale_elastic_ep`, which lets the client know the limit for draining, and ends the answers with 503."""
+@dataclass
+class _Scaling:
+    """A scaling that has not reached the switch: what is restored when it is undone."""
+
+    present: int
+    size: int
+    endpoints: dict[str, Any]
+    engines: dict[str, Any]
+    task: asyncio.Future[Any] | None = None
+    """Prepares it."""
+
+
+class _RankLostError(Exception):
+    """A rank that was to join is lost, or one that serves cannot prepare the scaling."""
+
+
+def _with_rollback(scale: Method) -> Method:
+    """Return `_scale_elastic_ep`, which undoes a scaling that fails before the switch, and ends the answers with 503.
+
+    It lets the client know the limit for draining.
+    """
 
     @functools.wraps(scale)
-    async def scale_and_reset(engine: Any, new_data_parallel_size: int, drain_timeout: int) -> None:
+    async def scale_or_roll_back(engine: Any, new_data_parallel_size: int, drain_timeout: int) -> None:
         from vllm.entrypoints.serve.elastic_ep.middleware import set_scaling_elastic_ep
 
-        engine.engine_core._vllm_ray_ascend_drain_s = drain_timeout
+        client = engine.engine_core
+        client._vllm_ray_ascend_drain_s = drain_timeout
         try:
             await scale(engine, new_data_parallel_size, drain_timeout)
-        finally:
-            set_scaling_elastic_ep(False)
-
-    return scale_and_reset
-
-
-def _with_rollback(prepare: Method) -> Method:
-    """Return `prepare_elastic_ep`, which undoes what was prepared where a rank fails. Ranks that leave are drained."""
-
-    @functools.wraps(prepare)
-    async def prepare_or_roll_back(client: Any, new_data_parallel_size: int) -> None:
-        config, present = client.vllm_config.parallel_config, len(client.core_engines)
-        endpoints = {name: getattr(config, name) for name in _ENDPOINTS}
-        manager = client.resources.engine_manager
-        manager.begin_scaling()
-        task = asyncio.ensure_future(prepare(client, new_data_parallel_size))
-        try:
-            cause = await _first_failure(client, task, endpoints["_coord_store_port"])
-            if not cause:
-                await task
-                if new_data_parallel_size < present:
-                    await _drain(client, new_data_parallel_size)
-                return
         except ElasticEPError:  # nobody is left
             raise
         except Exception as error:  # whatever it is: the ranks that serve have to give up as well
-            if config._coord_store_port == endpoints["_coord_store_port"]:
-                raise  # it was refused before anything was begun
-            cause = f"{type(error).__name__}: {error}"
-        await _roll_back(client, task, new_data_parallel_size, endpoints, cause)
-        raise ElasticEPError(
-            "VRA-343",
-            f"scaling from {present} to {new_data_parallel_size} data parallel ranks failed and was undone, the "
-            f"{present} ranks continue: {cause}",
-        )
+            if (scaling := _unfinished(client)) is None:
+                raise
+            cause = str(error) if isinstance(error, _RankLostError) else f"{type(error).__name__}: {error}"
+            await _roll_back(client, scaling, cause)
+            raise ElasticEPError(
+                "VRA-343",
+                f"scaling from {scaling.present} to {scaling.size} data parallel ranks failed and was undone, the "
+                f"{scaling.present} ranks continue: {cause}",
+            ) from error
+        finally:
+            client._vllm_ray_ascend_scaling = None
+            set_scaling_elastic_ep(False)
 
-    return prepare_or_roll_back
+    return scale_or_roll_back
+
+
+def _unfinished(client: Any) -> _Scaling | None:
+    """Return the scaling that has begun and not reached the switch; None where upstream has refused to begin it."""
+    scaling: _Scaling | None = getattr(client, "_vllm_ray_ascend_scaling", None)
+    config = client.vllm_config.parallel_config
+    begun = scaling is not None and config._coord_store_port != scaling.endpoints["_coord_store_port"]
+    return scaling if begun else None
+
+
+def _watched(prepare: Method) -> Method:
+    """Return `prepare_elastic_ep`, which fails as soon as a rank does. Ranks that leave are drained."""
+
+    @functools.wraps(prepare)
+    async def prepare_watched(client: Any, new_data_parallel_size: int) -> None:
+        config, present = client.vllm_config.parallel_config, len(client.core_engines)
+        scaling = client._vllm_ray_ascend_scaling = _Scaling(
+            present,
+            new_data_parallel_size,
+            {name: getattr(config, name) for name in _ENDPOINTS},
+            {name: getattr(client, name) for name in _ENGINES},
+        )
+        client.resources.engine_manager.begin_scaling()
+        scaling.task = asyncio.ensure_future(prepare(client, new_data_parallel_size))
+        cause = await _first_failure(client, scaling.task, scaling.endpoints["_coord_store_port"])
+        if cause:
+            raise _RankLostError(cause)
+        await scaling.task
+        if new_data_parallel_size < present:
+            await _drain(client, new_data_parallel_size)
+
+    return prepare_watched
 
 
 async def _first_failure(client: Any, task: asyncio.Future[Any], old_port: int) -> str:
@@ -118,24 +153,28 @@ async def _first_failure(client: Any, task: asyncio.Future[Any], old_port: int) 
     return ""
 
 
-async def _roll_back(
-    client: Any, task: asyncio.Future[Any], new_data_parallel_size: int, endpoints: dict[str, Any], cause: str
-) -> None:
+async def _roll_back(client: Any, scaling: _Scaling, cause: str) -> None:
     """End the ranks that were to join, have the others give up, and restore what the client has changed."""
     config, manager = client.vllm_config.parallel_config, client.resources.engine_manager
     await asyncio.to_thread(manager.undo_scale_up)
-    if config._coord_store_port != endpoints["_coord_store_port"]:
-        reports = FailureReports(config.data_parallel_master_ip, config._coord_store_port)
-        reports.release(f"eep_ready/{rank}" for rank in range(new_data_parallel_size))
+    reports = FailureReports(config.data_parallel_master_ip, config._coord_store_port)
+    reports.release(f"eep_ready/{rank}" for rank in range(scaling.size))
+    if scaling.task is not None:
+        await _end_task(client, scaling.task)
+    client._prepared_elastic_ep = None
+    await _give_up(client, cause)
+    for owner, values in ((config, scaling.endpoints), (client, scaling.engines)):
+        for name, value in values.items():
+            setattr(owner, name, value)
+
+
+async def _end_task(client: Any, task: asyncio.Future[Any]) -> None:
+    """Wait for the end of a preparation that has failed; its error is known, or only follows."""
     deadline = time.monotonic() + _UNWIND_S
     while not await _is_done(client, task):
         if time.monotonic() > deadline:
             task.cancel()
-    await asyncio.gather(task, return_exceptions=True)  # its error is known, or only follows
-    client._prepared_elastic_ep = None
-    await _give_up(client, cause)
-    for name, value in endpoints.items():
-        setattr(config, name, value)
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def _give_up(client: Any, cause: str) -> None:
@@ -201,11 +240,18 @@ async def _drain(client: Any, new_data_parallel_size: int) -> None:
 
 
 def _closing_on_failure(commit: Method) -> Method:
-    """Return `commit_elastic_ep`, after whose failure no engine continues: the ranks disagree about their number."""
+    """Return `commit_elastic_ep`, after whose failure no engine continues: the ranks disagree about their number.
+
+    Where a rank was lost after it was ready, nothing is switched.
+    """
 
     @functools.wraps(commit)
     async def commit_or_end(client: Any) -> None:
-        client.resources.engine_manager.begin_switch()
+        manager = client.resources.engine_manager
+        if lost := manager.lost_in_scaling():
+            raise _RankLostError(lost[0][1])
+        client._vllm_ray_ascend_scaling = None
+        manager.begin_switch()
         try:
             await commit(client)
         except BaseException as error:  # whatever it is, no rank knows which experts the others have
