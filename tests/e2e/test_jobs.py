@@ -121,6 +121,13 @@ def wait_until_ended(jobs: Jobs) -> None:
     check_nothing_left(jobs.cluster)
 
 
+def listed_events(jobs: Jobs) -> list[str]:
+    """Return the messages of Ray's list of events."""
+    from ray.util.state import list_cluster_events
+
+    return [event.message for event in list_cluster_events(jobs.address)]
+
+
 @pytest.mark.slow
 def test_a_server_whose_engine_fails_fails_its_job(jobs: Jobs, folder: Path) -> None:
     """It has its model, by a relative path, and its modules and variables from the job, on both nodes."""
@@ -142,6 +149,7 @@ def test_a_server_whose_engine_fails_fails_its_job(jobs: Jobs, folder: Path) -> 
     send_signal(jobs.cluster, 2, next(rank["pid"] for rank in engine["ranks"] if rank["address"] == second))
     assert "exit code 1" in jobs.wait_for("server", "failed")
     wait_until_ended(jobs)
+    assert {"engine_ready", "engine_failed"} <= {message.split()[0] for message in listed_events(jobs)}
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from vllm_ray_ascend.control.client import ControlClient
 from vllm_ray_ascend.control.protocol import EventReported
 from vllm_ray_ascend.control.server import ControlServer
 from vllm_ray_ascend.engine.metrics import CALL_ID, Report, Reporter, _receiving
-from vllm_ray_ascend.observability import events, metrics
+from vllm_ray_ascend.observability import events, metrics, ray_events
 from vllm_ray_ascend.observability.events import EVENTS, Event, Events, engine_name, format_event
 from vllm_ray_ascend.observability.exporter import Exporter, label_names, prometheus_recorder
 from vllm_ray_ascend.observability.metrics import METRICS, Sample, Values
@@ -151,6 +152,41 @@ def test_an_event_is_logged_or_forwarded(caplog: pytest.LogCaptureFixture) -> No
     log.forward = forwarded.append
     log.emit(events.RANKS_ADDED, data_parallel_size=4)
     assert len(heard) == 1 and len(forwarded) == 1
+
+
+def test_an_event_is_in_the_list_of_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In the file that the agent of its node reads."""
+    from ray._private.event import event_logger
+
+    monkeypatch.setattr(ray_events, "session_log_folder", lambda: tmp_path)
+    monkeypatch.setattr(event_logger, "_event_logger", {})
+    log = Events()
+    log.engine = "Qwen3/dp0"
+    for _ in range(2):
+        log.listen(ray_events.list_in_ray)
+    log.emit(events.ENGINE_FAILED, code="VRA-322", cause="a worker exited", rank=None, detection_seconds=0.5)
+    (event,) = map(json.loads, (tmp_path / "events/event_COMMON.log").read_text().splitlines())
+    assert event["severity"] == "ERROR" and event["message"].startswith("engine_failed engine=Qwen3/dp0 code=VRA-322")
+    assert event["custom_fields"] == {
+        "code": "VRA-322",
+        "cause": "a worker exited",
+        "detection_seconds": "0.5",
+        "engine": "Qwen3/dp0",
+    }
+
+
+def test_events_that_ray_cannot_list_are_reported_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from ray._private.event import event_logger
+
+    (tmp_path / "logs").write_text("a file, where a folder is needed")
+    monkeypatch.setattr(ray_events, "session_log_folder", lambda: tmp_path / "logs")
+    monkeypatch.setattr(event_logger, "_event_logger", {})
+    logging.getLogger("vllm").propagate = True
+    for _ in range(2):
+        ray_events.list_in_ray(Event("ranks_added", 1.0, "", {}))
+    assert caplog.text.count("VRA-365") == 1
 
 
 def test_a_worker_s_event_reaches_its_executor() -> None:

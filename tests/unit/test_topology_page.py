@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from vllm_ray_ascend.cluster.findings import Finding
 from vllm_ray_ascend.cluster.registry import EngineRecord, RankRecord, engine_names
 from vllm_ray_ascend.cluster.topology import NodeInput, Topology, build_topology
-from vllm_ray_ascend.cluster.topology_page import format_page
+from vllm_ray_ascend.cluster.topology_page import format_page, links_between_nodes
 from vllm_ray_ascend.compat.ray_state import ActorRecord
 
 pytestmark = pytest.mark.unit
@@ -121,6 +121,28 @@ def test_everything_is_on_the_page() -> None:
     assert "2 nodes, 16 NPUs, 9 in use, 2 engines. doctor: ✖ error" in text
     assert "1234567890123456789" not in page
     assert "http-equiv" not in page and 'content="5"' in format_page(topology, findings, 0.0, 5.0)
+
+
+def test_links_between_nodes_have_the_state_of_their_npus() -> None:
+    topology, findings = sample()
+    page = format_page(topology, findings, 0.0)
+    rows = [" ".join(re.sub("<[^>]*>", " ", f"<{row}").split()) for row in page.split("<tr") if "PP 0 →" in row]
+    assert [row.partition("Qwen3-30B-A3B/")[2].partition(" Findings")[0] for row in rows] == [
+        "dp0 PP 0 → 1 10.0.0.1 NPU 0, 1 10.0.0.2 NPU 0, 1 ✔ ok",
+        "dp1 PP 0 → 1 10.0.0.1 NPU 2, 3 10.0.0.2 NPU 2, 3 ✖ error",
+    ]
+
+
+def test_tensor_parallel_ranks_of_two_nodes_are_linked() -> None:
+    stretched = replace(engine(0, 0), tensor_parallel=4, pipeline_parallel=1)
+    ((what, here, there),) = links_between_nodes(stretched)
+    assert what == "TP of stage 0"
+    assert [[rank.rank for rank in end] for end in (here, there)] == [[0, 1], [2, 3]]
+
+
+def test_an_engine_on_one_node_has_no_links() -> None:
+    ranks = tuple(replace(rank, address=ADDRESSES[0]) for rank in engine(0, 0).ranks)
+    assert links_between_nodes(replace(engine(0, 0), ranks=ranks)) == []
 
 
 def test_nothing_is_loaded_from_elsewhere() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
 from vllm_ray_ascend.cluster.device_users import DeviceUser
 from vllm_ray_ascend.cluster.findings import Finding, Severity
-from vllm_ray_ascend.cluster.registry import EngineRecord, engine_names
+from vllm_ray_ascend.cluster.registry import EngineRecord, RankRecord, engine_names
 from vllm_ray_ascend.cluster.topology import NodeTopology, Npu, NpuOwner, Topology
 
 Engines = Mapping[tuple[str, int], tuple[int, EngineRecord, str]]
@@ -18,6 +19,7 @@ _GOLDEN_ANGLE = 137.5
 _FIRST_HUE = 210
 _WORST_FIRST: tuple[Severity, ...] = ("error", "warning", "unknown", "info")
 _ENGINE_COLUMNS = ("engine", "ranks", "TP", "PP", "nodes", "since", "driver", "placement group")
+_LINK_COLUMNS = ("engine", "traffic", "from", "to", "doctor")
 _SYMBOLS = {"error": "✖", "warning": "▲", "unknown": "?", "info": "i", "ok": "✔"}
 
 
@@ -36,6 +38,7 @@ def format_page(topology: Topology, findings: Sequence[Finding], made_at: float,
             *(line for node in topology.nodes for line in _node_lines(node, engines, findings)),
             "</section>",
             *_engine_lines(topology, engines),
+            *_link_lines(engines, findings),
             *_finding_lines(findings),
         ]
     )
@@ -126,6 +129,54 @@ def _engine_lines(topology: Topology, engines: Engines) -> Iterator[str]:
             f"{group.device_key}s, not of an engine of this plugin</tr>"
         )
     yield "</table>" if topology.engines else "</table><p>no engine is running</p>"
+
+
+def _link_lines(engines: Engines, findings: Sequence[Finding]) -> Iterator[str]:
+    yield "<h2>Links between nodes</h2>"
+    rows = [(index, name, *link) for index, engine, name in engines.values() for link in links_between_nodes(engine)]
+    if not rows:
+        yield "<p>none: no engine has ranks on several nodes</p>"
+        return
+    yield "<table><tr>" + "".join(f"<th>{each}" for each in _LINK_COLUMNS) + "</tr>"
+    for index, name, what, *ends in rows:
+        worst = _worst([each for each in findings for end in ends if _is_about(each, end)])
+        places = (f"{escape(end[0].address)} NPU {', '.join(str(rank.physical_id) for rank in end)}" for end in ends)
+        state = f'<b class="{worst}">{_SYMBOLS[worst]} {worst}</b>'
+        yield (
+            f'<tr style="--dp:{_hue(index)}" class="engine"><td>{escape(name)}<td>{what}<td>'
+            + "<td>".join([*places, state])
+            + "</tr>"
+        )
+    yield "</table>"
+
+
+def links_between_nodes(engine: EngineRecord) -> list[tuple[str, list[RankRecord], list[RankRecord]]]:
+    """Return what an engine's ranks exchange between nodes, and which ranks on the one and on the other node do.
+
+    Pipeline stages send to the next one, rank by rank; tensor parallel ranks of a stage exchange with all others.
+    """
+    found: dict[tuple[str, str, str], tuple[list[RankRecord], list[RankRecord]]] = {}
+    position = {each.rank: _position(engine, each.rank) for each in engine.ranks}
+    for one, other in itertools.permutations(engine.ranks, 2):
+        here, there = position[one.rank], position[other.rank]
+        if here is None or there is None or one.address == other.address:
+            continue
+        if (here[0] + 1, here[1]) == there:
+            what = f"PP {here[0]} → {there[0]}"
+        elif here[0] == there[0] and one.rank < other.rank:
+            what = f"TP of stage {here[0]}"
+        else:
+            continue
+        ends = found.setdefault((what, one.address, other.address), ([], []))
+        for end, rank in zip(ends, (one, other), strict=True):
+            if rank not in end:
+                end.append(rank)
+    return [(what, *ends) for (what, *_), ends in found.items()]
+
+
+def _is_about(finding: Finding, ranks: Sequence[RankRecord]) -> bool:
+    """Return whether a finding is about the NPU of one of ``ranks``."""
+    return any((finding.address, finding.physical_id) == (rank.address, rank.physical_id) for rank in ranks)
 
 
 def _finding_lines(findings: Sequence[Finding]) -> Iterator[str]:

@@ -63,6 +63,7 @@ from vllm_ray_ascend.engine.rank_status import StatusPublisher
 from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, is_secret, names_to_copy
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.observability.events import EVENTS, RANKS_ADDED, WORKERS_CHANGED
+from vllm_ray_ascend.observability.ray_events import list_in_ray
 from vllm_ray_ascend.settings import load
 
 logger = get_logger(__name__)
@@ -93,6 +94,7 @@ class RayAscendEngineActorManager(ReplaceableActors):
             CoreEngineActorManager=SimpleNamespace(create_dp_placement_groups=self.create_dp_placement_groups),
         )
         connect(vllm_config.parallel_config)
+        EVENTS.listen(list_in_ray)
         self._check_before_start(node for group in self._given_groups for node in nodes_of_bundles(group).values())
         self._world_size: int = vllm_config.parallel_config.world_size
         self._losses: list[PeerLost] = []

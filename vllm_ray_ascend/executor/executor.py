@@ -71,6 +71,7 @@ from vllm_ray_ascend.observability.metrics import (
     WRITE_TIME,
     WRITES,
 )
+from vllm_ray_ascend.observability.ray_events import list_in_ray
 from vllm_ray_ascend.settings import load
 
 logger = get_logger(__name__)
@@ -519,6 +520,7 @@ def _observe_engine(vllm_config: Any) -> None:
     settings, model = load(), vllm_config.model_config
     index = vllm_config.parallel_config.data_parallel_index
     EVENTS.engine, EVENTS.format = engine_name(str(model.served_model_name or model.model), index), settings.events
+    EVENTS.listen(list_in_ray)
     for counter in COUNTERS:  # from the start: Prometheus takes no first value for an increase
         VALUES.add(counter, 0)
     if settings.metrics == "on":

@@ -77,8 +77,9 @@ class Events:
         self._listeners: list[Listener] = []
 
     def listen(self, listener: Listener) -> None:
-        """Call ``listener`` with each event from now on, in the thread in which it arises."""
-        self._listeners.append(listener)
+        """Call ``listener`` with each event from now on, in the thread in which it arises. A second time is as one."""
+        if listener not in self._listeners:
+            self._listeners.append(listener)
 
     def emit(self, kind: Kind, **fields: Value) -> None:
         """Log an event of ``kind``, and pass it to all listeners."""

@@ -1,0 +1,44 @@
+"""Events in Ray's own list: `ray list cluster-events`, and the page "Cluster" of Ray's dashboard."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+from vllm_ray_ascend.compat.ray_processes import session_log_folder
+from vllm_ray_ascend.log import get_logger
+from vllm_ray_ascend.observability.events import KINDS, Event, format_event
+
+logger = get_logger(__name__)
+
+
+def list_in_ray(event: Event) -> None:
+    """Add an event to Ray's list; in Ray 2.48 to 2.60.
+
+    Each node's agent reads them from a file in the folder of Ray's logs, and sends them to the dashboard. Where Ray
+    runs without one the file is all that there is.
+    """
+    try:
+        _add(event)
+    except Exception as error:  # noqa: BLE001  whatever it is: an engine does not fail for a list
+        _warn(f"{type(error).__name__}: {error}")
+
+
+def _add(event: Event) -> None:
+    folder = session_log_folder()
+    if folder is None:
+        return
+    from ray._private.event.event_logger import get_event_logger
+    from ray.core.generated.event_pb2 import Event as RayEvent
+
+    events = get_event_logger(RayEvent.SourceType.COMMON, str(folder))
+    level = KINDS[event.event].level
+    add = events.info if level == logging.INFO else events.warning if level == logging.WARNING else events.error
+    fields = {name: str(value) for name, value in event.fields.items() if value is not None}
+    add(format_event(event, "text").removeprefix("event "), **fields, engine=event.engine)
+
+
+@functools.cache
+def _warn(error: str) -> None:
+    """Log once that events are missing in Ray's list."""
+    logger.warning("VRA-365: events are not in `ray list cluster-events`, only in this log: %s", error)
