@@ -313,7 +313,7 @@ ALLOWED: dict[tuple[str, str], str] = {
         "type(current_platform)._global_graph_pool",
     ): "state: None has the platform make a new pool",
     ("elastic_ep/groups.py", "_world.pg_group_ranks[self.device_group]"): "state: torch's table of ranks, by group",
-    ("engine/elastic_client.py", "config"): "values of one engine's configuration, as they were before a scaling",
+    ("engine/elastic_client.py", "owner"): "values of one engine's configuration and client, as before a scaling",
     ("engine/exit_code.py", "self"): "state: whether this engine had failed before it was shut down",
     ("environment/paths.py", "config"): "values of one engine's configuration",
     ("executor/worker.py", "self.worker"): "an object of our own class, phase_reporting_wrapper",

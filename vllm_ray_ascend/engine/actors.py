@@ -20,7 +20,7 @@ from vllm_ray_ascend.control.timeouts import stop_grace_s
 from vllm_ray_ascend.engine.process import EngineLaunchContext, node_address, prepare_process
 from vllm_ray_ascend.engine.rank_recovery import drain_seconds
 from vllm_ray_ascend.log import get_logger
-from vllm_ray_ascend.observability.events import EVENTS, WORKERS_CHANGED, Event
+from vllm_ray_ascend.observability.events import ENGINE_FAILED, EVENTS, WORKERS_CHANGED, Event
 from vllm_ray_ascend.settings import load
 
 logger = get_logger(__name__)
@@ -43,14 +43,15 @@ class NodeLocalEngineCore:
     def run_busy_loop(self) -> None:
         """Run upstream's loop. A failure is reported to clients immediately, as by an engine core that is no Ray actor.
 
-        That ends all ranks, so not where the driver restarts this one. Then the actor's process exits: upstream's
-        driver detects a dead actor, but not one whose `run` raised.
+        That ends all ranks, so not where the driver restarts this one, nor while the engine is scaled: the ranks that
+        serve may not need this one yet. Then the actor's process exits: upstream's driver detects a dead actor, but not
+        one whose `run` raised.
         """
         try:
             super().run_busy_loop()  # type: ignore[misc]
         except Exception:  # whatever it is: upstream's driver waits for this process to exit
             logger.exception("VRA-303: the engine core failed")
-            if not self.restarts_ranks:
+            if not self.restarts_ranks and getattr(self, "eep_scaling_state", None) is None:
                 self._send_engine_dead()  # type: ignore[attr-defined]
             raise SystemExit(1) from None
 
@@ -80,8 +81,11 @@ class NodeLocalEngineCore:
             return None
 
     def _report_change(self, event: Event) -> None:
-        """Let the driver know that a new engine core would lack what a call has changed: it then starts none."""
-        if event.event == WORKERS_CHANGED.name and self._control is not None:
+        """Let the driver know that a new engine core would lack what a call has changed: it then starts none.
+
+        And that this one has failed, which it may do long before it exits: while it waits for a scaling's switch.
+        """
+        if event.event in (WORKERS_CHANGED.name, ENGINE_FAILED.name) and self._control is not None:
             self._control.send(EventReported(event.event, event.fields))
 
     def _handle_extension(self, name: str) -> None:

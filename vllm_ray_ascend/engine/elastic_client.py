@@ -203,15 +203,16 @@ async def _give_up(client: Any, cause: str) -> None:
             await asyncio.sleep(_GIVE_UP_POLL_S)
 
 
-async def _is_done(client: Any, future: asyncio.Future[Any]) -> bool:
+async def _is_done(client: Any, future: asyncio.Future[Any], needed: range | None = None) -> bool:
     """Wait for ``future`` for a moment, and return whether it is done.
 
-    Raises ElasticEPError where a rank that serves is lost, with which upstream ends all: who asks it gets no answer.
+    Raises ElasticEPError where one of the ``needed`` ranks, by default those that serve, is lost: who asks it gets no
+    answer.
     """
     manager = client.resources.engine_manager
     await asyncio.wait([future], timeout=_POLL_S)
-    serving = range(len(client.core_engines))
-    lost = [loss for rank, loss in manager.lost_in_scaling() if rank in serving]
+    needed = range(len(client.core_engines)) if needed is None else needed
+    lost = [loss for rank, loss in manager.lost_in_scaling() if rank in needed]
     if not future.done() and (lost or client.resources.engine_dead):
         future.cancel()
         raise ElasticEPError(
@@ -250,13 +251,17 @@ def _closing_on_failure(commit: Method) -> Method:
         manager = client.resources.engine_manager
         if lost := manager.lost_in_scaling():
             raise _RankLostError(lost[0][1])
-        client._vllm_ray_ascend_scaling = None
+        scaling, client._vllm_ray_ascend_scaling = client._vllm_ray_ascend_scaling, None
         manager.begin_switch()
+        task = asyncio.ensure_future(commit(client))
         try:
-            await commit(client)
+            while not await _is_done(client, task, range(scaling.size)):
+                pass
+            await task
         except BaseException as error:  # whatever it is, no rank knows which experts the others have
             logger.error("VRA-346: the ranks failed while they switched to another number, which ends all: %s", error)
-            await asyncio.to_thread(client.resources.engine_manager.shutdown)
+            task.cancel()
+            await asyncio.to_thread(manager.shutdown)
             raise
 
     return commit_or_end

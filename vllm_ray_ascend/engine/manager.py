@@ -62,7 +62,7 @@ from vllm_ray_ascend.engine.rank_recovery import (
 from vllm_ray_ascend.engine.rank_status import StatusPublisher
 from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, is_secret, names_to_copy
 from vllm_ray_ascend.log import get_logger
-from vllm_ray_ascend.observability.events import EVENTS, RANKS_ADDED, WORKERS_CHANGED
+from vllm_ray_ascend.observability.events import ENGINE_FAILED, EVENTS, RANKS_ADDED, WORKERS_CHANGED
 from vllm_ray_ascend.observability.ray_events import list_in_ray
 from vllm_ray_ascend.settings import load
 
@@ -97,7 +97,8 @@ class RayAscendEngineActorManager(ReplaceableActors):
         EVENTS.listen(list_in_ray)
         self._check_before_start(node for group in self._given_groups for node in nodes_of_bundles(group).values())
         self._world_size: int = vllm_config.parallel_config.world_size
-        self._losses: list[PeerLost] = []
+        self._losses: list[tuple[int, str]] = []
+        """Since a scaling began: ranks that were lost, and what of each."""
         self._leaving: dict[int, threading.Thread] = {}
         self._ranks_lock, self._placing = threading.RLock(), threading.Lock()
         self._config = copy.deepcopy(vllm_config)
@@ -120,7 +121,7 @@ class RayAscendEngineActorManager(ReplaceableActors):
             raise
         if restarts_ranks:
             self._restarts = RankRecovery(failure_domains(vllm_config), self.restart_ranks, self._publisher)
-            self._server.on_event = self._record_event
+        self._server.on_event = self._record_event
         self._warn_of_unused_list(vllm_config)
 
     def monitor_engine_liveness(self) -> None:
@@ -168,8 +169,8 @@ class RayAscendEngineActorManager(ReplaceableActors):
         self._ranks_before_scaling = None
 
     def lost_in_scaling(self) -> list[tuple[int, str]]:
-        """Return rank and description of each engine core that was lost since `begin_scaling`."""
-        return [(loss.rank, f"{_describe(loss)} exited") for loss in self._losses]
+        """Return rank and description of each engine core that has failed or exited since `begin_scaling`."""
+        return list(self._losses)
 
     def get_run_refs(self) -> list[Any]:
         """Return what upstream watches to end all engine cores with the first: not those that are about to join."""
@@ -266,8 +267,10 @@ class RayAscendEngineActorManager(ReplaceableActors):
         )
 
     def _record_event(self, rank: int, event: EventReported) -> None:
-        """Note that a call has changed the workers: an engine core that starts again would lack that."""
-        if event.name == WORKERS_CHANGED.name and self._restarts is not None:
+        """Note that an engine core has failed, or that a call has changed the workers: one started again lacks that."""
+        if event.name == ENGINE_FAILED.name:
+            self._losses.append((rank, f"data parallel rank {rank} failed: {event.fields['cause']}"))
+        elif event.name == WORKERS_CHANGED.name and self._restarts is not None:
             self._restarts.changed_by = str(event.fields["call"])
 
     def _take_last(self) -> tuple[Any, Any]:
@@ -369,7 +372,7 @@ class RayAscendEngineActorManager(ReplaceableActors):
     def _record_loss(self, loss: PeerLost) -> None:
         """Note and log which engine core has exited. vLLM, which learns of it from Ray, ends the others."""
         if loss.rank not in self._leaving:
-            self._losses.append(loss)
+            self._losses.append((loss.rank, f"{_describe(loss)} exited"))
         logger.info("%s exited", _describe(loss))
         if self._restarts is not None and self._is_current(loss):
             self._restarts.lose(loss.rank, f"{_describe(loss)} exited")

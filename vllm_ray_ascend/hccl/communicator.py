@@ -50,6 +50,9 @@ _DESTROY_PAUSE_S = 0.1
 _LOST_WAIT_S = 0.5  # for which a peer's connection may take to report its end, where HCCL was quicker
 _STATUS_S = 0.001
 
+_LINK_ELEMENTS = (1, 1 << 17)
+"""Of float32, for collectives: HCCL has other algorithms, with links of their own, above 256 KB."""
+
 OPERATIONS = ("send", "all_reduce", "all_gather", "reduce_scatter", "broadcast", "exchange")
 """Operators whose links `Group.connect` makes, in this order: "send" is for receives as well."""
 
@@ -104,10 +107,14 @@ class Transfer:
 
 
 class _Call(NamedTuple):
-    """A call of HCCL in progress that queues an operation, which needs ``peers``: None means all ranks."""
+    """A call of HCCL in progress that queues an operation, which needs ``peers``: None means all ranks.
+
+    It ends by ``deadline`` at the latest, though HCCL may make links in it, which waits for the peers.
+    """
 
     what: str
     peers: frozenset[int] | None
+    deadline: float
 
 
 class Group:
@@ -137,34 +144,47 @@ class Group:
         self._pending: deque[Transfer] = deque()
         self._connect_deadline: float | None = None
         self._queueing = threading.Lock()  # HCCL takes one operation at a time
-        self._peers = connect_peers(root_info, rank, connect_limit_s(os.environ), load().silence_s)
+        self._peers = connect_peers(root_info, rank, size, connect_limit_s(os.environ), load().silence_s)
         try:
             with self._npu.exclude_captures("a new communicator", connect_limit_s(os.environ)):
                 _limit_stream_waits()
-                self._stream = AclStream()
-                self._comm = self._hccl.init_communicator(size, root_info, rank)
-        except Exception:  # whatever it is, the other ranks must not wait for this one
+                self._stream, self._comm = self._create(root_info)
+        except BaseException:  # Ctrl-C too: the other ranks must not wait for this one
             self._peers.leave()
             raise
         self._peers.on_lost = self._on_peer_lost
         watch_group(self)
 
+    def _create(self, root_info: bytes) -> tuple[AclStream, Any]:
+        """Return the stream and HCCL's communicator; neither stays where the ranks do not meet."""
+        stream = AclStream()
+        try:
+            return stream, self._hccl.init_communicator(self.size, root_info, self.rank)
+        except BaseException:
+            stream.destroy()
+            raise
+
     def connect(self, operations: Sequence[str] = OPERATIONS, limit_s: float | None = None) -> Group:
-        """Make the links for some of `OPERATIONS`, as all ranks do simultaneously, by transfers of one element.
+        """Make the links for some of `OPERATIONS`, as all ranks do simultaneously, by transfers of a few elements.
 
         Returns this group, within ``limit_s`` seconds: by default what HCCL allows, HCCL_CONNECT_TIMEOUT and 20. Raises
-        HcclError, or TransferLateError or TransferAbortedError where it was ended, by another thread for instance.
-        An operator that is not connected makes its links in its first call, which waits for the peers as well.
+        HcclError, or TransferLateError or TransferAbortedError where it was ended, by another thread for instance; any
+        failure ends it. What is not connected makes its links in its first call, which waits for the peers as well, for
+        as long as a transfer may take: an operator that was left out, or one of whose algorithms HCCL chooses another.
         """
         if self.size == 1:
             return self
         limit_s = connect_limit_s(os.environ) if limit_s is None else limit_s
         with self._npu.exclude_captures("connecting the ranks of a communicator", limit_s):
             self._bind_thread()
-            self._connect_deadline = time.monotonic() + limit_s
-            transfers = list(self._queue_first_operations(operations))
-            for transfer in transfers:
-                transfer.wait(max(0.0, self._connect_deadline - time.monotonic()))
+            deadline = self._connect_deadline = time.monotonic() + limit_s
+            try:
+                transfers = list(self._queue_first_operations(operations))
+                for transfer in transfers:
+                    transfer.wait(max(0.0, deadline - time.monotonic()))
+            except BaseException as error:  # no memory, Ctrl-C: the other ranks must not wait for this one
+                self._end_communicator(f"could not be connected: {type(error).__name__}: {error}")
+                raise
             self._connect_deadline = None
         return self
 
@@ -182,16 +202,20 @@ class Group:
                         yield self.send(new(), receiver)
                     elif self.rank == receiver:
                         yield self.recv(new(), sender)
-            elif operation == "all_reduce":
-                yield self.all_reduce(new(), new())
-            elif operation == "all_gather":
-                yield self.all_gather(new(), new(self.size))
-            elif operation == "reduce_scatter":
-                yield self.reduce_scatter(new(self.size), new())
-            elif operation == "broadcast":
-                yield self.broadcast(new(), 0)
-            else:
+            elif operation == "exchange":
                 yield self.exchange([(new(), rank) for rank in others], [(new(), rank) for rank in others])
+            else:
+                for count in _LINK_ELEMENTS:
+                    yield self._queue_collective(operation, new, count)
+
+    def _queue_collective(self, operation: str, new: Callable[[int], torch.Tensor], count: int) -> Transfer:
+        if operation == "all_reduce":
+            return self.all_reduce(new(count), new(count))
+        if operation == "all_gather":
+            return self.all_gather(new(count), new(count * self.size))
+        if operation == "reduce_scatter":
+            return self.reduce_scatter(new(count * self.size), new(count))
+        return self.broadcast(new(count), 0)
 
     @property
     def name(self) -> str:
@@ -330,7 +354,7 @@ class Group:
         while not self._wait_completed(transfer, max(0.0, min(_POLL_S, transfer.deadline - time.monotonic()))):
             self._raise_if_ended(transfer.what, transfer.peers, GRACE_S)
             if time.monotonic() >= transfer.deadline:
-                raise self._end_with_error(self._late_error(transfer))
+                raise self._end_with_error(self._late_error(transfer.what, transfer.limit_s))
         self._raise_if_ended(transfer.what)
         transfer.tensors = ()
 
@@ -356,6 +380,10 @@ class Group:
         if deadline is not None and time.monotonic() >= deadline:
             self._end_with_error(self._late_connect_error(), wait_s=0)
             return
+        call = self._queueing_call  # another thread ends it
+        if call is not None and time.monotonic() >= call.deadline:
+            self._end_with_error(self._late_error(call.what, self.limit_s), wait_s=0)
+            return
         with suppress(VllmRayAscendError), self._on_device("a check of transfers"):  # the group's next call raises it
             oldest = self._release_completed()
             if oldest is None:
@@ -366,7 +394,7 @@ class Group:
             except HcclError as error:
                 self._end_with_device_error(oldest, error, wait_s=0)
             if time.monotonic() >= oldest.deadline:
-                self._end_with_error(self._late_error(oldest), wait_s=0)
+                self._end_with_error(self._late_error(oldest.what, oldest.limit_s), wait_s=0)
 
     # ---- private
 
@@ -459,7 +487,8 @@ class Group:
             self._raise_if_ended(what, peers)
             raise_if_unusable(what)
             with self._calling(what):
-                self._queueing_call = _Call(what, peers)
+                deadline = self._connect_deadline or time.monotonic() + self.limit_s
+                self._queueing_call = _Call(what, peers, deadline)
                 yield
         finally:
             self._queueing_call = None
@@ -605,10 +634,10 @@ class Group:
             "logs of all ranks. If it needs longer, raise HCCL_CONNECT_TIMEOUT (120 to 7200) on all of them.",
         )
 
-    def _late_error(self, transfer: Transfer) -> TransferLateError:
+    def _late_error(self, what: str, limit_s: float) -> TransferLateError:
         return TransferLateError(
             "VRA-516",
-            f"{self.name}: {transfer.what} has not ended after {transfer.limit_s:g} s. The other rank is late, "
+            f"{self.name}: {what} has not ended after {limit_s:g} s. The other rank is late, "
             "stopped or does something else: look for the first error in the logs of all ranks. If it needs longer, "
             "raise VLLM_RAY_ASCEND_TRANSFER_LIMIT_S (and HCCL_EXEC_TIMEOUT above it).",
         )

@@ -1,7 +1,8 @@
 """TCP connections between the ranks of a communicator, by which the end of a process is known at once.
 
-HCCL reports none: HcclGetCommAsyncError knows errors of RDMA only. All ranks are connected to rank 0, which
-notifies the others of each that is gone. Its address travels with the root info.
+HCCL reports none: HcclGetCommAsyncError knows errors of RDMA only. The address of rank 0 travels with the root info.
+All ranks connect to it, it passes on their addresses, and each connects to all lower ones: a rank that has left, as one
+does that has finished, hides no other's end.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from vllm_ray_ascend.errors import HcclError
 from vllm_ray_ascend.hccl.library import HCCL_E_TCP_CONNECT, ROOT_INFO_BYTES
 from vllm_ray_ascend.ipc.authentication import AuthenticatingListener, connect_authenticated
 from vllm_ray_ascend.ipc.sockets import Address, JsonLines, keep_alive, shut_down
+from vllm_ray_ascend.log import get_logger
+
+logger = get_logger(__name__)
 
 GRACE_S = 0.5
 """For which a transfer may still complete after its peer has gone: what that has sent before counts."""
@@ -28,11 +32,12 @@ _ENDED = "is gone: its process has ended, or the connection to it is lost"
 
 
 class _Notice(msgspec.Struct):
-    """A rank that has joined (``reason`` empty), or is gone."""
+    """A rank that has joined (``reason`` empty), with the ``address`` at which higher ranks find it, or is gone."""
 
     rank: int
     process: str
     reason: str = ""
+    address: Address | None = None
 
 
 class _Lost(NamedTuple):
@@ -41,12 +46,20 @@ class _Lost(NamedTuple):
 
 
 _lines: JsonLines[_Notice] = JsonLines(_Notice)
-_roots: dict[str, PeerConnections] = {}
+_roots: dict[str, _Root] = {}
 """Of this process, by token: those of a root info whose rank 0 does not exist yet."""
+_ROOT_LIFETIME_S = 3600.0
+"""For which a root info may be without its rank 0: then a process has failed between the two."""
+_MEET_LIMIT_S = 30.0
+
+
+class _Root(NamedTuple):
+    peers: PeerConnections
+    expires: float
 
 
 class PeerConnections:
-    """This rank's connections: of rank 0 to all others, of the others to rank 0.
+    """This rank's connections to all others.
 
     ``on_lost`` is called with the number of each rank that is gone, in a thread of its own.
     """
@@ -58,6 +71,8 @@ class PeerConnections:
         self._changed = threading.Condition()
         self._lost: dict[int, _Lost] = {}
         self._sockets: list[socket.socket] = []
+        self._joined: dict[int, tuple[_Notice, socket.socket]] = {}
+        """At rank 0: what the others have said when they joined."""
         self._listener: AuthenticatingListener | None = None
         self._left = False
 
@@ -89,15 +104,19 @@ class PeerConnections:
         keep_alive(connection, self._silence_s)
         with self._changed:
             self._sockets.append(connection)
+            left = self._left
         threading.Thread(target=self._read, args=(connection, peer), daemon=True, name="RayAscendHcclPeer").start()
+        if left:
+            shut_down(connection)
 
-    def join(self, connection: socket.socket) -> None:
-        """Watch the connection to rank 0, and identify this rank to it."""
-        self._send(connection, _Notice(self._rank, self._process))
+    def join(self, connection: socket.socket, *, has_higher: bool) -> None:
+        """Watch the connection to rank 0, and identify this rank to it; with ``has_higher`` accept higher ranks."""
+        address = self.listen(connection.getsockname()[0]) if has_higher else None
+        self._send(connection, _Notice(self._rank, self._process, address=address))
         self.add(connection, 0)
 
     def listen(self, host: str) -> Address:
-        """Accept the other ranks, as rank 0; return where."""
+        """Accept other ranks; return where."""
         listener = AuthenticatingListener(host, lambda each: self.add(each, None), thread_name="RayAscendHcclPeers")
         self._listener = listener
         return listener.address
@@ -109,15 +128,46 @@ class PeerConnections:
                 notice = _lines.decode(line)
                 if notice is None:
                     break
-                if notice.reason and notice.rank != peer:
-                    self._report(notice)
+                if peer is not None and notice.rank != peer:
+                    self._hear(notice)
                     continue
                 peer, process, reason = notice.rank, notice.process, notice.reason
+                if self._rank == 0 and not reason:
+                    self._introduce(notice, connection)
         with self._changed:
             self._sockets.remove(connection)
         connection.close()
         if peer is not None and not self._left:
             self._report(_Notice(peer, process or "which rank 0 of this communicator was", reason or _ENDED))
+
+    def _hear(self, notice: _Notice) -> None:
+        """Take what rank 0 says of another rank: that it is gone, or where it is."""
+        if notice.reason:
+            self._report(notice)
+        elif notice.address is not None:
+            threading.Thread(target=self._meet, args=(notice,), daemon=True, name="RayAscendHcclPeer").start()
+
+    def _introduce(self, notice: _Notice, connection: socket.socket) -> None:
+        """As rank 0, introduce the rank that has joined and all others: the higher one connects to the lower."""
+        with self._changed:
+            others = list(self._joined.values())
+            self._joined[notice.rank] = notice, connection
+        for other, its_connection in others:
+            if other.rank < notice.rank:
+                self._send(connection, other)
+            else:
+                self._send(its_connection, notice)
+
+    def _meet(self, notice: _Notice) -> None:
+        """Connect to a lower rank. Where its port is not open to this node, rank 0 reports its end, while there."""
+        assert notice.address is not None
+        try:
+            connection = connect_authenticated(notice.address, _MEET_LIMIT_S)
+        except OSError as error:
+            logger.info("rank %d has no connection to rank %d of a communicator: %s", self._rank, notice.rank, error)
+            return
+        self._send(connection, _Notice(self._rank, self._process))
+        self.add(connection, notice.rank)
 
     def _report(self, notice: _Notice) -> None:
         """Record that a rank is gone, once, and pass it on."""
@@ -140,25 +190,29 @@ class PeerConnections:
 
 def add_address(root_info: bytes, host: str, silence_s: float) -> bytes:
     """Return HCCL's root info and the address on ``host`` at which this process, to be rank 0, accepts the others."""
-    root = PeerConnections(0, silence_s)
-    address = root.listen(host)
-    _roots[address.token] = root
+    now = time.monotonic()
+    for token in [token for token, root in list(_roots.items()) if root.expires <= now]:
+        _roots.pop(token).peers.leave()
+    peers = PeerConnections(0, silence_s)
+    address = peers.listen(host)
+    _roots[address.token] = _Root(peers, now + _ROOT_LIFETIME_S)
     return root_info + msgspec.json.encode(address)
 
 
-def connect_peers(root_info: bytes, rank: int, limit_s: float, silence_s: float) -> PeerConnections:
+def connect_peers(root_info: bytes, rank: int, size: int, limit_s: float, silence_s: float) -> PeerConnections:
     """Return this rank's connections, by the address in ``root_info``; none where it has no address.
 
     Raises HcclError where rank 0 is not there.
     """
+    connections = PeerConnections(rank, silence_s)
     if len(root_info) <= ROOT_INFO_BYTES:
-        return PeerConnections(rank, silence_s)
+        return connections
     address = msgspec.json.decode(root_info[ROOT_INFO_BYTES:], type=Address)
     if rank == 0:
-        return _roots.pop(address.token, None) or PeerConnections(rank, silence_s)
-    connections = PeerConnections(rank, silence_s)
+        root = _roots.pop(address.token, None)
+        return root.peers if root else connections
     try:
-        connections.join(connect_authenticated(address, limit_s))
+        connections.join(connect_authenticated(address, limit_s), has_higher=rank + 1 < size)
     except OSError as error:
         raise HcclError(
             "VRA-546",

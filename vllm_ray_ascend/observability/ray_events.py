@@ -41,4 +41,4 @@ def _add(event: Event) -> None:
 @functools.cache
 def _warn(error: str) -> None:
     """Log once that events are missing in Ray's list."""
-    logger.warning("VRA-365: events are not in `ray list cluster-events`, only in this log: %s", error)
+    logger.warning("VRA-365: events are not in the list of Ray (`ray list cluster-events`): %s", error)

@@ -174,6 +174,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
 
 Registry<Stream>& streams();
 std::shared_ptr<Stream> resolve(aclrtStream handle);  // null: the default stream of the thread's device
+aclError check_context(const Stream& stream, const std::string& call);  // an error where it is not of the thread's device
 std::vector<std::shared_ptr<Stream>> streams_of(int visible);  // also closed ones whose last task still runs
 std::vector<std::shared_ptr<Stream>> open_streams_of(int visible);
 aclError enqueue(const std::shared_ptr<Stream>& stream, Work work);

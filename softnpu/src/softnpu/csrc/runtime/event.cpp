@@ -137,6 +137,8 @@ aclError wait_event(const std::shared_ptr<Stream>& stream, const std::shared_ptr
     std::lock_guard<std::mutex> lock(capture_mutex());
     if (!graph || graph->state == Graph::State::kReady)
       return fail(ACL_ERROR_RT_EVENT_CAPTURED, "the event was recorded in a capture that has ended");
+    if (stream->is_default && strict("capture-null-stream"))
+      return fail(ACL_ERROR_RT_CAPTURE_IMPLICIT, "the NULL stream cannot wait for an event of a capture");
     if (stream->graph && stream->graph != graph)
       return fail(ACL_ERROR_RT_CAPTURE_DEPENDENCY, "a captured stream waits for an event of another capture");
     if (auto code = join_capture(graph, stream)) return code;
@@ -179,6 +181,7 @@ aclError aclrtRecordEvent(aclrtEvent handle, aclrtStream stream_handle) {
   EVENT_OR_RETURN(event, handle);
   auto stream = resolve(stream_handle);
   if (!stream) return fail(ACL_ERROR_RT_STREAM_CONTEXT, "aclrtRecordEvent on an unknown stream");
+  if (auto code = check_context(*stream, "aclrtRecordEvent")) return code;
   return record_event(stream, event);
 }
 
@@ -186,6 +189,7 @@ aclError aclrtStreamWaitEvent(aclrtStream stream_handle, aclrtEvent handle) {
   EVENT_OR_RETURN(event, handle);
   auto stream = resolve(stream_handle);
   if (!stream) return fail(ACL_ERROR_RT_STREAM_CONTEXT, "aclrtStreamWaitEvent on an unknown stream");
+  if (auto code = check_context(*stream, "aclrtStreamWaitEvent")) return code;
   return wait_event(stream, event);
 }
 

@@ -220,6 +220,9 @@ extern "C" {
 aclError aclmdlRICaptureBegin(aclrtStream handle, aclmdlRICaptureMode mode) {
   if (!handle && strict("capture-null-stream")) return fail(ACL_ERROR_RT_PARAM_INVALID, "aclmdlRICaptureBegin of the NULL stream");
   STREAM_OR_RETURN(stream, handle);
+  if (auto code = check_context(*stream, "aclmdlRICaptureBegin")) return code;
+  if (mode < ACL_MODEL_RI_CAPTURE_MODE_GLOBAL || mode > ACL_MODEL_RI_CAPTURE_MODE_RELAXED)
+    return fail(ACL_ERROR_RT_PARAM_INVALID, "aclmdlRICaptureBegin: there is no mode " + std::to_string(mode));
   return begin(stream, mode);
 }
 

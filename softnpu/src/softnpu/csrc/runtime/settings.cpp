@@ -125,7 +125,7 @@ namespace {
 // Each is described in docs/software-npu.md, "Rules of CANN".
 constexpr const char* kRules[] = {"context-stop",      "link-setup",   "async-error",   "connect-timeout",           "unlimited-waits",
                                   "default-device",    "capture-pageable", "capture-null-stream", "destroy-again", "batch-one-item-per-peer",
-                                  "host-register-zero", "reset-device", "npu-ports", "receiver-first"};
+                                  "host-register-zero", "reset-device", "npu-ports", "receiver-first", "stream-context", "peer-death", "zero-bytes"};
 
 bool known(const std::string& rule) {
   return std::find(std::begin(kRules), std::end(kRules), rule) != std::end(kRules);

@@ -90,6 +90,12 @@ std::shared_ptr<Stream> resolve(aclrtStream handle) {
   return g_defaults.emplace(visible, stream).first->second;
 }
 
+aclError check_context(const Stream& stream, const std::string& call) {
+  if (stream.visible == visible_device() || !strict("stream-context")) return ACL_SUCCESS;
+  return fail(ACL_ERROR_RT_STREAM_CONTEXT, call + " on a stream of device " + std::to_string(stream.visible) + " by a thread of device " +
+                                               std::to_string(visible_device()) + ": call aclrtSetDevice first");
+}
+
 std::vector<std::shared_ptr<Stream>> streams_of(int visible) {
   std::vector<std::shared_ptr<Stream>> found;
   std::lock_guard<std::mutex> lock(g_list_mutex);
@@ -239,6 +245,7 @@ bool Stream::runs_here() const { return t_running == this; }
 aclError enqueue(aclrtStream handle, std::string name, Task task) {
   auto stream = resolve(handle);
   if (!stream) return fail(ACL_ERROR_RT_STREAM_CONTEXT, name + " on an unknown stream");
+  if (auto code = check_context(*stream, name)) return code;
   return enqueue(stream, {std::move(name), std::move(task)});
 }
 
