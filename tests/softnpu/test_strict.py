@@ -33,7 +33,7 @@ MEMSET_FAILS = "device_error:device=0,task=memset"
 RULES = [
     *("context-stop", "link-setup", "async-error", "connect-timeout", "unlimited-waits", "default-device"),
     *("capture-pageable", "capture-null-stream", "destroy-again", "batch-one-item-per-peer", "host-register-zero"),
-    *("reset-device", "npu-ports"),
+    *("reset-device", "npu-ports", "receiver-first", "stream-context", "peer-death", "zero-bytes"),
 ]
 START = """
 import acl, ctypes, os

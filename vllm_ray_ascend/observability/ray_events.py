@@ -28,8 +28,8 @@ def _add(event: Event) -> None:
     folder = session_log_folder()
     if folder is None:
         return
+    from ray._private.event.event_logger import Event as RayEvent
     from ray._private.event.event_logger import get_event_logger
-    from ray.core.generated.event_pb2 import Event as RayEvent
 
     events = get_event_logger(RayEvent.SourceType.COMMON, str(folder))
     level = KINDS[event.event].level

@@ -22,6 +22,9 @@ aclError enqueue(aclrtStream stream, std::string name, Task task);
 
 // True while the stream records into a graph (capture or task-group update).
 bool capturing(aclrtStream stream);
+// Why an asynchronous copy between these addresses, where one is pageable memory, is refused; ACL_SUCCESS where it is not:
+// CANN makes it a synchronous one, which a capture forbids.
+aclError check_pageable(const void* to, const void* from, aclrtStream stream);
 
 // ACL_ERROR_RT_CAPTURE_MODE_NOT_SUPPORT, and the captures are invalidated, when `call` is forbidden
 // to this thread because a capture is in progress; else ACL_SUCCESS.

@@ -1,6 +1,7 @@
 // The C functions of HCCL that make, name, watch and destroy communicators.
 #include <atomic>
 #include <cstddef>
+#include <limits>
 #include <set>
 
 #include "hccl/handles.h"
@@ -29,10 +30,21 @@ std::map<HcclComm, std::shared_ptr<Communicator>>::iterator locate(Handles& all,
   return found;
 }
 
+// In seconds, a fraction on Atlas A3, infinite for 0.
+double exec_limit_setting() {
+  const char* text = getenv("HCCL_EXEC_TIMEOUT");
+  if (!text || !*text) return 1836;
+  char* end = nullptr;
+  double seconds = strtod(text, &end);
+  if (*end || !(seconds >= 0 && seconds <= 2147483647))
+    throw Failure(HCCL_E_PARA, std::string("EI0001: HCCL_EXEC_TIMEOUT=") + text + " is no number from 0 to 2147483647");
+  return seconds > 0 ? seconds : std::numeric_limits<double>::infinity();
+}
+
 // The settings of a communicator that have an effect here.
 struct Settings {
   std::string name;
-  double exec_limit = seconds_setting("HCCL_EXEC_TIMEOUT", 1836);
+  double exec_limit = exec_limit_setting();
 };
 
 // Callers may have been built with an older, shorter structure: its own first field holds its size.

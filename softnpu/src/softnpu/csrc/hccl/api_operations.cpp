@@ -9,6 +9,8 @@ namespace {
 
 using Body = std::function<void(Communicator&)>;
 
+constexpr uint64_t kSmallCollective = 256 << 10;
+
 // `prepare` checks the arguments against the communicator, and returns the work; `link` makes the links that it needs.
 template <class Link, class Prepare>
 HcclResult submit_linked(const char* call, HcclComm handle, aclrtStream stream, Link link, Prepare prepare) {
@@ -29,9 +31,11 @@ HcclResult submit_linked(const char* call, HcclComm handle, aclrtStream stream, 
   });
 }
 
+// `bytes`: of a collective that HCCL does in one of two ways, each with links of its own, 0 for others.
 template <class Prepare>
-HcclResult submit(const char* call, Kind kind, HcclComm handle, aclrtStream stream, Prepare prepare) {
-  return submit_linked(call, handle, stream, [kind](Communicator& comm) { comm.set_up_links(kind); }, prepare);
+HcclResult submit(const char* call, Kind kind, HcclComm handle, aclrtStream stream, Prepare prepare, uint64_t bytes = 0) {
+  auto link = [=](Communicator& comm) { comm.set_up_links(kind, bytes > kSmallCollective); };
+  return submit_linked(call, handle, stream, link, prepare);
 }
 
 const char* from(const void* data) { return static_cast<const char*>(data); }
@@ -161,7 +165,7 @@ HcclResult HcclAllReduce(void* send, void* receive, uint64_t count, HcclDataType
     check_buffer(send, count, "send");
     check_buffer(receive, count, "receive");
     return [=](Communicator& c) { all_reduce(c, from(send), to(receive), count, type, op); };
-  });
+  }, count * size_of(type));
 }
 
 HcclResult HcclReduce(void* send, void* receive, uint64_t count, HcclDataType type, HcclReduceOp op, uint32_t root,
@@ -182,7 +186,7 @@ HcclResult HcclBroadcast(void* data, uint64_t count, HcclDataType type, uint32_t
     check_rank(c, root);
     check_buffer(data, count, "data");
     return [=](Communicator& c) { broadcast(c, to(data), count, type, root); };
-  });
+  }, count * size_of(type));
 }
 
 HcclResult HcclAllGather(void* send, void* receive, uint64_t count, HcclDataType type, HcclComm comm,
@@ -192,7 +196,7 @@ HcclResult HcclAllGather(void* send, void* receive, uint64_t count, HcclDataType
     check_buffer(send, count, "send");
     check_buffer(receive, count, "receive");
     return [=](Communicator& c) { all_gather(c, from(send), count, to(receive), Layout::even(c.size(), count), type); };
-  });
+  }, count * size_of(type));
 }
 
 HcclResult HcclAllGatherV(void* send, uint64_t count, void* receive, const void* counts, const void* displacements,
@@ -217,7 +221,7 @@ HcclResult HcclReduceScatter(void* send, void* receive, uint64_t count, HcclData
     check_buffer(receive, count, "receive");
     return
         [=](Communicator& c) { reduce_scatter(c, from(send), Layout::even(c.size(), count), to(receive), type, op); };
-  });
+  }, count * size_of(type));
 }
 
 HcclResult HcclReduceScatterV(void* send, const void* counts, const void* displacements, void* receive, uint64_t count,

@@ -124,9 +124,10 @@ class Communicator::LinkSetup {
   std::multiset<Clock::time_point>::iterator began_;
 };
 
-void Communicator::set_up_links(Kind kind) {
+void Communicator::set_up_links(Kind kind, bool large) {
   std::vector<LinkRequest> links;
-  for (uint32_t peer = 0; peer < size(); peer++) links.push_back({peer, kind_name(kind)});
+  std::string algorithm = std::string(kind_name(kind)) + (large ? " large" : "");
+  for (uint32_t peer = 0; peer < size(); peer++) links.push_back({peer, algorithm});
   set_up_links(kind_name(kind), links);
 }
 

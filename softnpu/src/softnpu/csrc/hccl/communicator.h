@@ -82,7 +82,7 @@ class Communicator {
   // Makes the links that this communicator does not have yet, with the peers that call the same operator: blocks the host
   // for up to link_limit(), also where a peer is gone. Throws HCCL_E_TIMEOUT, HCCL_E_INTERNAL where it is destroyed.
   void set_up_links(const char* operation, const std::vector<LinkRequest>& wanted);
-  void set_up_links(Kind kind);  // of a collective: with all others
+  void set_up_links(Kind kind, bool large);  // of a collective, by the algorithm for its size: with all others
 
   // Lives as long as a call of the host: while there is one that is not stuck in link set-up, HcclCommDestroy answers
   // HCCL_E_AGAIN.
@@ -124,6 +124,7 @@ class Communicator {
   [[noreturn]] void time_out(const std::vector<Transfer>& transfers, const Operation& operation) const;
   void check_open() const;
   void stay_silent();
+  bool sees_end_of(const Link& link) const;
   void fail(const Failure& failure, bool notify_peers);
 
   const uint32_t rank_;

@@ -77,6 +77,12 @@ void Communicator::stay_silent() {
   }
 }
 
+// HCCL learns of the end of a process from errors of RDMA alone, which are between nodes.
+bool Communicator::sees_end_of(const Link& link) const {
+  if (!link.broken() || fault("unseen_death", {{"rank", std::to_string(rank_)}})) return false;
+  return !link.shared() || link.failure().reported || !strict("peer-death");
+}
+
 void Communicator::move(const Operation& operation, std::vector<Transfer> transfers) {
   Deadline deadline(exec_limit_);
   Doorbell& doorbell = segment_->doorbell();
@@ -89,7 +95,7 @@ void Communicator::move(const Operation& operation, std::vector<Transfer> transf
     busy.assign(busy.size(), false);
     for (auto& transfer : transfers) {
       // Checked first: data that a peer sent before it exited still counts.
-      bool gone = links_[transfer.peer]->broken() && !fault("unseen_death", {{"rank", std::to_string(rank_)}});
+      bool gone = sees_end_of(*links_[transfer.peer]);
       if (transfer.finished() && (!transfer.sending || links_[transfer.peer]->flushed())) continue;
       open = true;
       size_t lane = 2 * transfer.peer + transfer.sending;

@@ -17,8 +17,13 @@ bool plain(const at::Tensor& self, const at::Tensor& source) {
          !source.is_conj() && !self.is_neg() && !source.is_neg();
 }
 
+// torch_npu copies a source in host memory to the device as it is, and converts it there.
 void queue_copy(const at::Tensor& self, const at::Tensor& source, c10::Device device) {
-  at::Tensor to = cpu_view(self), from = on_npu(source) ? cpu_view(source) : source.clone();
+  aclrtStream stream = current_stream(device);
+  if (!on_npu(source) && source.numel())
+    TORCH_CHECK(check_pageable(self.data_ptr(), source.data_ptr(), stream) == ACL_SUCCESS, "copy_ on the software NPU: ", last_error());
+  bool read_later = on_npu(source) || capturing(stream);  // a graph reads at each replay
+  at::Tensor to = cpu_view(self), from = on_npu(source) ? cpu_view(source) : read_later ? source : source.clone();
   launch("aten::copy_", device, [to, from]() -> aclError {
     to.copy_(from);
     return ACL_SUCCESS;

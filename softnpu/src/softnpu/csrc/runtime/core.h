@@ -150,6 +150,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
 
   const int id;
   const int visible;
+  std::atomic<bool> is_default{false};  // the device's own, which the handle NULL names
   std::atomic<uint32_t> overflow_switch{0};
 
   // Capture state, guarded by capture_mutex().

@@ -138,7 +138,7 @@ aclError wait_event(const std::shared_ptr<Stream>& stream, const std::shared_ptr
     if (!graph || graph->state == Graph::State::kReady)
       return fail(ACL_ERROR_RT_EVENT_CAPTURED, "the event was recorded in a capture that has ended");
     if (stream->is_default && strict("capture-null-stream"))
-      return fail(ACL_ERROR_RT_CAPTURE_IMPLICIT, "the NULL stream cannot wait for an event of a capture");
+      return fail(ACL_ERROR_RT_STREAM_CAPTURE_IMPLICIT, "the NULL stream cannot wait for an event of a capture");
     if (stream->graph && stream->graph != graph)
       return fail(ACL_ERROR_RT_CAPTURE_DEPENDENCY, "a captured stream waits for an event of another capture");
     if (auto code = join_capture(graph, stream)) return code;

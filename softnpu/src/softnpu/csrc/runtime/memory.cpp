@@ -168,12 +168,20 @@ bool pageable(const void* address) {
   return !blocks().find(address, &start, &block) && !host_ranges().contains(address);
 }
 
-// CANN makes such a copy a synchronous one, which a capture forbids.
+}  // namespace
+
 aclError check_pageable(const void* to, const void* from, aclrtStream stream) {
   if (!strict("capture-pageable") || !capture_in_progress() || !(pageable(to) || pageable(from))) return ACL_SUCCESS;
   if (auto code = forbid_in_capture("aclrtMemcpyAsync of pageable host memory")) return code;
   if (!capturing(stream)) return ACL_SUCCESS;
   return fail(ACL_ERROR_RT_STREAM_CAPTURED, "aclrtMemcpyAsync of pageable host memory on a stream under capture");
+}
+
+namespace {
+
+aclError check_some(size_t size, const char* call) {
+  if (size || !strict("zero-bytes")) return ACL_SUCCESS;
+  return fail(ACL_ERROR_RT_PARAM_INVALID, std::string(call) + " of no bytes");
 }
 
 aclError check_copy(size_t capacity, size_t size, const char* call) {
@@ -183,6 +191,7 @@ aclError check_copy(size_t capacity, size_t size, const char* call) {
 
 aclError copy_async(void* to, size_t capacity, const void* from, size_t size, aclrtStream stream) {
   if (auto code = check_copy(capacity, size, "aclrtMemcpyAsync")) return code;
+  if (auto code = check_some(size, "aclrtMemcpyAsync")) return code;
   if (auto code = check_pageable(to, from, stream)) return code;
   return enqueue(stream, "copy", [=] { memmove(to, from, size); return ACL_SUCCESS; });
 }
@@ -288,6 +297,7 @@ aclError aclrtMemset(void* to, size_t capacity, int32_t value, size_t size) {
 
 aclError aclrtMemsetAsync(void* to, size_t capacity, int32_t value, size_t size, aclrtStream stream) {
   if (auto code = check_copy(capacity, size, "aclrtMemsetAsync")) return code;
+  if (auto code = check_some(size, "aclrtMemsetAsync")) return code;
   return enqueue(stream, "memset", [=] { memset(to, value, size); return ACL_SUCCESS; });
 }
 

@@ -86,6 +86,7 @@ std::shared_ptr<Stream> resolve(aclrtStream handle) {
     if (auto found = g_defaults.find(visible); found != g_defaults.end()) return found->second;
   }
   auto stream = make_stream(visible);
+  stream->is_default = true;
   std::lock_guard<std::mutex> lock(g_list_mutex);
   return g_defaults.emplace(visible, stream).first->second;
 }
