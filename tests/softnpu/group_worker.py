@@ -19,6 +19,7 @@ import torch
 import torch_npu  # noqa: F401  before the forks
 
 from tests.softnpu.device import gated
+from tests.softnpu.runtime import runtime
 from vllm_ray_ascend.errors import (
     CaptureError,
     HcclError,
@@ -399,7 +400,55 @@ def absent() -> None:
     os.environ["SOFTNPU_CONNECT_TIMEOUT"] = "2"
     if RANK == 0:
         expect_error(group, HcclError, "HCCL_E_TIMEOUT (9)", "rank 1 did not join")
+        before = free_streams()
+        expect_error(group, HcclError, "HCCL_E_TIMEOUT (9)", "rank 1 did not join")
+        assert free_streams() == before
     del os.environ["SOFTNPU_CONNECT_TIMEOUT"]
+
+
+def free_streams() -> int:
+    count = ctypes.c_uint32()
+    assert runtime().aclrtGetStreamAvailableNum(ctypes.byref(count)) == 0
+    return count.value
+
+
+def no_memory() -> None:
+    """A rank whose device has no memory for the first transfers leaves no peer waiting, and no communicator."""
+    own = unconnected()
+    fault(f"no_memory:device={0}")
+    if RANK == 1:
+        expect_error(own.connect, HcclError, "rank 0 (pid ", "has destroyed its communicator")
+        return
+    expect_error(own.connect, torch.OutOfMemoryError)
+    expect_error(lambda: receive(own, 1), TransferAbortedError, "could not be connected: OutOfMemoryError")
+    assert destroyed_in_hccl(own)
+
+
+def late_first_call() -> None:
+    """The first call of an operator that was not connected waits for the peers no longer than a transfer may."""
+    own = unconnected(limit_s=3).connect(("send",))
+    if RANK == 1:
+        await_mark("over")
+        return
+    one = torch.ones(1, device="npu")
+    expect_error(lambda: own.all_reduce(one, one), TransferLateError, "all-reduce (sum)", "has not ended after 3 s")
+    mark("over")
+
+
+def first_leaves() -> None:
+    """Rank 0 has finished and left; of the others one is killed, and one waits for it."""
+    own = group()
+    if RANK == 0:
+        own.destroy()
+        mark("left")
+    await_mark("left")
+    if RANK == 2:
+        await_mark("waiting")
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if RANK == 1:
+        mark("waiting")
+        expect_error(lambda: receive(own, 2), HcclError, "rank 2 (pid ", "is gone: its process has ended")
 
 
 def unconnected(limit_s: float = 40) -> Group:

@@ -15,7 +15,7 @@ from tests.softnpu.ranks import Outcome, listed, run_ranks
 PAIR = [
     "basic", "order", "missing_wait", "captured", "many", "large", "rejected", "aborted", "destroyed",
     "silent", "silent_send", "held", "wrong_size", "absent", "hanging_set_up", "late_set_up", "failed_call",
-    "destroy_again", "twice_to_one", "copied",
+    "destroy_again", "twice_to_one", "copied", "no_memory", "late_first_call",
 ]  # fmt: skip
 DEATH = "unseen_death"
 FOUR = ["basic", "in_order", "late_rank", "killed_in_send", "killed_in_recv", "killed_in_collective"]
@@ -59,6 +59,12 @@ def test_four_ranks(scenario: str, four: Result) -> None:
 def test_a_peer_is_killed(scenario: str, victim: int, four: Result) -> None:
     check_passed(four, scenario, 0)
     assert four[1][victim].code == -signal.SIGKILL
+
+
+def test_a_death_is_seen_without_rank_0(tmp_path: Path) -> None:
+    outcomes = run_ranks("group_worker", "first_leaves", 3, tmp_path)
+    check_passed((tmp_path, outcomes), "first_leaves", 0, 1)
+    assert outcomes[2].code == -signal.SIGKILL
 
 
 def test_a_death_that_hccl_does_not_see(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ import pytest
 from tests.softnpu.ranks import Rank, run_ranks, succeeded
 
 C_API, TORCH = "hccl_worker", "hccl_torch_worker"
+KIND = {"SOFTNPU_STRICT": "-peer-death"}
+"""For what the software NPU does where HCCL waits for ever: it names the rank that is gone."""
 TWO_RANKS = ["grouped", "peer_leaves", "destroy_while_waiting", "mismatch"]
 
 
@@ -65,7 +67,7 @@ def test_collectives_of_torch_between_namespaces(namespaces: list[str], tmp_path
 
 
 def test_killed_rank_ends_the_others(tmp_path: Path) -> None:
-    *others, last = run_ranks(TORCH, "killed", 2, tmp_path)
+    *others, last = run_ranks(TORCH, "killed", 2, tmp_path, KIND)
     assert last.code == -signal.SIGKILL
     for other in others:
         assert other.code != 0 and "rank 1 (" in other.output and "is gone" in other.output, other.output
@@ -79,7 +81,7 @@ def test_sizes_and_nothing_left(nodes: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("nodes", [1, 2])
 @pytest.mark.parametrize("scenario", TWO_RANKS)
 def test_two_ranks(scenario: str, nodes: int, tmp_path: Path) -> None:
-    succeeded(run_ranks(C_API, scenario, on_nodes(2, nodes), tmp_path))
+    succeeded(run_ranks(C_API, scenario, on_nodes(2, nodes), tmp_path, KIND))
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
@@ -89,7 +91,7 @@ def test_sub_communicators(nodes: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("nodes", [1, 3])
 def test_dead_peer(nodes: int, tmp_path: Path) -> None:
-    first, dead, last = run_ranks(C_API, "dead_peer", on_nodes(3, nodes), tmp_path)
+    first, dead, last = run_ranks(C_API, "dead_peer", on_nodes(3, nodes), tmp_path, KIND)
     assert dead.code == -signal.SIGKILL
     succeeded([first, last])
 

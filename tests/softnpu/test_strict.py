@@ -22,7 +22,9 @@ from tests.softnpu.runtime import (
     FORBIDDEN_IN_CAPTURE,
     NO_CONTEXT,
     NOT_SUPPORTED,
+    NULL_STREAM_IN_CAPTURE,
     OK,
+    OTHER_CONTEXT,
     RESET_TOO_OFTEN,
     STOP_ON_FAILURE,
     STREAM_CAPTURED,
@@ -456,12 +458,90 @@ assert runtime().aclmdlRICaptureBegin(None, c_int({CAPTURE_GLOBAL})) == %d
     check(code % OK, SOFTNPU_STRICT="-capture-null-stream")
 
 
+def test_a_capture_has_one_of_three_modes() -> None:
+    """Runtime: ApiErrorDecorator::StreamBeginCapture."""
+    check(COPY_IN_A_CAPTURE + f"assert runtime().aclmdlRICaptureBegin(stream.handle, c_int(9)) == {BAD_ARGUMENT}")
+
+
+def test_the_null_stream_does_not_join_a_capture() -> None:
+    """Runtime: ApiImpl::StreamWaitEvent refuses a dependency of the default stream on a capture."""
+    code = f"""
+assert acl.rt.set_device(0) == 0
+stream = RawStream()
+stream.open()
+assert runtime().aclmdlRICaptureBegin(stream.handle, c_int({CAPTURE_RELAXED})) == 0
+assert runtime().aclrtStreamWaitEvent(None, stream.record()) == %d
+"""
+    check(code % NULL_STREAM_IN_CAPTURE)
+    check(code % OK, SOFTNPU_STRICT="-capture-null-stream")
+
+
+CONVERTED = """
+import torch, torch_npu
+source, target = torch.zeros(4, dtype=torch.float64), torch.ones(4, device="npu")
+if PINNED:
+    source = source.pin_memory()
+graph = torch.npu.NPUGraph()
+with torch.npu.graph(graph):
+    target.copy_(source, non_blocking=True)
+source += 5
+graph.replay()
+torch.npu.synchronize()
+assert target.tolist() == [5.0] * 4, target
+"""
+
+
+def test_a_copy_that_converts_is_no_way_around_it() -> None:
+    """torch_npu, CopyKernelOpApi.cpp: the source is copied as it is, and converted on the device."""
+    done = run_python("PINNED = False\n" + CONVERTED)
+    assert done.returncode and "pageable host memory" in done.stderr, done.stderr
+    check_python("PINNED = True\n" + CONVERTED)
+
+
 def test_relaxed_pageable_memory_is_captured() -> None:
     code = f"""
 assert runtime().aclmdlRICaptureBegin(stream.handle, c_int({CAPTURE_GLOBAL})) == 0
 assert copy(stream, pageable) == 0 and runtime().aclmdlRICaptureEnd(stream.handle, byref(graph)) == 0
 """
     check(COPY_IN_A_CAPTURE + code, SOFTNPU_STRICT="-capture-pageable")
+
+
+# ---- stream-context: runtime, "stream is not in current ctx" of ApiImpl's functions; a synchronisation switches
+
+
+def test_a_stream_is_used_by_threads_of_its_device_alone() -> None:
+    code = f"""
+assert acl.rt.set_device(1) == 0
+stream = RawStream()
+stream.open()
+event = stream.record()
+assert acl.rt.set_device(0) == 0
+buffer, size, mode = (ctypes.c_byte * 8)(), c_size_t(8), c_int({CAPTURE_RELAXED})
+codes = [
+    runtime().aclrtRecordEvent(event, stream.handle),
+    runtime().aclrtStreamWaitEvent(stream.handle, event),
+    runtime().aclrtMemcpyAsync(buffer, size, buffer, size, c_int(3), stream.handle),
+    runtime().aclrtMemsetAsync(buffer, size, c_int(0), size, stream.handle),
+    runtime().aclmdlRICaptureBegin(stream.handle, mode),
+]
+assert codes == [%d] * 5, codes
+"""
+    check(code % OTHER_CONTEXT + "assert stream.synchronize() == 0")
+    check(code % OK, SOFTNPU_STRICT="-stream-context")
+
+
+# ---- zero-bytes: runtime, ApiErrorDecorator::MemcpyAsync and ::MemsetAsync
+
+
+def test_no_bytes_are_neither_copied_nor_set() -> None:
+    code = """
+assert acl.rt.set_device(0) == 0
+buffer, none = (ctypes.c_byte * 8)(), c_size_t(0)
+assert runtime().aclrtMemcpyAsync(buffer, c_size_t(8), buffer, none, c_int(3), None) == %d
+assert runtime().aclrtMemsetAsync(buffer, c_size_t(8), c_int(0), none, None) == %d
+"""
+    check(code % (BAD_ARGUMENT, BAD_ARGUMENT))
+    check(code % (OK, OK), SOFTNPU_STRICT="-zero-bytes")
 
 
 # ---- host-register-zero: runtime, ApiErrorDecorator::HostRegisterV2

@@ -72,9 +72,33 @@ def test_destroy_asks_to_try_again_on_demand(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("nodes", "code"), [(1, 0), (2, REMOTE)])
 def test_asynchronous_errors_are_those_of_rdma(nodes: int, code: int, tmp_path: Path) -> None:
     """hcclcpp_07_0034, HcclGetCommAsyncError: "only" RDMA ERROR CQE, 21; 0 means none."""
-    ranks = [Rank(rank, {"SOFTNPU_NODE": f"node{rank % nodes}", "CODE": str(code)}) for rank in range(2)]
+    kind = {"SOFTNPU_STRICT": "-peer-death", "CODE": str(code)}
+    ranks = [Rank(rank, {"SOFTNPU_NODE": f"node{rank % nodes}", **kind}) for rank in range(2)]
     outcomes = run_ranks("test_strict_hccl", "asynchronous_error", ranks, tmp_path)
     assert [each.code for each in outcomes] == [0, 9], outcomes
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_the_end_of_a_peer_of_the_node_is_not_seen(nodes: int, tmp_path: Path) -> None:
+    """The same page: nothing but RDMA reports it, so within a node an operation ends at HCCL_EXEC_TIMEOUT."""
+    ranks = [Rank(rank, {"SOFTNPU_NODE": f"node{rank % nodes}", "NODES": str(nodes)}) for rank in range(2)]
+    outcomes = run_ranks("test_strict_hccl", "peer_ends", ranks, tmp_path, {"HCCL_EXEC_TIMEOUT": "5"})
+    assert [each.code for each in outcomes] == [0, 9], outcomes
+
+
+@pytest.mark.parametrize("value", ["-5", "abc", "1e99"])
+def test_the_limit_of_an_operation_is_a_number(value: str, tmp_path: Path) -> None:
+    """envref_07_0076, HCCL_EXEC_TIMEOUT: from 0, which is no limit, to 2147483647."""
+    run("no_such_limit", 1, tmp_path, HCCL_EXEC_TIMEOUT=value)
+
+
+def test_an_operation_may_have_no_limit(tmp_path: Path) -> None:
+    run("waits_for_ever", 2, tmp_path, HCCL_EXEC_TIMEOUT="0")
+
+
+def test_a_collective_has_links_of_its_own_above_256_kb(tmp_path: Path) -> None:
+    """hicann/hccl, all_reduce_operator.cc: links are kept by operator and algorithm, which its size chooses."""
+    run("large_collective", 2, tmp_path)
 
 
 def test_an_rdma_error_on_demand(tmp_path: Path) -> None:
@@ -277,6 +301,69 @@ def asynchronous_error() -> None:
     receive(comm, stream, numbers(), 1)
     assert "is gone" in broken(stream)
     assert async_error(comm) == int(os.environ["CODE"])
+
+
+def peer_ends() -> None:
+    from tests.softnpu.hccl_c_api import RANK, broken, init, new_stream, receive, send, start, synchronize
+
+    start()
+    stream, comm = new_stream(), init()
+    if RANK == 1:
+        send(comm, stream, numbers(), 0)
+        synchronize(stream)
+        os._exit(9)
+    receive(comm, stream, numbers(), 1)
+    receive(comm, stream, numbers(), 1)
+    assert ("HCCL_EXEC_TIMEOUT" if os.environ["NODES"] == "1" else "is gone") in broken(stream)
+
+
+def no_such_limit() -> None:
+    from tests.softnpu.hccl_c_api import init, refused, start
+
+    start()
+    with refused(PARA, "HCCL_EXEC_TIMEOUT"):
+        init()
+
+
+def waits_for_ever() -> None:
+    from tests.softnpu.hccl_c_api import RANK, await_mark, init, mark, new_stream, receive, send, start, synchronize
+
+    start()
+    stream, comm = new_stream(), init()
+    if RANK == 0:
+        receive(comm, stream, numbers(), 1)
+        receive(comm, stream, numbers(), 1)
+        time.sleep(1)
+        mark("waited")
+        synchronize(stream)
+    else:
+        send(comm, stream, numbers(), 0)
+        await_mark("waited")
+        send(comm, stream, numbers(), 0)
+        synchronize(stream)
+
+
+def large_collective() -> None:
+    import numpy as np
+
+    from tests.softnpu.hccl_c_api import RANK, all_reduce, await_mark, init, mark, new_stream, start, synchronize
+
+    start()
+    stream, comm, large = new_stream(), init(), np.ones(1 << 17, dtype=np.float32)
+    all_reduce(comm, stream, numbers().astype(np.float32))
+    synchronize(stream)
+    if RANK == 1:
+        await_mark("called")
+        time.sleep(0.5)
+        all_reduce(comm, stream, large)
+    else:
+        thread, codes = call_in_thread(lambda: all_reduce(comm, stream, large))
+        mark("called")
+        time.sleep(0.2)
+        assert thread.is_alive() and not codes
+        thread.join(20)
+    synchronize(stream)
+    assert (large == 2).all()
 
 
 def rdma_error() -> None:

@@ -36,6 +36,7 @@ void synchronize(c10::Device device) { c10_npu::getCurrentNPUStream(device.index
 c10::Device current_device() { return c10::Device(c10::DeviceType::PrivateUse1, c10_npu::getCurrentNPUStream().device_index()); }
 
 void launch(const std::string& name, c10::Device device, Task task) {
+  c10::DeviceGuard guard_of_device(device);  // as torch_npu's own operators
   aclError code = enqueue(current_stream(device), name, [task = std::move(task)]() -> aclError {
     c10::InferenceMode guard(true);
     return task();
