@@ -86,16 +86,26 @@ def _scopes(tree: ast.Module) -> list[ast.AST]:
 
 
 def _asked(call: ast.Call, function: ast.AST, constants: dict[str, set[str]]) -> set[str]:
-    """Return the names that a `getattr` with a default, a `hasattr` or a `get` of attributes may ask for."""
+    """Return the names that a `getattr` with a default, a `hasattr`, or a `get` or `pop` of attributes asks for."""
     called, arguments = ast.unparse(call.func), call.args
-    if called.endswith(".get") and arguments and isinstance(arguments[0], ast.Constant):
-        return _texts(arguments[0])
+    if called.endswith(".get") or (called.endswith(".pop") and len(arguments) == 2):
+        return set() if called.startswith("os.environ") else _key(arguments, constants)
     if (called, len(arguments)) not in {("getattr", 3), ("hasattr", 2)}:
         return set()
     if names := _texts(arguments[1]):
         return names
     variables = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
     return _texts(function).union(*(constants[name] for name in variables if name in constants))
+
+
+def _key(arguments: Sequence[ast.expr], constants: dict[str, set[str]]) -> set[str]:
+    """Return the first of a call's arguments, where that is a text or a constant of the module."""
+    match arguments:
+        case [ast.Constant() as text, *_]:
+            return _texts(text)
+        case [ast.Name(id=name), *_]:
+            return constants.get(name, set())
+    return set()
 
 
 def _constants(tree: ast.Module) -> dict[str, set[str]]:

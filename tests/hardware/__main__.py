@@ -43,6 +43,10 @@ print({MARKER!r} + json.dumps(found))
 """
 
 
+# Without tests/conftest.py, which needs packages that an Atlas server lacks.
+_DEVICE_TESTS = ("-m", "pytest", "--confcutdir", "tests/hardware", "tests/hardware", "-m", "npu")
+
+
 @dataclass(frozen=True)
 class Step:
     """One step. ``lacks`` says why it cannot run here."""
@@ -83,7 +87,7 @@ def plan(model: str, tp_size: int, npus_here: int, npus: float) -> list[Step]:
     two, here = lacking(2, npus_here, "on this node"), lacking(tp_size, npus_here, "on this node")
     everywhere = lacking(2 * tp_size, npus, "in the Ray cluster")
     return [
-        Step("device", "devices, streams, graphs, HCCL on this node", ("-m", "pytest", "tests/hardware", "-m", "npu")),
+        Step("device", "devices, streams, graphs, HCCL on this node", _DEVICE_TESTS),
         question("abort", "our end of a communicator while an operation waits", two),
         question("destroy", "HcclCommDestroy while an operation waits", two),
         question("stop", "stop_device while operators are queued", ""),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +11,35 @@ from pathlib import Path
 import pytest
 
 from demo.train.recitation import DENSE
-from tests.hardware.__main__ import ROOT
+from tests.hardware.__main__ import ROOT, plan
 from tests.softnpu.processes import variables
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = pytest.mark.integration
 
 LIMIT_S = 2400
 STEPS = ("device", "abort", "destroy", "stop", "mp", "ray", "eager", "pipeline", "data")
 
 
+def test_the_first_step_needs_pytest_alone(tmp_path: Path) -> None:
+    """What an Atlas server has: vLLM's environment, and pytest."""
+    for line in (ROOT / "requirements" / "test.txt").read_text().splitlines():
+        name, _, version = line.partition("==")
+        if version and name not in ("pytest", "iniconfig", "pluggy"):
+            (tmp_path / f"{name.replace('-', '_')}.py").write_text("raise ImportError('not on an Atlas server')")
+    device = plan(str(DENSE), 1, 1, 1)[0]
+    done = subprocess.run(
+        [sys.executable, *device.command, "--collect-only", "-q"],
+        env=variables({"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert done.returncode == 0 and "test_npu.py" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.slow
 def test_the_acceptance_of_four_npus(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.hardware", str(DENSE), "--tp", "2", "--out", str(tmp_path)],

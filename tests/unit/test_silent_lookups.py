@@ -25,6 +25,8 @@ def test_every_private_name_that_is_looked_up_silently_is_in_a_table() -> None:
         "getattr(x, '_gone', None)",
         "hasattr(x, '_gone')",
         "vars(x).get('_gone')",
+        "x.__dict__.pop('_gone', None)",
+        "NAME = '_gone'\nx.__dict__.get(NAME)",
         "for name in ('_gone', 'public'):\n    getattr(x, name, None)",
         "NAMES = ('_gone',)\ndef f(x):\n    return [getattr(x, name, None) for name in NAMES]",
         "try:\n    x._gone()\nexcept (AttributeError, TypeError):\n    pass",
