@@ -176,10 +176,11 @@ def unusable() -> dict[str, Any]:
     }
 
 
-def main(hooked: bool) -> dict[str, Any]:
+def main(how: str) -> dict[str, Any]:
+    """Run all ``hooked`` or ``bare``, or the ``update`` alone, bare: it needs no broken capture before."""
     import vllm_ascend.worker.worker  # noqa: F401
 
-    if hooked:
+    if how == "hooked":
         from vllm_ray_ascend.acl_graphs import hooks
 
         NPU.watch_captures()
@@ -187,10 +188,12 @@ def main(hooked: bool) -> dict[str, Any]:
         hooks.install()
         hooks.install()
     torch.npu.Stream()  # torch_npu creates its streams all at once
+    if how == "update":
+        return update()
     results = {"no_streams": no_streams(), "broken": broken(), "update": update()}
     # Without the hooks the failed update has stopped the device.
-    return {**results, "unusable": unusable()} if hooked else results
+    return {**results, "unusable": unusable()} if how == "hooked" else results
 
 
 if __name__ == "__main__":
-    print(MARKER + json.dumps(main(sys.argv[1] == "hooked")), flush=True)
+    print(MARKER + json.dumps(main(sys.argv[1])), flush=True)

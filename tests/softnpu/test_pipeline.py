@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.softnpu.ranks import run_ranks, succeeded
+from tests.softnpu.ranks import Rank, run_ranks, succeeded
 
 VARIABLES = {"HCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo"}
 LATE_S, LONG_S = 1.0, 60.0
@@ -28,8 +28,10 @@ def test_waits_for_a_silent_stage_end(tmp_path: Path) -> None:
     succeeded(run_ranks("test_pipeline", "silent", 2, tmp_path, VARIABLES))
 
 
-def test_a_killed_stage_is_an_error_of_the_device(tmp_path: Path) -> None:
-    first, second = run_ranks("test_pipeline", "killed", 2, tmp_path, VARIABLES)
+def test_a_killed_stage_of_another_node_is_an_error_of_the_device(tmp_path: Path) -> None:
+    """One of the same node is seen by nobody but the executor, which ends all workers."""
+    ranks = [Rank(rank, {"SOFTNPU_NODE": f"node{rank}"}) for rank in range(2)]
+    first, second = run_ranks("test_pipeline", "killed", ranks, tmp_path, VARIABLES)
     assert first.code == 0, first.output[-4000:]
     assert second.code == -signal.SIGKILL, second.output[-4000:]
 
