@@ -67,7 +67,10 @@ def test_after_a_stream_shortage_graphs_are_captured_again(hooked: dict[str, Any
     assert seen["graphs"] == GRAPH_STREAMS
     assert seen["left"] == {"mib": 0, "streams": 0}
     assert seen["free"] == [0, GRAPH_STREAMS]
-    print("SAMEPOOL", repr(seen["same_pool"]), ENDS_ALLOCATION)
+    if ENDS_ALLOCATION:
+        assert "already recording" in seen["same_pool"], "torch_npu has fixed this: no new pool is needed"
+    else:
+        assert seen["same_pool"] == ""
     assert seen["again"] == "" and seen["random"] == ""
 
 
