@@ -115,4 +115,6 @@ def test_engines_in_tasks_and_actors(cluster: Cluster) -> None:
     found = [line for line in done.stdout.splitlines() if line.startswith(MARKER)]
     assert done.returncode == 0 and found, done.stdout[-3000:] + done.stderr[-3000:]
     assert json.loads(found[-1][len(MARKER) :]) == [zen_after(PROMPTS[-1])] * 4
-    check_no_leftovers(cluster)
+    # Ray kills an actor's children, Python's resource tracker among them: a lock of a spawned process, such as tqdm's,
+    # then keeps its name, of 32 bytes, with vLLM or without.
+    check_no_leftovers(cluster, known="sem.mp-")

@@ -53,22 +53,26 @@ def send_signal(cluster: Cluster, node: int, pid: int, number: signal.Signals = 
     subprocess.run(manager.node_command(cluster, node, ["kill", f"-{number.value}", str(pid)]), check=True, timeout=60)
 
 
-def leftover_shared_memory(cluster: Cluster) -> list[str]:
-    """Return shared memory segments of vLLM and semaphores of Ray's channels that are left on the nodes."""
+def leftover_shared_memory(cluster: Cluster, known: str = "") -> list[str]:
+    """Return shared memory segments of vLLM and semaphores that are left on the nodes.
+
+    Those whose names begin with ``known`` do not count.
+    """
     found = []
     for node in cluster.nodes:
         command = ["sh", "-c", "ls /dev/shm"]
         done = subprocess.run(
             manager.node_command(cluster, node.index, command), capture_output=True, text=True, timeout=60, check=True
         )
-        found += [f"{node.hostname}: {name}" for name in done.stdout.split() if name.startswith(("psm_", "sem."))]
+        names = [name for name in done.stdout.split() if name.startswith(("psm_", "sem."))]
+        found += [f"{node.hostname}: {name}" for name in names if not known or not name.startswith(known)]
     return found
 
 
-def check_no_leftovers(cluster: Cluster) -> None:
+def check_no_leftovers(cluster: Cluster, known: str = "") -> None:
     check_nothing_left(cluster)
     assert opened_npus(cluster) == {}
-    assert leftover_shared_memory(cluster) == []
+    assert leftover_shared_memory(cluster, known) == []
     assert read_topology(cluster)["engines"] == []
 
 
