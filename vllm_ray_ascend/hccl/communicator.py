@@ -160,7 +160,7 @@ class Group:
         stream = AclStream()
         try:
             return stream, self._hccl.init_communicator(self.size, root_info, self.rank)
-        except BaseException:
+        except BaseException:  # Ctrl-C too
             stream.destroy()
             raise
 
