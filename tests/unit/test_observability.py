@@ -156,10 +156,7 @@ def test_an_event_is_logged_or_forwarded(caplog: pytest.LogCaptureFixture) -> No
 
 def test_an_event_is_in_the_list_of_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """In the file that the agent of its node reads."""
-    from ray._private.event import event_logger
-
     monkeypatch.setattr(ray_events, "session_log_folder", lambda: tmp_path)
-    monkeypatch.setattr(event_logger, "_event_logger", {})
     log = Events()
     log.engine = "Qwen3/dp0"
     for _ in range(2):
@@ -178,11 +175,8 @@ def test_an_event_is_in_the_list_of_ray(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_events_that_ray_cannot_list_are_reported_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from ray._private.event import event_logger
-
     (tmp_path / "logs").write_text("a file, where a folder is needed")
     monkeypatch.setattr(ray_events, "session_log_folder", lambda: tmp_path / "logs")
-    monkeypatch.setattr(event_logger, "_event_logger", {})
     logging.getLogger("vllm").propagate = True
     for _ in range(2):
         ray_events.list_in_ray(Event("ranks_added", 1.0, "", {}))

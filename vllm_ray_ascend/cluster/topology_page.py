@@ -19,7 +19,7 @@ _GOLDEN_ANGLE = 137.5
 _FIRST_HUE = 210
 _WORST_FIRST: tuple[Severity, ...] = ("error", "warning", "unknown", "info")
 _ENGINE_COLUMNS = ("engine", "ranks", "TP", "PP", "nodes", "since", "driver", "placement group")
-_LINK_COLUMNS = ("engine", "traffic", "from", "to", "doctor")
+_LINK_COLUMNS = ("engine", "traffic", "from", "to", "doctor on these NPUs and nodes")
 _SYMBOLS = {"error": "✖", "warning": "▲", "unknown": "?", "info": "i", "ok": "✔"}
 
 
@@ -175,8 +175,8 @@ def links_between_nodes(engine: EngineRecord) -> list[tuple[str, list[RankRecord
 
 
 def _is_about(finding: Finding, ranks: Sequence[RankRecord]) -> bool:
-    """Return whether a finding is about the NPU of one of ``ranks``."""
-    return any((finding.address, finding.physical_id) == (rank.address, rank.physical_id) for rank in ranks)
+    """Return whether a finding is about the NPU or the node of one of ``ranks``."""
+    return any(finding.address == each.address and finding.physical_id in (None, each.physical_id) for each in ranks)
 
 
 def _finding_lines(findings: Sequence[Finding]) -> Iterator[str]:

@@ -89,11 +89,14 @@ def _with_rollback(scale: Method) -> Method:
             await scale(engine, new_data_parallel_size, drain_timeout)
         except ElasticEPError:  # nobody is left
             raise
-        except Exception as error:  # whatever it is: the ranks that serve have to give up as well
+        except BaseException as error:  # a cancelled request too: the ranks that serve have to give up as well
+            set_scaling_elastic_ep(False)  # they serve meanwhile
             if (scaling := _unfinished(client)) is None:
                 raise
             cause = str(error) if isinstance(error, _RankLostError) else f"{type(error).__name__}: {error}"
-            await _roll_back(client, scaling, cause)
+            await asyncio.shield(asyncio.ensure_future(_roll_back(client, scaling, cause)))
+            if not isinstance(error, Exception):
+                raise
             raise ElasticEPError(
                 "VRA-343",
                 f"scaling from {scaling.present} to {scaling.size} data parallel ranks failed and was undone, the "
@@ -144,8 +147,8 @@ async def _first_failure(client: Any, task: asyncio.Future[Any], old_port: int) 
     present = len(client.core_engines)
     reports: FailureReports | None = None
     while not await _is_done(client, task):
-        for _, loss in manager.lost_in_scaling():
-            return str(loss)
+        for loss in manager.lost_in_scaling():
+            return str(loss.text)
         if reports is None and config._coord_store_port != old_port:
             reports = await asyncio.to_thread(FailureReports, config.data_parallel_master_ip, config._coord_store_port)
         if reports is not None and (report := reports.first(range(present))):
@@ -156,16 +159,20 @@ async def _first_failure(client: Any, task: asyncio.Future[Any], old_port: int) 
 async def _roll_back(client: Any, scaling: _Scaling, cause: str) -> None:
     """End the ranks that were to join, have the others give up, and restore what the client has changed."""
     config, manager = client.vllm_config.parallel_config, client.resources.engine_manager
-    await asyncio.to_thread(manager.undo_scale_up)
-    reports = FailureReports(config.data_parallel_master_ip, config._coord_store_port)
-    reports.release(f"eep_ready/{rank}" for rank in range(scaling.size))
-    if scaling.task is not None:
-        await _end_task(client, scaling.task)
-    client._prepared_elastic_ep = None
-    await _give_up(client, cause)
-    for owner, values in ((config, scaling.endpoints), (client, scaling.engines)):
-        for name, value in values.items():
-            setattr(owner, name, value)
+    port = config._coord_store_port
+    for name, value in scaling.engines.items():
+        setattr(client, name, value)
+    try:
+        await asyncio.to_thread(manager.undo_scale_up)
+        reports = FailureReports(config.data_parallel_master_ip, port)
+        reports.release(f"eep_ready/{rank}" for rank in range(scaling.size))
+        if scaling.task is not None:
+            await _end_task(client, scaling.task)
+    finally:
+        client._prepared_elastic_ep = None
+        for name, value in scaling.endpoints.items():
+            setattr(config, name, value)
+        await _give_up(client, cause)
 
 
 async def _end_task(client: Any, task: asyncio.Future[Any]) -> None:
@@ -206,13 +213,18 @@ async def _give_up(client: Any, cause: str) -> None:
 async def _is_done(client: Any, future: asyncio.Future[Any], needed: range | None = None) -> bool:
     """Wait for ``future`` for a moment, and return whether it is done.
 
-    Raises ElasticEPError where one of the ``needed`` ranks, by default those that serve, is lost: who asks it gets no
-    answer.
+    Raises ElasticEPError where one of the ``needed`` ranks, by default those that serve, is lost, or another one that
+    is not about to join has failed: who asks it gets no answer.
     """
     manager = client.resources.engine_manager
     await asyncio.wait([future], timeout=_POLL_S)
-    needed = range(len(client.core_engines)) if needed is None else needed
-    lost = [loss for rank, loss in manager.lost_in_scaling() if rank in needed]
+    serving = range(len(client.core_engines))
+    needed = serving if needed is None else needed
+    lost = [
+        loss.text
+        for loss in manager.lost_in_scaling()
+        if loss.rank in needed or (loss.has_failed and loss.rank in serving)
+    ]
     if not future.done() and (lost or client.resources.engine_dead):
         future.cancel()
         raise ElasticEPError(
@@ -250,7 +262,7 @@ def _closing_on_failure(commit: Method) -> Method:
     async def commit_or_end(client: Any) -> None:
         manager = client.resources.engine_manager
         if lost := manager.lost_in_scaling():
-            raise _RankLostError(lost[0][1])
+            raise _RankLostError(lost[0].text)
         scaling, client._vllm_ray_ascend_scaling = client._vllm_ray_ascend_scaling, None
         manager.begin_switch()
         task = asyncio.ensure_future(commit(client))

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.v1.engine.utils import CoreEngineActorManager, get_env_vars_to_copy
 from vllm.v1.executor.ray_utils import WORKER_SPECIFIC_ENV_VARS
@@ -61,6 +61,7 @@ from vllm_ray_ascend.engine.rank_recovery import (
 )
 from vllm_ray_ascend.engine.rank_status import StatusPublisher
 from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, is_secret, names_to_copy
+from vllm_ray_ascend.errors import ElasticEPError
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.observability.events import ENGINE_FAILED, EVENTS, RANKS_ADDED, WORKERS_CHANGED
 from vllm_ray_ascend.observability.ray_events import list_in_ray
@@ -71,6 +72,16 @@ logger = get_logger(__name__)
 _ACTOR_EXIT_EXTRA_S = 3.0
 """Seconds that an engine core in an actor may take in addition to the grace period of its workers."""
 _EXIT_POLL_S = 0.05
+_UNDO_LIMIT_S, _UNDO_POLL_S = 30.0, 0.2
+"""For how long to wait for the end of a start that is undone, and between two looks."""
+
+
+class RankLoss(NamedTuple):
+    """An engine core that has exited, or ``has_failed`` and is about to."""
+
+    rank: int
+    text: str
+    has_failed: bool = False
 
 
 class RayAscendEngineActorManager(ReplaceableActors):
@@ -97,8 +108,12 @@ class RayAscendEngineActorManager(ReplaceableActors):
         EVENTS.listen(list_in_ray)
         self._check_before_start(node for group in self._given_groups for node in nodes_of_bundles(group).values())
         self._world_size: int = vllm_config.parallel_config.world_size
-        self._losses: list[tuple[int, str]] = []
-        """Since a scaling began: ranks that were lost, and what of each."""
+        self._losses: list[RankLoss] = []
+        """Since a scaling began."""
+        self._ended: set[tuple[int, int]] = set()
+        """Rank and process id of engine cores that this process has ended: their losses are none."""
+        self._starting, self._is_undone = threading.Lock(), threading.Event()
+        """Of a scale-up: held while its engine cores are started; set once it was undone."""
         self._leaving: dict[int, threading.Thread] = {}
         self._ranks_lock, self._placing = threading.RLock(), threading.Lock()
         self._config = copy.deepcopy(vllm_config)
@@ -168,8 +183,8 @@ class RayAscendEngineActorManager(ReplaceableActors):
         """Note that ranks which have joined are like all others from now on: the end of one ends all."""
         self._ranks_before_scaling = None
 
-    def lost_in_scaling(self) -> list[tuple[int, str]]:
-        """Return rank and description of each engine core that has failed or exited since `begin_scaling`."""
+    def lost_in_scaling(self) -> list[RankLoss]:
+        """Return the engine cores that have failed or exited since `begin_scaling`."""
         return list(self._losses)
 
     def get_run_refs(self) -> list[Any]:
@@ -186,20 +201,39 @@ class RayAscendEngineActorManager(ReplaceableActors):
             self.begin_scaling()
         for thread in list(self._leaving.values()):
             thread.join()
-        self.local_engine_actors = AppendedSlices(self.local_engine_actors)
-        self.remote_engine_actors = AppendedSlices(self.remote_engine_actors)
-        try:
-            super().scale_up_elastic_ep(*args, **kwargs)
-        except BaseException:  # Ctrl-C too: no actor may stay
-            self.undo_scale_up()
-            raise
+        with self._starting:
+            self._is_undone.clear()
+            before = len(self.placement_group_is_local)
+            self.local_engine_actors = AppendedSlices(self.local_engine_actors)
+            self.remote_engine_actors = AppendedSlices(self.remote_engine_actors)
+            try:
+                super().scale_up_elastic_ep(*args, **kwargs)
+            except BaseException:  # Ctrl-C too: no actor may stay
+                self._end_ranks_from(before)
+                raise
 
     def undo_scale_up(self) -> None:
-        """Kill the engine cores started since `begin_scaling`, and release their NPUs. May be called again."""
+        """Kill the engine cores started since `begin_scaling`, and release their NPUs. May be called again.
+
+        A start that is in progress ends with them, or with the next free NPUs that it waits for.
+        """
+        if self._ranks_before_scaling is None:
+            return
+        self._is_undone.set()
+        deadline = time.monotonic() + _UNDO_LIMIT_S
+        self._end_ranks_from(self._ranks_before_scaling)
+        while not self._starting.acquire(timeout=_UNDO_POLL_S):
+            self._end_ranks_from(self._ranks_before_scaling)
+            if time.monotonic() > deadline:
+                return
+        self._starting.release()
+        self._end_ranks_from(self._ranks_before_scaling)
+
+    def _end_ranks_from(self, first: int) -> None:
         with self._ranks_lock:
-            before = self._ranks_before_scaling
-            while before is not None and len(self.placement_group_is_local) > before:
-                self._end(*self._take_last())
+            while len(self.placement_group_is_local) > first:
+                rank = len(self.placement_group_is_local) - 1
+                self._end(rank, *self._take_last())
 
     def scale_down_elastic_ep(self, cur_data_parallel_size: int, new_data_parallel_size: int) -> None:
         """Forget the ranks that leave, and release their NPUs once they have ended. Does not wait.
@@ -269,7 +303,7 @@ class RayAscendEngineActorManager(ReplaceableActors):
     def _record_event(self, rank: int, event: EventReported) -> None:
         """Note that an engine core has failed, or that a call has changed the workers: one started again lacks that."""
         if event.name == ENGINE_FAILED.name:
-            self._losses.append((rank, f"data parallel rank {rank} failed: {event.fields['cause']}"))
+            self._losses.append(RankLoss(rank, f"data parallel rank {rank} failed: {event.fields['cause']}", True))
         elif event.name == WORKERS_CHANGED.name and self._restarts is not None:
             self._restarts.changed_by = str(event.fields["call"])
 
@@ -286,13 +320,14 @@ class RayAscendEngineActorManager(ReplaceableActors):
         deadline = time.monotonic() + stop_grace_s(load().stop_grace_s, self._world_size) + _ACTOR_EXIT_EXTRA_S
         while rank in self._server.connected_ranks() and time.monotonic() < deadline:
             time.sleep(_EXIT_POLL_S)
-        self._end(actor, group)
+        self._end(rank, actor, group)
         del self._leaving[rank]
 
-    def _end(self, actor: Any, group: Any) -> None:
+    def _end(self, rank: int, actor: Any, group: Any) -> None:
         """Kill an engine core, whose workers die with it, if it still lives, and remove its placement group."""
         import ray
 
+        self._ended.update((peer.rank, peer.pid) for peer in self._server.latest_peers() if peer.rank == rank)
         ray.kill(actor)
         remove_placement_groups([group])
 
@@ -324,6 +359,8 @@ class RayAscendEngineActorManager(ReplaceableActors):
             lambda: npu_wait_s(new_data_parallel_size * config.world_size, self._kind),
         )
         self._check_before_start(node for placement in added for node in placement.bundle_nodes)
+        if self._is_undone.is_set():
+            raise ElasticEPError("VRA-349", "the scaling was undone while it waited for NPUs: no rank is started")
         groups = create_placement_groups(wanted_groups(old_vllm_config, added, self._kind), GRANT_LIMIT_S)
         EVENTS.emit(RANKS_ADDED, data_parallel_size=new_data_parallel_size)
         self.placements[len(created) :] = added
@@ -371,8 +408,8 @@ class RayAscendEngineActorManager(ReplaceableActors):
 
     def _record_loss(self, loss: PeerLost) -> None:
         """Note and log which engine core has exited. vLLM, which learns of it from Ray, ends the others."""
-        if loss.rank not in self._leaving:
-            self._losses.append((loss.rank, f"{_describe(loss)} exited"))
+        if loss.rank not in self._leaving and (loss.rank, loss.pid) not in self._ended:
+            self._losses.append(RankLoss(loss.rank, f"{_describe(loss)} exited"))
         logger.info("%s exited", _describe(loss))
         if self._restarts is not None and self._is_current(loss):
             self._restarts.lose(loss.rank, f"{_describe(loss)} exited")

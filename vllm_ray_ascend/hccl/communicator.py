@@ -175,17 +175,16 @@ class Group:
         if self.size == 1:
             return self
         limit_s = connect_limit_s(os.environ) if limit_s is None else limit_s
-        with self._npu.exclude_captures("connecting the ranks of a communicator", limit_s):
-            self._bind_thread()
-            deadline = self._connect_deadline = time.monotonic() + limit_s
-            try:
-                transfers = list(self._queue_first_operations(operations))
-                for transfer in transfers:
+        try:
+            with self._npu.exclude_captures("connecting the ranks of a communicator", limit_s):
+                self._bind_thread()
+                deadline = self._connect_deadline = time.monotonic() + limit_s
+                for transfer in list(self._queue_first_operations(operations)):
                     transfer.wait(max(0.0, deadline - time.monotonic()))
-            except BaseException as error:  # no memory, Ctrl-C: the other ranks must not wait for this one
-                self._end_communicator(f"could not be connected: {type(error).__name__}: {error}")
-                raise
-            self._connect_deadline = None
+                self._connect_deadline = None
+        except BaseException as error:  # no memory, Ctrl-C: the other ranks must not wait for this one
+            self._end_communicator(f"could not be connected: {type(error).__name__}: {error}")
+            raise
         return self
 
     def _queue_first_operations(self, operations: Sequence[str]) -> Iterator[Transfer]:

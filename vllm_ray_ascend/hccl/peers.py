@@ -32,12 +32,15 @@ _ENDED = "is gone: its process has ended, or the connection to it is lost"
 
 
 class _Notice(msgspec.Struct):
-    """A rank that has joined (``reason`` empty), with the ``address`` at which higher ranks find it, or is gone."""
+    """A rank that has joined (``reason`` empty), with the host and port at which higher ranks find it, or is gone.
+
+    All know the token of the root info, which is therefore never sent.
+    """
 
     rank: int
     process: str
     reason: str = ""
-    address: Address | None = None
+    place: tuple[str, int] | None = None
 
 
 class _Lost(NamedTuple):
@@ -75,6 +78,7 @@ class PeerConnections:
         """At rank 0: what the others have said when they joined."""
         self._listener: AuthenticatingListener | None = None
         self._left = False
+        self._token = ""
 
     def lost_peer(self, peers: Collection[int] | None, grace_s: float = 0.0) -> str:
         """Return which of ``peers`` (None: of all) is gone for ``grace_s`` seconds or longer; empty where none is."""
@@ -99,37 +103,46 @@ class PeerConnections:
             self._send(each, _Notice(self._rank, self._process, _LEFT))
             shut_down(each)
 
-    def add(self, connection: socket.socket, peer: int | None) -> None:
-        """Watch a connection; ``peer`` is its rank where it is known. Returns immediately."""
+    def add(self, connection: socket.socket, peer: int | None, process: str = "") -> None:
+        """Watch a connection; ``peer`` is its rank and ``process`` that of it, where they are known.
+
+        Returns immediately.
+        """
         keep_alive(connection, self._silence_s)
         with self._changed:
             self._sockets.append(connection)
             left = self._left
-        threading.Thread(target=self._read, args=(connection, peer), daemon=True, name="RayAscendHcclPeer").start()
+        arguments = connection, peer, process
+        threading.Thread(target=self._read, args=arguments, daemon=True, name="RayAscendHcclPeer").start()
         if left:
             shut_down(connection)
 
-    def join(self, connection: socket.socket, *, has_higher: bool) -> None:
+    def join(self, connection: socket.socket, token: str, *, has_higher: bool) -> None:
         """Watch the connection to rank 0, and identify this rank to it; with ``has_higher`` accept higher ranks."""
-        address = self.listen(connection.getsockname()[0]) if has_higher else None
-        self._send(connection, _Notice(self._rank, self._process, address=address))
+        self._token = token
+        address = self.listen(connection.getsockname()[0], token) if has_higher else None
+        place = (address.host, address.port) if address else None
+        self._send(connection, _Notice(self._rank, self._process, place=place))
         self.add(connection, 0)
 
-    def listen(self, host: str) -> Address:
-        """Accept other ranks; return where."""
-        listener = AuthenticatingListener(host, lambda each: self.add(each, None), thread_name="RayAscendHcclPeers")
+    def listen(self, host: str, token: str | None = None) -> Address:
+        """Accept other ranks that know ``token``, by default a new one; return where."""
+        listener = AuthenticatingListener(
+            host, lambda each: self.add(each, None), thread_name="RayAscendHcclPeers", token=token
+        )
         self._listener = listener
         return listener.address
 
-    def _read(self, connection: socket.socket, peer: int | None) -> None:
-        process, reason = "", ""
+    def _read(self, connection: socket.socket, peer: int | None, process: str) -> None:
+        reason, leads = "", peer == 0
         with contextlib.suppress(OSError), connection.makefile("rb") as lines:
             for line in lines:
                 notice = _lines.decode(line)
                 if notice is None:
                     break
                 if peer is not None and notice.rank != peer:
-                    self._hear(notice)
+                    if leads:  # a rank speaks for itself, rank 0 for all
+                        self._hear(notice)
                     continue
                 peer, process, reason = notice.rank, notice.process, notice.reason
                 if self._rank == 0 and not reason:
@@ -144,7 +157,7 @@ class PeerConnections:
         """Take what rank 0 says of another rank: that it is gone, or where it is."""
         if notice.reason:
             self._report(notice)
-        elif notice.address is not None:
+        elif notice.place is not None:
             threading.Thread(target=self._meet, args=(notice,), daemon=True, name="RayAscendHcclPeer").start()
 
     def _introduce(self, notice: _Notice, connection: socket.socket) -> None:
@@ -160,14 +173,14 @@ class PeerConnections:
 
     def _meet(self, notice: _Notice) -> None:
         """Connect to a lower rank. Where its port is not open to this node, rank 0 reports its end, while there."""
-        assert notice.address is not None
+        assert notice.place is not None
         try:
-            connection = connect_authenticated(notice.address, _MEET_LIMIT_S)
+            connection = connect_authenticated(Address(*notice.place, self._token), _MEET_LIMIT_S)
         except OSError as error:
             logger.info("rank %d has no connection to rank %d of a communicator: %s", self._rank, notice.rank, error)
             return
         self._send(connection, _Notice(self._rank, self._process))
-        self.add(connection, notice.rank)
+        self.add(connection, notice.rank, notice.process)
 
     def _report(self, notice: _Notice) -> None:
         """Record that a rank is gone, once, and pass it on."""
@@ -212,7 +225,7 @@ def connect_peers(root_info: bytes, rank: int, size: int, limit_s: float, silenc
         root = _roots.pop(address.token, None)
         return root.peers if root else connections
     try:
-        connections.join(connect_authenticated(address, limit_s), has_higher=rank + 1 < size)
+        connections.join(connect_authenticated(address, limit_s), address.token, has_higher=rank + 1 < size)
     except OSError as error:
         raise HcclError(
             "VRA-546",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
+from pathlib import Path
+from typing import Any
 
 from vllm_ray_ascend.compat.ray_processes import session_log_folder
 from vllm_ray_ascend.log import get_logger
@@ -28,14 +30,28 @@ def _add(event: Event) -> None:
     folder = session_log_folder()
     if folder is None:
         return
-    from ray._private.event.event_logger import Event as RayEvent
-    from ray._private.event.event_logger import get_event_logger
-
-    events = get_event_logger(RayEvent.SourceType.COMMON, str(folder))
+    events = _ray_events(folder)
     level = KINDS[event.event].level
     add = events.info if level == logging.INFO else events.warning if level == logging.WARNING else events.error
     fields = {name: str(value) for name, value in event.fields.items() if value is not None}
     add(format_event(event, "text").removeprefix("event "), **fields, engine=event.engine)
+
+
+@functools.cache
+def _ray_events(folder: Path) -> Any:
+    """Return Ray's writer of events of a session. Ray's own function for that remembers the first session for ever."""
+    from ray._private.event.event_logger import Event as RayEvent
+    from ray._private.event.event_logger import EventLoggerAdapter
+
+    path = folder / "events" / "event_COMMON.log"
+    path.parent.mkdir(exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    file = logging.getLogger(f"vllm_ray_ascend_events{folder}")
+    file.setLevel(logging.INFO)
+    file.propagate = False  # these lines are in no other log
+    file.addHandler(handler)
+    return EventLoggerAdapter(RayEvent.SourceType.COMMON, file)
 
 
 @functools.cache
