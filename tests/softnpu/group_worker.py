@@ -436,18 +436,19 @@ def late_first_call() -> None:
 
 
 def first_leaves() -> None:
-    """Rank 0 has finished and left; of the others one is killed, and one waits for it."""
+    """Rank 0 has finished and left; of the others one is killed, for which a lower and a higher one wait."""
     own = group()
     if RANK == 0:
         own.destroy()
         mark("left")
     await_mark("left")
     if RANK == 2:
-        await_mark("waiting")
+        await_mark("waiting1")
+        await_mark("waiting3")
         time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGKILL)
-    if RANK == 1:
-        mark("waiting")
+    if RANK in (1, 3):
+        mark(f"waiting{RANK}")
         expect_error(lambda: receive(own, 2), HcclError, "rank 2 (pid ", "is gone: its process has ended")
 
 

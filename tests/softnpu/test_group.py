@@ -62,8 +62,8 @@ def test_a_peer_is_killed(scenario: str, victim: int, four: Result) -> None:
 
 
 def test_a_death_is_seen_without_rank_0(tmp_path: Path) -> None:
-    outcomes = run_ranks("group_worker", "first_leaves", 3, tmp_path)
-    check_passed((tmp_path, outcomes), "first_leaves", 0, 1)
+    outcomes = run_ranks("group_worker", "first_leaves", 4, tmp_path)
+    check_passed((tmp_path, outcomes), "first_leaves", 0, 1, 3)
     assert outcomes[2].code == -signal.SIGKILL
 
 
