@@ -89,6 +89,8 @@ class RayAscendEngineActorManager(ReplaceableActors):
 
     _ranks_before_scaling: int | None = None
     """While a scaling is prepared: how many ranks serve."""
+    _is_undone = False
+    """Whether the scale-up that was begun last was undone."""
 
     def __init__(self, vllm_config: Any, addresses: Any, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(super().__init__).bind(vllm_config, addresses, *args, **kwargs).arguments
@@ -112,8 +114,8 @@ class RayAscendEngineActorManager(ReplaceableActors):
         """Since a scaling began."""
         self._ended: set[tuple[int, int]] = set()
         """Rank and process id of engine cores that this process has ended: their losses are none."""
-        self._starting, self._is_undone = threading.Lock(), threading.Event()
-        """Of a scale-up: held while its engine cores are started; set once it was undone."""
+        self._starting = threading.Lock()
+        """Held while the engine cores of a scale-up are started."""
         self._leaving: dict[int, threading.Thread] = {}
         self._ranks_lock, self._placing = threading.RLock(), threading.Lock()
         self._config = copy.deepcopy(vllm_config)
@@ -202,7 +204,7 @@ class RayAscendEngineActorManager(ReplaceableActors):
         for thread in list(self._leaving.values()):
             thread.join()
         with self._starting:
-            self._is_undone.clear()
+            self._is_undone = False
             before = len(self.placement_group_is_local)
             self.local_engine_actors = AppendedSlices(self.local_engine_actors)
             self.remote_engine_actors = AppendedSlices(self.remote_engine_actors)
@@ -219,7 +221,7 @@ class RayAscendEngineActorManager(ReplaceableActors):
         """
         if self._ranks_before_scaling is None:
             return
-        self._is_undone.set()
+        self._is_undone = True
         deadline = time.monotonic() + _UNDO_LIMIT_S
         self._end_ranks_from(self._ranks_before_scaling)
         while not self._starting.acquire(timeout=_UNDO_POLL_S):
@@ -359,7 +361,7 @@ class RayAscendEngineActorManager(ReplaceableActors):
             lambda: npu_wait_s(new_data_parallel_size * config.world_size, self._kind),
         )
         self._check_before_start(node for placement in added for node in placement.bundle_nodes)
-        if self._is_undone.is_set():
+        if self._is_undone:
             raise ElasticEPError("VRA-349", "the scaling was undone while it waited for NPUs: no rank is started")
         groups = create_placement_groups(wanted_groups(old_vllm_config, added, self._kind), GRANT_LIMIT_S)
         EVENTS.emit(RANKS_ADDED, data_parallel_size=new_data_parallel_size)
