@@ -289,21 +289,20 @@ def destroy_again() -> None:
 
 
 def asynchronous_error() -> None:
-    from tests.softnpu.hccl_c_api import RANK, async_error, broken, init, new_stream, receive, send, start, synchronize
+    from tests.softnpu.hccl_c_api import async_error
 
-    start()
-    stream, comm = new_stream(), init()
-    if RANK == 1:
-        send(comm, stream, numbers(), 0)
-        synchronize(stream)
-        os._exit(9)
-    receive(comm, stream, numbers(), 1)
-    receive(comm, stream, numbers(), 1)
-    assert "is gone" in broken(stream)
+    comm, text = receive_from_one_that_ends()
+    assert "is gone" in text
     assert async_error(comm) == int(os.environ["CODE"])
 
 
 def peer_ends() -> None:
+    _, text = receive_from_one_that_ends()
+    assert ("HCCL_EXEC_TIMEOUT" if os.environ["NODES"] == "1" else "is gone") in text
+
+
+def receive_from_one_that_ends() -> tuple[Any, str]:
+    """Return the communicator, and the error of a second receive from rank 1, which ends after one send."""
     from tests.softnpu.hccl_c_api import RANK, broken, init, new_stream, receive, send, start, synchronize
 
     start()
@@ -314,7 +313,7 @@ def peer_ends() -> None:
         os._exit(9)
     receive(comm, stream, numbers(), 1)
     receive(comm, stream, numbers(), 1)
-    assert ("HCCL_EXEC_TIMEOUT" if os.environ["NODES"] == "1" else "is gone") in broken(stream)
+    return comm, broken(stream)
 
 
 def no_such_limit() -> None:

@@ -53,7 +53,7 @@ def _head_lines(topology: Topology, findings: Sequence[Finding], made_at: float)
     yield "<header><h1>vllm-ray-ascend topology</h1>"
     yield (
         f"<p>{len(topology.nodes)} nodes, {npus} NPUs, {used} in use, {len(topology.engines)} engines. "
-        f'doctor: <b class="{worst}">{_SYMBOLS[worst]} {worst}</b>. {_format_time(made_at)}</p>'
+        f"doctor: {_mark(worst)}. {_format_time(made_at)}</p>"
     )
     yield '<p class="choice">Colours by <label><input type="radio" name="by" id="dp" checked> engine (DP)</label>'
     yield '<label><input type="radio" name="by" id="pp"> pipeline stage (PP)</label>'
@@ -141,10 +141,9 @@ def _link_lines(engines: Engines, findings: Sequence[Finding]) -> Iterator[str]:
     for index, name, what, *ends in rows:
         worst = _worst([each for each in findings for end in ends if _is_about(each, end)])
         places = (f"{escape(end[0].address)} NPU {', '.join(str(rank.physical_id) for rank in end)}" for end in ends)
-        state = f'<b class="{worst}">{_SYMBOLS[worst]} {worst}</b>'
         yield (
             f'<tr style="--dp:{_hue(index)}" class="engine"><td>{escape(name)}<td>{what}<td>'
-            + "<td>".join([*places, state])
+            + "<td>".join([*places, _mark(worst)])
             + "</tr>"
         )
     yield "</table>"
@@ -190,9 +189,8 @@ def _finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
 def _finding_line(finding: Finding) -> str:
     npu = "" if finding.physical_id is None else f", NPU {finding.physical_id}"
     place = escape(finding.address or "cluster") + npu
-    mark = f'<b class="{finding.severity}">{_SYMBOLS[finding.severity]} {finding.severity}</b>'
     text, remedy = escape(finding.text), escape(finding.remedy)
-    return f'<p class="finding">{mark} {finding.code} {place}: {text}<br>{remedy}</p>'
+    return f'<p class="finding">{_mark(finding.severity)} {finding.code} {place}: {text}<br>{remedy}</p>'
 
 
 def _users_of(node: NodeTopology, npu: Npu) -> list[DeviceUser]:
@@ -201,6 +199,10 @@ def _users_of(node: NodeTopology, npu: Npu) -> list[DeviceUser]:
 
 def _hue(number: int) -> str:
     return f"{(_FIRST_HUE + number * _GOLDEN_ANGLE) % 360:g}"
+
+
+def _mark(severity: str) -> str:
+    return f'<b class="{severity}">{_SYMBOLS[severity]} {severity}</b>'
 
 
 def _worst(findings: Sequence[Finding]) -> str:
