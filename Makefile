@@ -17,6 +17,7 @@
 #   make bench-queues     messages to workers on other nodes, ours and ZeroMQ (root); see benchmarks/README.md
 #   make bench-nodes      a step's message to 64 nodes of 16 ranks; see benchmarks/README.md
 #   make bench-scale      what an engine's owner does, for 1 to 4,096 ranks; see benchmarks/README.md
+#   make bench-recovery   data parallel ranks are killed: what the others notice, and after how long they are back (root)
 #   make soak     a served engine for 30 minutes with aborts and a slow link (root); see benchmarks/README.md
 #   make bench-transport  a tensor from NPU to NPU by every way (BENCH_ARGS='--quick'); see benchmarks/README.md
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.10 python3,$(if $(shell command -v $(name)),$(name))))
@@ -27,7 +28,7 @@ RERUN ?=
 suite = $(RUN)/python -m ci.suite --local $(if $(filter-out 0,$(RERUN)),--rerun) $(1) --pytest $(PYTEST_ARGS)
 GROUPS ?=
 
-.PHONY: serve test check-patches contract test-release test-matrix test-faults test-upstream conformance lint format docs docs-serve bench bench-nodes bench-queues bench-quick bench-scale bench-steps bench-transport soak clean
+.PHONY: serve test check-patches contract test-release test-matrix test-faults test-upstream conformance lint format docs docs-serve bench bench-nodes bench-queues bench-quick bench-recovery bench-scale bench-steps bench-transport soak clean
 
 serve:
 	@$(PYTHON) demo/install.py
@@ -123,6 +124,10 @@ bench-nodes:
 bench-transport:
 	@$(PYTHON) demo/install.py bench
 	@$(RUN)/python -m benchmarks.transport $(BENCH_ARGS)
+
+bench-recovery:
+	@$(PYTHON) demo/install.py bench
+	@$(RUN)/python -m benchmarks.recovery $(BENCH_ARGS)
 
 soak:
 	@$(PYTHON) demo/install.py bench

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from softnpu.cluster import manager
 from softnpu.cluster.plan import Cluster
 
 from demo.server import Server
@@ -23,6 +24,7 @@ from demo.train.recitation import MOE, PROMPTS, zen_after
 from tests.e2e.servers import check_text, create_server, opened_npus, opened_npus_by_node, temporary_cluster
 from tests.e2e.test_bad_input import check_nothing_left
 from tests.e2e.test_death import check_no_leftovers, send_signal, wait_for_server_exit
+from tests.e2e.test_rank_recovery import RESTORED, engine_core, health, kill_raylet, wait_for_event, wait_until
 
 ELASTIC = (
     *("--tensor-parallel-size", "1", "--data-parallel-size", "2", "--data-parallel-backend", "ray"),
@@ -247,6 +249,46 @@ def test_a_death_in_the_switch_ends_all(tmp_path: Path) -> None:
         assert isinstance(answer.exception(), httpx.HTTPError) or answer.result().status_code == 500
         assert "VRA-346" in server._text() and f"process {victim}" in server._text()
         check_no_leftovers(cluster)
+
+
+@pytest.mark.slow
+def test_lost_ranks_are_restarted_with_the_others_at_the_present_size(tmp_path: Path) -> None:
+    """One that has joined; afterwards the engine is scaled again."""
+    recover = {"VLLM_RAY_ASCEND_RECOVER": "1"}
+    with temporary_cluster("e2e-elastic-lost", 1, 4) as cluster, elastic_server(cluster, tmp_path, **recover) as server:
+        assert request_scaling(server, 3).status_code == 200
+        check_text(server, MOE, 3)
+        send_signal(cluster, *engine_core(cluster, 2))
+        wait_for_event(server, RESTORED)
+        wait_until(lambda: health(server) == 200, server)
+        check_scaled(server, 3)
+        scale(server, 4)
+        scale(server, 2)
+        wait_for_npus(cluster, 1, [0, 1])
+
+
+@pytest.mark.slow
+@pytest.mark.multinode
+def test_an_engine_continues_with_the_ranks_whose_node_is_left(tmp_path: Path) -> None:
+    """Without the node of two of four ranks, and with all four once the node is back."""
+    recover = {"VLLM_RAY_ASCEND_RECOVER": "1"}
+    options = (
+        *("--data-parallel-size", "4", "--data-parallel-size-local", "2"),
+        *("--eplb-config.num_redundant_experts", "8"),
+    )
+    with (
+        temporary_cluster("e2e-elastic-left", 2, 2) as cluster,
+        elastic_server(cluster, tmp_path, *options, **recover) as server,
+    ):
+        check_text(server, MOE, 4)
+        kill_raylet(cluster, 2)
+        wait_for_event(server, RESTORED)
+        wait_until(lambda: health(server) == 200, server)
+        check_scaled(server, 2)
+        assert "VRA-166" in server._text()
+        manager.restart_ray(cluster, 2)
+        scale(server, 4)
+        assert opened_npus_by_node(cluster) == {1: [0, 1], 2: [0, 1]}
 
 
 @pytest.mark.slow

@@ -139,7 +139,7 @@ def test_exec_hands_on_exit_codes_signals_and_the_working_folder(cluster: Cluste
 
 
 @needs_namespaces
-def test_a_killed_raylet_is_noticed_and_down_leaves_nothing(cluster: Cluster) -> None:
+def test_a_killed_raylet_is_noticed_and_started_again_and_down_leaves_nothing(cluster: Cluster) -> None:
     raylets = [pid for pid in processes.find_cluster_processes(cluster) if processes.get_process_name(pid) == "raylet"]
     victim = next(pid for pid in raylets if processes.get_variable(pid, "SOFTNPU_NODE") == cluster.nodes[1].hostname)
     os.kill(victim, signal.SIGKILL)
@@ -147,6 +147,8 @@ def test_a_killed_raylet_is_noticed_and_down_leaves_nothing(cluster: Cluster) ->
         time.sleep(0.01)
     alive = [node.alive for node in manager.status(NAME)[1]]
     assert alive == [True, False]
+    manager.restart_ray(cluster, 2)
+    assert all(node.alive for node in manager.status(NAME)[1])
     assert manager.down(NAME)
     assert traces(cluster) == []
     assert not manager.down(NAME), "there is nothing left to remove, and that is no error"

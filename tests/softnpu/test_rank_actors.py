@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+from collections.abc import Collection
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from vllm_ray_ascend.engine.manager import RayAscendEngineActorManager
 from vllm_ray_ascend.engine.rank_actors import ReplaceableActors
 from vllm_ray_ascend.engine.rank_recovery import RankRecovery, drain_message
 from vllm_ray_ascend.engine.rank_status import StatusPublisher
+from vllm_ray_ascend.errors import ShortageError
 
 
 def test_requests_that_outlast_a_drain_do_not_keep_the_engine_core(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +72,7 @@ def test_a_rank_whose_new_engine_core_starts_just_now_is_not_watched() -> None:
         placement_group_is_local=[True], local_engine_actors=["new"], actor_run_ref_dict={}, manager_stopped=stopped
     )
     publisher = StatusPublisher(SimpleNamespace(outputs=[], coordinator_output=None))
-    ranks._watch_ranks(RankRecovery([[0]], lambda ranks: None, publisher))
+    ranks._watch_ranks(RankRecovery([[0]], list, publisher))
 
 
 def test_ranks_leave_a_node_that_drains_only_while_another_serves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,8 +88,67 @@ def test_ranks_leave_a_node_that_drains_only_while_another_serves(monkeypatch: p
         _server=SimpleNamespace(send=lambda rank, message: drained.append(rank)),
     )
     publisher = StatusPublisher(SimpleNamespace(outputs=[], coordinator_output=None))
-    recovery = RankRecovery([[0], [1]], lambda ranks: None, publisher)
+    recovery = RankRecovery([[0], [1]], list, publisher)
     for draining, expected in (({"a": 0, "b": 0}, []), ({"b": 0}, [1])):
         monkeypatch.setattr(manager, "draining_nodes", lambda draining=draining: draining)
         assert sorted(ranks._drain_ranks(recovery, set())) == drained == expected
     assert ranks._drain_ranks(recovery, {1}) == {1} and drained == [1]
+    together = RankRecovery([[0, 1]], list, publisher)
+    assert ranks._drain_ranks(together, set()) == set() and drained == [1]
+
+
+def elastic_ranks(lost: Collection[int], redundant: int = 8) -> ReplaceableActors:
+    """Return four ranks of a model of 8 experts, of which those ``lost`` can be placed nowhere."""
+    ranks = object.__new__(ReplaceableActors)
+
+    def ensure_group(rank: int) -> None:
+        if rank in lost:
+            raise ShortageError("VRA-154", f"no room for rank {rank}")
+
+    config = SimpleNamespace(enable_elastic_ep=True, eplb_config=SimpleNamespace(num_redundant_experts=redundant))
+    ranks.__dict__.update(
+        placement_group_is_local=[True, True, False, False],
+        local_engine_actors=["a", "b"],
+        remote_engine_actors=["c", "d"],
+        created_placement_groups=["ga", "gb", "gc", "gd"],
+        placements=[RankPlacement(rank, rank % 2, ("n",)) for rank in range(4)],
+        actor_run_ref_dict={actor: f"run {actor}" for actor in "abcd"},
+        run_refs=[f"run {actor}" for actor in "abcd"],
+        _config=SimpleNamespace(parallel_config=config, model_config=SimpleNamespace(get_num_experts=lambda: 8)),
+        _placing=threading.Lock(),
+        _ensure_group=ensure_group,
+    )
+    return ranks
+
+
+def test_elastic_ranks_without_npus_are_left_out_and_the_others_are_numbered() -> None:
+    ranks = elastic_ranks(lost={1, 2})
+    assert ranks._ensure_groups([0, 1, 2, 3]) == [0, 1]
+    assert [ranks.actor(rank) for rank in (0, 1)] == ["a", "d"]
+    assert ranks.created_placement_groups == ["ga", "gd"] and ranks.run_refs == ["run a", "run d"]
+    assert [(each.dp_rank, each.local_dp_rank) for each in ranks.placements] == [(0, 0), (1, 1)]
+    config = ranks._config.parallel_config
+    assert (config.data_parallel_size, config.data_parallel_size_local) == (2, 1)
+    assert config.eplb_config.num_redundant_experts == 0  # 16 of 8 on four ranks, 8 of 8 on two
+
+
+@pytest.mark.parametrize(
+    ("lost", "redundant"),
+    [
+        ({0}, 8),  # the others meet at its node
+        ({1, 2, 3}, 24),  # one rank is no elastic engine
+        ({1, 2}, 4),  # two ranks have room for six experts
+    ],
+)
+def test_too_few_elastic_ranks_wait_for_npus(lost: set[int], redundant: int) -> None:
+    ranks = elastic_ranks(lost, redundant)
+    with pytest.raises(ShortageError, match=f"no room for rank {min(lost)}"):
+        ranks._ensure_groups([0, 1, 2, 3])
+    assert len(ranks.created_placement_groups) == 4
+
+
+def test_ranks_that_are_not_elastic_wait_for_npus() -> None:
+    ranks = elastic_ranks(lost={3})
+    ranks._config.parallel_config.enable_elastic_ep = False
+    with pytest.raises(ShortageError):
+        ranks._ensure_groups([0, 1, 2, 3])

@@ -27,7 +27,15 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder, UtilityResult
 
 from demo.train.recitation import DENSE
 from vllm_ray_ascend.engine import rank_client
-from vllm_ray_ascend.engine.rank_status import RANK_DOWN, RANK_UP, RankStatus, StatusPublisher, error_output
+from vllm_ray_ascend.engine.rank_status import (
+    RANK_DOWN,
+    RANK_UP,
+    SIZE_CHANGED,
+    RankStatus,
+    SizeStatus,
+    StatusPublisher,
+    error_output,
+)
 from vllm_ray_ascend.errors import RankDownError
 
 LIMIT_S = 60.0
@@ -196,6 +204,23 @@ def test_a_new_engine_core_of_the_rank_serves_once_it_answers() -> None:
             await until(lambda: cores[1].requests == ["a"])
             await client.call_utility_async("sleep", 1)
             assert cores[1].calls[-1] == "sleep"
+
+    asyncio.run(scenario())
+
+
+def test_a_rank_that_is_gone_for_good_is_forgotten() -> None:
+    """With elastic expert parallelism the others continue without it."""
+
+    async def scenario() -> None:
+        async with two_ranks() as (client, cores, _):
+            await lose(client, cores[1])
+            assert rank_client.describe_ranks_down(client)
+            client.publish(SIZE_CHANGED, SizeStatus(ranks=1, local_ranks=1, redundant_experts=0))
+            await until(lambda: len(client.core_engines) == 1)
+            assert not rank_client.describe_ranks_down(client)
+            assert client.vllm_config.parallel_config.data_parallel_size == 1
+            await client.add_request_async(request("a", 0))
+            await until(lambda: cores[0].requests == ["a"])
 
     asyncio.run(scenario())
 

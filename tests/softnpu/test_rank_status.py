@@ -64,12 +64,15 @@ class Cluster:
         self.may_restart = threading.Event()
         self.may_restart.set()
         self._failures = failures
+        self.gone: set[int] = set()
+        """Ranks that are left out."""
 
-    def restart(self, ranks: Sequence[int]) -> None:
+    def restart(self, ranks: Sequence[int]) -> Sequence[int]:
         self.may_restart.wait(LIMIT_MS)
         self.restarted.append(tuple(ranks))
         if len(self.restarted) <= self._failures:
             raise OSError("no room")
+        return [rank for rank in ranks if rank not in self.gone]
 
 
 def test_a_lost_rank_is_down_until_it_is_restarted(listener: Listener) -> None:
@@ -96,6 +99,27 @@ def test_ranks_of_one_domain_are_restarted_together(listener: Listener) -> None:
     statuses = [listener.next_status()[:2] for _ in range(4)]
     assert statuses == [(RANK_DOWN, 0), (RANK_DOWN, 1), (RANK_UP, 0), (RANK_UP, 1)]
     assert cluster.restarted == [(0, 1)]
+    cluster.publisher.close()
+
+
+def test_ranks_that_are_left_out_do_not_come_back(listener: Listener) -> None:
+    cluster = Cluster(listener, [[0, 1, 2]])
+    cluster.gone = {2}
+    cluster.recovery.lose(2, "its node is gone")
+    assert [listener.next_status()[:2] for _ in range(5)][3:] == [(RANK_UP, 0), (RANK_UP, 1)]
+    assert cluster.recovery.down() == set() and cluster.recovery.domain(1) == (0, 1)
+    assert cluster.recovery.domain(2) == ()
+    cluster.publisher.close()
+
+
+def test_ranks_that_are_about_to_join_are_not_restarted_until_they_have(listener: Listener) -> None:
+    cluster = Cluster(listener, [[0, 1]])
+    cluster.recovery.lose(2, "it was killed")
+    assert cluster.recovery.down() == set()
+    cluster.recovery.set_domains([[0, 1, 2]])
+    cluster.recovery.lose(2, "it was killed")
+    assert [listener.next_status()[:2] for _ in range(6)][3:] == [(RANK_UP, rank) for rank in range(3)]
+    assert cluster.restarted == [(0, 1, 2)]
     cluster.publisher.close()
 
 

@@ -75,10 +75,14 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], reason: str) -> None
     assert reason in admission.obstacle(make_config(**change))
 
 
-@pytest.mark.parametrize(("variable", "value"), [("EXECUTOR", "upstream"), ("RECOVER", "1")])
-def test_a_switch_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
-    monkeypatch.setenv(f"VLLM_RAY_ASCEND_{variable}", value)
-    assert admission.obstacle(make_config()) == f"VLLM_RAY_ASCEND_{variable}={value}"
+def test_a_switch_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_RAY_ASCEND_EXECUTOR", "upstream")
+    assert admission.obstacle(make_config()) == "VLLM_RAY_ASCEND_EXECUTOR=upstream"
+
+
+def test_ranks_that_are_lost_may_be_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_RAY_ASCEND_RECOVER", "1")
+    assert admission.obstacle(make_config()) == ""
 
 
 def test_a_communicator_that_was_selected_automatically_is_no_obstacle() -> None:

@@ -313,6 +313,7 @@ ALLOWED: dict[tuple[str, str], str] = {
         "type(current_platform)._global_graph_pool",
     ): "state: None has the platform make a new pool",
     ("elastic_ep/groups.py", "_world.pg_group_ranks[self.device_group]"): "state: torch's table of ranks, by group",
+    ("engine/rank_client.py", "client"): "one engine's client forgets ranks, as vLLM's scaling does",
     ("engine/elastic_client.py", "client"): "values of one engine's client, as they were before a scaling",
     ("engine/elastic_client.py", "config"): "values of one engine's configuration, as they were before a scaling",
     ("engine/exit_code.py", "self"): "state: whether this engine had failed before it was shut down",

@@ -85,7 +85,6 @@ def config(
         (config(dp=2, moe=True), "step together"),
         (config(connector=object()), "--kv-transfer-config"),
         (config(encoder=object()), "--ec-transfer-config"),
-        (config(elastic=True), "--enable-elastic-ep"),
     ],
 )
 def test_unsupported_configurations_are_rejected_at_once(given: SimpleNamespace, reason: str) -> None:
@@ -97,3 +96,4 @@ def test_other_configurations_are_accepted() -> None:
     check_recoverable(config(dp=2))
     check_recoverable(config(dp=2, moe=True, backend="ray"))
     check_recoverable(config(moe=True))
+    check_recoverable(config(dp=2, moe=True, backend="ray", elastic=True))

@@ -60,7 +60,6 @@ def obstacle(vllm_config: Any) -> str:
     found = {
         "a data parallel backend other than ray": parallel.data_parallel_backend != "ray",
         f"{variable_of('executor')}={load().executor}": load().executor != "ours",
-        f"{variable_of('recover')}=1": load().recover == "1",
         f"--data-parallel-size {parallel.data_parallel_size}": parallel.data_parallel_size < 2,
         f"--worker-cls {parallel.worker_cls}": parallel.worker_cls != "auto",
         "vllm-ascend's second model runner (VLLM_USE_V2_MODEL_RUNNER=1)": vllm_config.use_v2_model_runner,

@@ -18,6 +18,7 @@ READINESS_CALLS = frozenset(
 """Calls of an engine before it serves: repeated for new workers, in the same order."""
 STATELESS_CALLS = frozenset(STEPS) | {
     "connect_pipeline_pairs",  # ours, of every start
+    "elastic_ep_execute",  # a new engine core is started with the new number of ranks
     "check_health",
     "get_supported_tasks",
     "supports_draft_weight_updates",

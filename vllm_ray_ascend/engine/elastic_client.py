@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm_ray_ascend import patches
 from vllm_ray_ascend.elastic_ep.meeting import FailureReports
+from vllm_ray_ascend.engine.rank_client import describe_ranks_down
 from vllm_ray_ascend.errors import ElasticEPError
 from vllm_ray_ascend.log import get_logger
 
@@ -122,6 +123,10 @@ def _watched(prepare: Method) -> Method:
 
     @functools.wraps(prepare)
     async def prepare_watched(client: Any, new_data_parallel_size: int) -> None:
+        if down := describe_ranks_down(client):
+            raise ElasticEPError(
+                "VRA-167", f"the engine is not scaled now: {down}. Request it again once /health is 200 for all ranks."
+            )
         config, present = client.vllm_config.parallel_config, len(client.core_engines)
         scaling = client._vllm_ray_ascend_scaling = _Scaling(
             present,
@@ -270,6 +275,7 @@ def _closing_on_failure(commit: Method) -> Method:
             while not await _is_done(client, task, range(scaling.size)):
                 pass
             await task
+            manager.end_switch(client.vllm_config)
         except BaseException as error:  # whatever it is, no rank knows which experts the others have
             logger.error("VRA-346: the ranks failed while they switched to another number, which ends all: %s", error)
             task.cancel()

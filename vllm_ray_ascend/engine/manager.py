@@ -8,7 +8,7 @@ import inspect
 import os
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -59,11 +59,11 @@ from vllm_ray_ascend.engine.rank_recovery import (
     failure_domains,
     may_restart_ranks,
 )
-from vllm_ray_ascend.engine.rank_status import StatusPublisher
+from vllm_ray_ascend.engine.rank_status import SIZE_CHANGED, SizeStatus, StatusPublisher
 from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, is_secret, names_to_copy
 from vllm_ray_ascend.errors import ElasticEPError
 from vllm_ray_ascend.log import get_logger
-from vllm_ray_ascend.observability.events import ENGINE_FAILED, EVENTS, RANKS_ADDED, WORKERS_CHANGED
+from vllm_ray_ascend.observability.events import ENGINE_FAILED, EVENTS, RANKS_ADDED, RANKS_REMOVED, WORKERS_CHANGED
 from vllm_ray_ascend.observability.ray_events import list_in_ray
 from vllm_ray_ascend.settings import load
 
@@ -184,6 +184,18 @@ class RayAscendEngineActorManager(ReplaceableActors):
     def begin_switch(self) -> None:
         """Note that ranks which have joined are like all others from now on: the end of one ends all."""
         self._ranks_before_scaling = None
+        if self._restarts is not None:
+            self._restarts.set_domains(())
+
+    def end_switch(self, vllm_config: Any) -> None:
+        """Note that the ranks of ``vllm_config`` serve: one that is lost from now on is restarted, where ranks are."""
+        config = vllm_config.parallel_config
+        redundant = config.eplb_config.num_redundant_experts
+        self._set_size(config.data_parallel_size, config.data_parallel_size_local, redundant)
+        if self._restarts is not None:
+            self._restarts.set_domains(failure_domains(self._config))
+            for loss in self._losses:  # since the last look of the switch
+                self._restarts.lose(loss.rank, loss.text)
 
     def lost_in_scaling(self) -> list[RankLoss]:
         """Return the engine cores that have failed or exited since `begin_scaling`."""
@@ -223,13 +235,12 @@ class RayAscendEngineActorManager(ReplaceableActors):
             return
         self._is_undone = True
         deadline = time.monotonic() + _UNDO_LIMIT_S
-        self._end_ranks_from(self._ranks_before_scaling)
-        while not self._starting.acquire(timeout=_UNDO_POLL_S):
+        has_ended = False
+        while not has_ended and time.monotonic() < deadline:
+            has_ended = self._starting.acquire(timeout=_UNDO_POLL_S)
             self._end_ranks_from(self._ranks_before_scaling)
-            if time.monotonic() > deadline:
-                return
-        self._starting.release()
-        self._end_ranks_from(self._ranks_before_scaling)
+        if has_ended:
+            self._starting.release()
 
     def _end_ranks_from(self, first: int) -> None:
         with self._ranks_lock:
@@ -247,6 +258,16 @@ class RayAscendEngineActorManager(ReplaceableActors):
             thread = threading.Thread(target=self._end_in_order, args=(rank, actor, group), daemon=True)
             self._leaving[rank] = thread
             thread.start()
+
+    def restart_ranks(self, ranks: Sequence[int]) -> list[int]:
+        """Start new engine cores, and notify API servers where there are fewer ranks than before."""
+        started = super().restart_ranks(ranks)
+        if len(started) < len(ranks):
+            config = self._config.parallel_config
+            size = config.data_parallel_size, config.data_parallel_size_local
+            self._publisher.publish(SIZE_CHANGED, SizeStatus(*size, config.eplb_config.num_redundant_experts))
+            EVENTS.emit(RANKS_REMOVED, data_parallel_size=len(started))
+        return started
 
     def _watch_ranks(self, restarts: RankRecovery) -> None:
         """Note the ranks whose engine cores have ended, as Ray says; wait a moment for the next."""
@@ -279,7 +300,8 @@ class RayAscendEngineActorManager(ReplaceableActors):
             for rank in range(len(self.placement_group_is_local))
             if (deadlines := [draining[node] for node in self.nodes(rank) if node in draining])
         }
-        if len(affected.keys() | down) == len(self.placement_group_is_local):
+        ending = {each for rank in affected for each in restarts.domain(rank)}
+        if len(ending | down) == len(self.placement_group_is_local):
             return set(drained)  # no other rank serves: rather until the nodes are gone
         for rank in affected.keys() - drained - down:
             seconds = drain_limit_s(min(filter(None, affected[rank]), default=0), time.time())

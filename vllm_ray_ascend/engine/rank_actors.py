@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vllm.utils.network_utils import get_open_ports_list
@@ -24,7 +25,10 @@ from vllm_ray_ascend.cluster.placement_groups import (
 from vllm_ray_ascend.devices.kind import Kind
 from vllm_ray_ascend.engine.data_parallel import allowed_addresses
 from vllm_ray_ascend.engine.process import node_id
-from vllm_ray_ascend.errors import PlacementError
+from vllm_ray_ascend.errors import PlacementError, ShortageError
+from vllm_ray_ascend.log import get_logger
+
+logger = get_logger(__name__)
 
 GRANT_LIMIT_S = 60.0
 WATCH_S = 1.0
@@ -34,6 +38,8 @@ WATCH_S = 1.0
 class ReplaceableActors(CoreEngineActorManager):
     """vLLM's manager of engine core actors, which can start new ones for ranks whose old ones are gone."""
 
+    created_placement_groups: list[Any]
+    placement_group_is_local: list[bool]
     local_engine_actors: list[Any]
     remote_engine_actors: list[Any]
     placements: list[RankPlacement]
@@ -49,26 +55,23 @@ class ReplaceableActors(CoreEngineActorManager):
     _starts = 0
     """How often lost ranks were started again."""
 
-    def restart_ranks(self, ranks: Sequence[int]) -> None:
+    def restart_ranks(self, ranks: Sequence[int]) -> list[int]:
         """Start new engine cores for ``ranks``, in the places of their old ones as far as these are there.
 
-        Raises what prevents it; then none of the new ones stays.
+        Return those that serve now: with elastic expert parallelism fewer, where NPUs are missing. Raises what prevents
+        it; then none of the new ones stays.
         """
         import ray
 
+        ranks = [rank for rank in ranks if rank < len(self.placement_group_is_local)]  # others were left out before
         for rank in ranks:
             ray.kill(self.actor(rank))
+        ranks = self._ensure_groups(ranks)
         config = copy.deepcopy(self._config)
         self._starts += 1
         config.instance_id += f"_start{self._starts}"
-        if len(ranks) > 1:  # they have a group, whose old port may be taken
-            config.parallel_config._data_parallel_master_port_list = get_open_ports_list(5)
-            config.parallel_config.data_parallel_master_port = (
-                config.parallel_config._data_parallel_master_port_list.pop()
-            )
-        for rank in ranks:
-            with self._placing:  # two ranks must not choose the same NPUs
-                self._ensure_group(rank)
+        if len(ranks) > 1:
+            self._renew_meeting_points(config.parallel_config)
         for rank in ranks:
             self._set_actor(rank, self._launch(rank, config))
         try:
@@ -81,6 +84,80 @@ class ReplaceableActors(CoreEngineActorManager):
             actor = self.actor(rank)
             self.actor_run_ref_dict[actor] = actor.run.remote()
             self.run_refs.append(self.actor_run_ref_dict[actor])
+        return ranks
+
+    def _ensure_groups(self, ranks: list[int]) -> list[int]:
+        """Give each rank a placement group on nodes that are there; return the ranks that are to be started.
+
+        Raises PlacementError where they have no room.
+        """
+        missing: dict[int, ShortageError] = {}
+        for rank in ranks:
+            try:
+                with self._placing:  # two ranks must not choose the same NPUs
+                    self._ensure_group(rank)
+            except ShortageError as error:
+                missing[rank] = error
+        if not missing:
+            return ranks
+        self._leave_out(missing)
+        return list(range(len(self.placement_group_is_local)))
+
+    def _leave_out(self, missing: Mapping[int, ShortageError]) -> None:
+        """Continue without the ranks that are ``missing``, for these reasons. Raises one where that is not possible."""
+        config, cause = self._config.parallel_config, next(iter(missing.values()))
+        if not getattr(config, "enable_elastic_ep", False) or self._given_groups:
+            raise cause
+        present = len(self.placement_group_is_local)
+        kept = [rank for rank in range(present) if rank not in missing]
+        experts, redundant = self._config.model_config.get_num_experts(), config.eplb_config.num_redundant_experts
+        redundant = redundant_experts(experts, redundant, present, len(kept))
+        if 0 in missing or len(kept) < 2 or redundant < 0:  # all ranks meet at the node of rank 0
+            raise cause
+        logger.error(
+            "VRA-166: the NPUs of data parallel ranks %s are lost: the engine continues with %d ranks instead of %d. "
+            "Scale it up once NPUs are back: POST /scale_elastic_ep. %s",
+            ", ".join(map(str, missing)),
+            len(kept),
+            present,
+            cause,
+        )
+        self._keep_ranks(kept)
+        self._set_size(len(kept), len(self.local_engine_actors), redundant)
+
+    def _keep_ranks(self, kept: Sequence[int]) -> None:
+        """Give the ``kept`` ranks the numbers from 0, and forget all others."""
+        for rank in set(range(len(self.placement_group_is_local))) - set(kept):
+            if (reference := self.actor_run_ref_dict.pop(self.actor(rank), None)) in self.run_refs:
+                self.run_refs.remove(reference)
+        actors = [(self.actor(rank), self.placement_group_is_local[rank]) for rank in kept]
+        self.local_engine_actors = [actor for actor, is_local in actors if is_local]
+        self.remote_engine_actors = [actor for actor, is_local in actors if not is_local]
+        self.placement_group_is_local = [is_local for _, is_local in actors]
+        self.created_placement_groups = [self.created_placement_groups[rank] for rank in kept]
+        placements = [self.placements[rank] for rank in kept]
+        self.placements[:] = [  # vLLM refuses a local rank above the rank
+            replace(each, dp_rank=rank, local_dp_rank=min(rank, each.local_dp_rank))
+            for rank, each in enumerate(placements)
+        ]
+
+    def _renew_meeting_points(self, config: Any) -> None:
+        """Let ranks that have a group meet elsewhere than their old ones, whose port may be taken, and store used."""
+        config._data_parallel_master_port_list = get_open_ports_list(5)
+        config.data_parallel_master_port = config._data_parallel_master_port_list.pop()
+        if getattr(config, "enable_elastic_ep", False):
+            from vllm.distributed.utils import create_tcp_store
+
+            self._coord_store = create_tcp_store(
+                config.data_parallel_master_ip, 0, is_master=True, world_size=-1, wait_for_workers=False
+            )
+            config._coord_store_port = self._coord_store.port
+
+    def _set_size(self, ranks: int, local_ranks: int, redundant: int) -> None:
+        """Start as many ``ranks`` from now on, and so many of them here, with so many redundant experts."""
+        config = self._config.parallel_config
+        config.data_parallel_size, config.data_parallel_size_local = ranks, local_ranks
+        config.eplb_config.num_redundant_experts = redundant
 
     def _wait_until_ready(self, ranks: Sequence[int]) -> None:
         """Wait until new engine cores are initialized. Raises Ray's error where one dies, or PlacementError."""
@@ -186,6 +263,14 @@ class ReplaceableActors(CoreEngineActorManager):
         self.created_placement_groups[rank], self.placements[rank] = group, placement
         if self.manager_stopped.is_set():  # it has removed the groups that were there
             remove_placement_groups([group])
+
+
+def redundant_experts(experts: int, redundant: int, ranks: int, new_ranks: int) -> int:
+    """Return how many redundant experts another number of ranks has, each with as many experts as before.
+
+    Below 0 where the ``experts`` of the model do not fit.
+    """
+    return (experts + redundant) * new_ranks // ranks - experts
 
 
 def wanted_groups(vllm_config: Any, placements: Collection[RankPlacement], kind: Kind) -> list[PlacementGroupSpec]:

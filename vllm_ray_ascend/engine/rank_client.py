@@ -18,7 +18,14 @@ import msgspec
 from vllm_ray_ascend import patches
 from vllm_ray_ascend.engine.calls import IDEMPOTENT_UTILITIES
 from vllm_ray_ascend.engine.metrics import show
-from vllm_ray_ascend.engine.rank_status import RANK_DOWN, RANK_UP, RankStatus, error_output
+from vllm_ray_ascend.engine.rank_status import (
+    RANK_DOWN,
+    RANK_UP,
+    SIZE_CHANGED,
+    RankStatus,
+    SizeStatus,
+    error_output,
+)
 from vllm_ray_ascend.errors import RankDownError
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.observability.metrics import DP_RANK_RESTARTS, DP_RANK_UP, Metric, Sample
@@ -89,6 +96,12 @@ def report_failed_requests() -> None:
     patches.wrap("vllm.v1.engine.async_llm.AsyncLLM.encode", _raising_pooling_error)
 
 
+def describe_ranks_down(client: Any) -> str:
+    """Return which ranks of a client take no requests, and why; empty where all do."""
+    states = _states.get(client)
+    return states.describe() if states is not None else ""
+
+
 def mark_down(client: Any, status: RankStatus) -> None:
     """Send nothing more to a rank. Where its requests are lost, they and its calls fail immediately."""
     states, engine = _states[client], _engine(status.rank)
@@ -130,6 +143,20 @@ async def mark_up(client: Any, status: RankStatus) -> None:
     client.lb_engines[status.rank] = [0] * len(client.lb_engines[status.rank])
     _show(client, DP_RANK_UP, status.rank, 1.0)
     _report(client, status.rank, {"status": "healthy"})
+
+
+async def change_size(client: Any, status: SizeStatus) -> None:
+    """Forget the ranks that are gone for good, as vLLM does when an engine is scaled down."""
+    states, config = _states[client], client.vllm_config.parallel_config
+    for engine in client.core_engines[status.ranks :]:
+        states.down.pop(engine, None)
+        states.lost.discard(engine)
+    for name in ("core_engines", "lb_engines", "engine_ranks_managed"):
+        setattr(client, name, getattr(client, name)[: status.ranks])
+    config.data_parallel_size, config.data_parallel_size_local = status.ranks, status.local_ranks
+    config.eplb_config.num_redundant_experts = status.redundant_experts
+    client._ensure_stats_update_task()
+    await client.first_req_send_socket.send(msgspec.msgpack.encode(("SCALE_ELASTIC_EP", status.ranks)))
 
 
 async def _prepare(client: Any, engine: Engine) -> None:
@@ -278,14 +305,14 @@ def _handling_status(handle: Callable[..., Awaitable[None]]) -> Any:
     @functools.wraps(handle)
     async def handle_status(client: Any, data: Any) -> None:
         kind, status = data
-        if kind not in (RANK_DOWN, RANK_UP):
-            await handle(client, data)
-            return
-        given = msgspec.convert(status, RankStatus)
         if kind == RANK_DOWN:
-            mark_down(client, given)
+            mark_down(client, msgspec.convert(status, RankStatus))
+        elif kind == RANK_UP:
+            await mark_up(client, msgspec.convert(status, RankStatus))
+        elif kind == SIZE_CHANGED:
+            await change_size(client, msgspec.convert(status, SizeStatus))
         else:
-            await mark_up(client, given)
+            await handle(client, data)
 
     return staticmethod(handle_status)
 

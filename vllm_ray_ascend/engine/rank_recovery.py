@@ -29,6 +29,8 @@ _EXIT_S = 10.0
 _MAX_ATTEMPTS_ALONE = 3
 """How often each start may fail while no rank serves."""
 
+Restart = Callable[[Sequence[int]], Sequence[int]]
+
 
 def restart_delay_s(starts: Sequence[float], now: float) -> float:
     """Return the seconds until a rank is started again that was at these times: exponential, for a rank that flaps."""
@@ -50,14 +52,13 @@ def failure_domains(vllm_config: Any) -> list[list[int]]:
 def may_restart_ranks(vllm_config: Any) -> bool:
     """Return whether lost ranks of an engine are restarted: it has several, of which its API servers know all.
 
-    Elastic expert parallelism counts its ranks otherwise, and vLLM's front end in Rust runs no code of ours.
+    vLLM's front end in Rust runs no code of ours.
     """
     config = vllm_config.parallel_config
     return (
         load().recover == "1"
         and config.data_parallel_size > 1
         and not config.local_engines_only
-        and not getattr(config, "enable_elastic_ep", False)
         and os.environ.get("VLLM_USE_RUST_FRONTEND", "0") in ("", "0")
     )
 
@@ -82,14 +83,15 @@ def drain_seconds(name: str) -> int:
 class RankRecovery:
     """Restarts lost ranks, one failure domain at a time in each thread."""
 
-    def __init__(
-        self, domains: Sequence[Sequence[int]], restart: Callable[[Sequence[int]], None], publisher: StatusPublisher
-    ) -> None:
-        """``domains``: ranks that are restarted together. ``restart`` does it and raises any error where it fails."""
-        self._domain = {rank: tuple(domain) for domain in domains for rank in domain}
+    def __init__(self, domains: Sequence[Sequence[int]], restart: Restart, publisher: StatusPublisher) -> None:
+        """``domains``: see `set_domains`. ``restart`` starts ranks and returns those that serve then.
+
+        It raises any error where it fails.
+        """
         self._restart = restart
         self._publisher = publisher
         self._lock = threading.Lock()
+        self.set_domains(domains)
         self._down: set[int] = set()
         self._starts: defaultdict[int, list[float]] = defaultdict(list)
         self._failed_alone: Counter[tuple[int, ...]] = Counter()
@@ -102,16 +104,29 @@ class RankRecovery:
         self.cause = ""
         """Why it ended."""
 
+    def set_domains(self, domains: Sequence[Sequence[int]]) -> None:
+        """Restart the ranks of each of the ``domains`` together from now on, and no other ranks."""
+        with self._lock:
+            self._domain = {rank: tuple(domain) for domain in domains for rank in domain}
+
+    def domain(self, rank: int) -> tuple[int, ...]:
+        """Return the ranks that are restarted with ``rank``, and itself; none where it is about to join or to leave."""
+        with self._lock:
+            return self._domain.get(rank, ())
+
     def down(self) -> set[int]:
         """Return the ranks that do not serve."""
         with self._lock:
             return set(self._down)
 
     def lose(self, rank: int, cause: str) -> None:
-        """Restart a rank that is lost, and those that step with it. Does not wait; known losses are ignored."""
-        ranks = self._domain[rank]
+        """Restart a rank that is lost, and those that step with it. Does not wait.
+
+        Known losses are ignored, and those of ranks of no domain: they are about to join or to leave.
+        """
         with self._lock:
-            if self._stopped.is_set() or rank in self._down:
+            ranks = self._domain.get(rank, ())
+            if not ranks or self._stopped.is_set() or rank in self._down:
                 return
             self._down.update(ranks)
         if self.changed_by:
@@ -131,9 +146,10 @@ class RankRecovery:
 
         They are about to finish their requests, and to end.
         """
-        for each in self._domain[rank]:
+        domain = self.domain(rank)
+        for each in domain:
             self._publisher.publish(RANK_DOWN, RankStatus(each, cause))
-        return self._domain[rank]
+        return domain
 
     def stop(self) -> None:
         """Restart nothing from now on."""
@@ -146,26 +162,28 @@ class RankRecovery:
             self._publisher.publish(RANK_DOWN, RankStatus(rank, cause, requests_lost=True))
             self._publisher.reset_coordinator(rank)
         EVENTS.emit(RANKS_LOST, ranks=_format(ranks), cause=cause)
-        if not self._start_until_it_succeeds(ranks, cause):
+        started = self._start_until_it_succeeds(ranks, cause)
+        if not started:
             return
+        if len(started) < len(ranks):  # they are all that there are
+            self.set_domains([started])
         with self._lock:
             self._down.difference_update(ranks)
             self._failed_alone.clear()
-        for rank in ranks:
+        for rank in started:
             self._publisher.publish(RANK_UP, RankStatus(rank, is_new=True))
-        EVENTS.emit(RANKS_RESTORED, ranks=_format(ranks), seconds=round(time.monotonic() - lost_at, 3))
+        EVENTS.emit(RANKS_RESTORED, ranks=_format(started), seconds=round(time.monotonic() - lost_at, 3))
 
-    def _start_until_it_succeeds(self, ranks: tuple[int, ...], cause: str) -> bool:
-        """Start ranks, with growing delays between attempts. Return False where that is given up."""
+    def _start_until_it_succeeds(self, ranks: tuple[int, ...], cause: str) -> Sequence[int]:
+        """Start ranks, with growing delays between attempts. Return those that serve; none where that is given up."""
         attempts = 0
         while not self._stopped.wait(self._next_delay_s(ranks)):
             attempts += 1
             try:
-                self._restart(ranks)
-                return True
+                return self._restart(ranks)
             except Exception as error:  # whatever it is: the others serve
                 if self._stopped.is_set():
-                    return False
+                    return ()
                 logger.exception(
                     "VRA-145: data parallel ranks %s could not be restarted (attempt %d), and are tried again: %s",
                     _format(ranks),
@@ -174,8 +192,8 @@ class RankRecovery:
                 )
             if self._nothing_can_be_started(ranks):
                 self._give_up(cause)
-                return False
-        return False
+                return ()
+        return ()
 
     def _nothing_can_be_started(self, ranks: tuple[int, ...]) -> bool:
         """Note that a start of ``ranks`` has failed. Return whether all have often enough, while no rank served."""

@@ -14,6 +14,7 @@ import msgspec
 
 RANK_DOWN = "vllm_ray_ascend_rank_down"
 RANK_UP = "vllm_ray_ascend_rank_up"
+SIZE_CHANGED = "vllm_ray_ascend_size_changed"
 _LINGER_MS = 1000
 
 
@@ -28,14 +29,24 @@ class RankStatus(msgspec.Struct, frozen=True):
     """Whether its engine core is a new one, to which a connection has to be made first."""
 
 
-def notification(kind: str, status: RankStatus) -> Any:
-    """Return the EngineCoreOutputs that contain a status. ``kind`` is RANK_DOWN or RANK_UP."""
+class SizeStatus(msgspec.Struct, frozen=True):
+    """How many data parallel ranks an engine has from now on; those with higher numbers are gone."""
+
+    ranks: int
+    local_ranks: int
+    """Those that vLLM counts as this node's."""
+    redundant_experts: int
+
+
+def notification(kind: str, status: RankStatus | SizeStatus) -> Any:
+    """Return the EngineCoreOutputs that contain a status. ``kind`` is RANK_DOWN, RANK_UP or SIZE_CHANGED."""
     from vllm.v1.engine import EEP_NOTIFICATION_CALL_ID, EngineCoreOutputs, UtilityOutput
     from vllm.v1.serial_utils import UtilityResult
 
     result = UtilityResult([kind, msgspec.to_builtins(status)])
+    rank = status.rank if isinstance(status, RankStatus) else 0
     return EngineCoreOutputs(
-        engine_index=status.rank, utility_output=UtilityOutput(call_id=EEP_NOTIFICATION_CALL_ID, result=result)
+        engine_index=rank, utility_output=UtilityOutput(call_id=EEP_NOTIFICATION_CALL_ID, result=result)
     )
 
 
@@ -67,7 +78,7 @@ class StatusPublisher:
         self._sockets: dict[str, Any] = {}
         self._closed = False
 
-    def publish(self, kind: str, status: RankStatus) -> None:
+    def publish(self, kind: str, status: RankStatus | SizeStatus) -> None:
         """Notify all API servers. Does not wait for one that does not read."""
         for address in self._addresses.outputs:
             self._send(address, notification(kind, status))

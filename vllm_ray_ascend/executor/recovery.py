@@ -80,8 +80,6 @@ def check_recoverable(config: Any) -> None:
         reason = "a KV connector's peers know the old workers (--kv-transfer-config)"
     elif getattr(config, "ec_transfer_config", None) is not None:
         reason = "an encoder cache connector's peers know the old workers (--ec-transfer-config)"
-    elif getattr(config.parallel_config, "enable_elastic_ep", False):
-        reason = "elastic expert parallelism replaces groups that a restart would have to know (--enable-elastic-ep)"
     else:
         return
     raise SettingError(

@@ -49,6 +49,7 @@ WORKERS_CHANGED = Kind(
 RANKS_LOST = Kind("ranks_lost", "data parallel ranks serve no requests and are restarted", ("ranks", "cause"))
 RANKS_RESTORED = Kind("ranks_restored", "data parallel ranks serve again", ("ranks", "seconds"), logging.INFO)
 RANKS_ADDED = Kind("ranks_added", "elastic scaling adds data parallel ranks", ("data_parallel_size",), logging.INFO)
+RANKS_REMOVED = Kind("ranks_removed", "lost NPUs leave the engine with fewer ranks", ("data_parallel_size",))
 
 KINDS: Mapping[str, Kind] = {kind.name: kind for kind in list(globals().values()) if isinstance(kind, Kind)}
 

@@ -126,6 +126,12 @@ def down(name: str) -> bool:
         return True
 
 
+def restart_ray(cluster: Cluster, index: int) -> None:
+    """Start Ray again on node ``index``, whose raylet has ended. Raises ClusterError if the node does not come back."""
+    _start_ray(cluster, [cluster.node(index)], make_environment(os.environ), {})
+    _wait_until_alive(cluster, {})
+
+
 def find_cluster(name: str) -> Cluster:
     """Return the cluster ``name``. Raises ClusterError if it has not been brought up."""
     cluster = state.load_cluster(check_name(name))
@@ -290,7 +296,8 @@ def _query_ray(cluster: Cluster) -> dict[str, dict[str, Any]]:
         result = subprocess.run(
             command, env=with_ray_defaults(os.environ), capture_output=True, text=True, timeout=20, check=False
         )
-        return {node["name"]: node for node in json.loads(result.stdout)}
+        nodes = sorted(json.loads(result.stdout), key=lambda node: bool(node["alive"]))
+        return {node["name"]: node for node in nodes}  # a node that was dead and is alive again is there twice
     except (subprocess.TimeoutExpired, ValueError):
         return {}
 
