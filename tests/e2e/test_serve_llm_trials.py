@@ -19,6 +19,7 @@ from tests.e2e.servers import check_topology, cluster_with_dashboard, read_topol
 from tests.e2e.test_adapters import write_adapter
 from tests.e2e.test_ray_llm import (
     EAGER,
+    EXAMPLES,
     check_answers,
     deploy,
     on_head,
@@ -85,6 +86,24 @@ def test_an_application_that_cannot_start(cluster: Cluster, tmp_path: Path) -> N
         wait_until(lambda: has_failed(cluster, "Unsupported accelerator type: Ascent910"), process, log)
         done = run_on_head(cluster, *serve("deploy", "--address", "http://127.0.0.1:9", path))
         assert "ConnectionError: Failed to connect to Ray at address: http://127.0.0.1:9" in done.stderr, done.stderr
+
+
+def test_a_model_that_does_not_exist(cluster: Cluster, tmp_path: Path) -> None:
+    """The application fails with vLLM's message, after as many attempts as Ray Serve makes."""
+    log, missing = tmp_path / "log", tmp_path / "no-model"
+    with started(cluster, log, *serve("start")) as process:
+        done = run_on_head(cluster, *serve("deploy", deploy(tmp_path, "replicas.yaml", missing, EAGER)[-1]))
+        assert done.returncode == 0, done.stderr[-3000:]
+        wait_until(lambda: has_failed(cluster, str(missing)), process, log)
+
+
+def test_a_handle_without_http(cluster: Cluster, tmp_path: Path) -> None:
+    with started(cluster, tmp_path / "log", *serve("start")):
+        done = run_on_head(cluster, str(EXAMPLES / "serve/deployment.py"), str(DENSE))
+        found = [line for line in done.stdout.splitlines() if line.startswith("answer: ")]
+        assert found, done.stdout[-3000:] + done.stderr[-3000:]
+        answer = ast.literal_eval(found[0].removeprefix("answer: "))
+        assert len(answer) > 50 and zen_after("Beautiful is").startswith(answer)
 
 
 def has_failed(cluster: Cluster, reason: str) -> bool:
