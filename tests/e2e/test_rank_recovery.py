@@ -86,6 +86,17 @@ def engine_core(cluster: Cluster, rank: int) -> tuple[int, int]:
     return index[engine["address"]], engine["pid"]
 
 
+def check_niceness(cluster: Cluster) -> None:
+    """Check that no process of an engine is nicer than others of its node, as Ray's actors are."""
+    index = {node.address: node.index for node in cluster.nodes}
+    for engine in read_topology(cluster)["engines"]:
+        for process in (engine, *engine["ranks"]):
+            command = ["ps", "-o", "ni=", "-p", str(process["pid"])]
+            command = manager.node_command(cluster, index[process["address"]], command)
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+            assert done.stdout.strip() == "0", process
+
+
 def kill_raylet(cluster: Cluster, node: int) -> None:
     """Kill a node's raylet, with which Ray's processes there end."""
     command = manager.node_command(cluster, node, ["pkill", "-KILL", "-f", "/raylet/raylet "])
@@ -120,6 +131,7 @@ def test_a_rank_on_another_node_comes_back(two_nodes_of_one: Cluster, tmp_path: 
     one_by_one = ("--max-num-seqs", "1")
     with serving(two_nodes_of_one, DENSE, tmp_path, *one_by_one, VLLM_RAY_ASCEND_DEGRADED_HEALTH="503") as server:
         check_text(server, DENSE, 2)
+        check_niceness(two_nodes_of_one)
         assert read_metrics(server, DP_RANK_UP.name) == {"0": 1, "1": 1}
         process = engine_core(two_nodes_of_one, 1)
         kept = [start_request(server, 0) for _ in range(6)]

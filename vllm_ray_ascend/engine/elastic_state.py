@@ -6,6 +6,7 @@ vLLM's core dies of it, minutes later: the exception comes out of its busy loop.
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 from vllm.distributed import stateless_destroy_torch_distributed_process_group
@@ -17,6 +18,8 @@ from vllm_ray_ascend.errors import ElasticEPError
 from vllm_ray_ascend.log import get_logger
 
 logger = get_logger(__name__)
+
+_IDLE_POLL_S = 0.01
 
 
 def install() -> None:
@@ -51,7 +54,14 @@ class GuardedScalingState(ElasticEPScalingState):
         self._has_failed = False
 
     def progress(self) -> bool:
-        """Do the next step, as upstream."""
+        """Do the next step, as upstream, which asks for it in a loop: without requests, a moment later."""
+        has_moved = self._progress()
+        core = self.engine_core
+        if not has_moved and not core.engines_running and not core.scheduler.has_unfinished_requests():
+            time.sleep(_IDLE_POLL_S)
+        return has_moved
+
+    def _progress(self) -> bool:
         if self._has_failed:
             return False
         try:

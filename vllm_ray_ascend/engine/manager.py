@@ -60,7 +60,7 @@ from vllm_ray_ascend.engine.rank_recovery import (
     may_restart_ranks,
 )
 from vllm_ray_ascend.engine.rank_status import SIZE_CHANGED, SizeStatus, StatusPublisher
-from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, is_secret, names_to_copy
+from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, NICENESS, is_secret, names_to_copy
 from vllm_ray_ascend.errors import ElasticEPError
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.observability.events import ENGINE_FAILED, EVENTS, RANKS_ADDED, RANKS_REMOVED, WORKERS_CHANGED
@@ -131,7 +131,8 @@ class RayAscendEngineActorManager(ReplaceableActors):
         )
         try:
             addresses.launch_context = EngineLaunchContext(self._server.address_json(), secrets, restarts_ranks)
-            with _environment({DRIVER_VARIABLE: driver_settings_value()}):
+            niceness = os.environ.get(NICENESS, "0")
+            with _environment({DRIVER_VARIABLE: driver_settings_value(), NICENESS: niceness}):
                 start(self, vllm_config, addresses, *args, **kwargs)
         except BaseException:  # Ctrl-C too: no actor may stay
             self._undo_startup()
@@ -462,7 +463,7 @@ def _variables_to_copy() -> set[str]:
     """Return the variables for engine core actors: vLLM's without the node's own, plus those of the NPU stack."""
     stay = WORKER_SPECIFIC_ENV_VARS | node_local_variables()
     names: set[str] = get_env_vars_to_copy(exclude_vars=stay, destination="engine cores")
-    return names | names_to_copy(os.environ) | {DRIVER_VARIABLE}
+    return names | names_to_copy(os.environ) | {DRIVER_VARIABLE, NICENESS}
 
 
 @contextlib.contextmanager

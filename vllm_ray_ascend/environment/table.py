@@ -23,6 +23,8 @@ class Variable(NamedTuple):
 
 
 DRIVER_VARIABLE = "_VLLM_RAY_ASCEND_DRIVER"
+NICENESS = "RAY_worker_niceness"
+"""Ray runs actors at niceness 15: on busy cores the spinning driver, and all other processes, would preempt them."""
 NEVER_COPIED = frozenset({VISIBLE_DEVICES, "CUDA_VISIBLE_DEVICES"})
 """Not even on request: every node numbers its own devices, and Ray has assigned them before a copy could arrive."""
 

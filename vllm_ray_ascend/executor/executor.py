@@ -32,7 +32,7 @@ from vllm_ray_ascend.engine.process import driver_settings_value, node_id, node_
 from vllm_ray_ascend.engine.rank_recovery import steps_together
 from vllm_ray_ascend.engine.shutdown import exit_with_parent
 from vllm_ray_ascend.environment.paths import absolute_if_here
-from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, early_variables
+from vllm_ray_ascend.environment.table import DRIVER_VARIABLE, NICENESS, early_variables
 from vllm_ray_ascend.errors import AdapterError, VllmRayAscendError, WorkerFailedError, WorkerLateError
 from vllm_ray_ascend.executor.diagnostics import hung_message
 from vllm_ray_ascend.executor.placement_group import (
@@ -81,7 +81,6 @@ _FAILURE_REPORT_S = 2.0
 """A worker's response may arrive before its failure report does."""
 _QUEUE_CHUNKS = 10
 """Chunks of vLLM's queue to the workers, `max_chunks` of MessageQueue."""
-_NICENESS = "RAY_worker_niceness"
 
 
 class RpcResyncExecutor(RayExecutorV2):
@@ -354,9 +353,7 @@ class RayAscendExecutor(RpcResyncExecutor, ReboundStartup):
         for name, value in early_variables().items():
             variables.setdefault(name, value)
         variables.setdefault(DRIVER_VARIABLE, driver_settings_value())
-        # Ray runs workers at niceness 15: on busy cores the spinning driver, and all other processes, would preempt
-        # them.
-        variables.setdefault(_NICENESS, os.environ.get(_NICENESS, "0"))
+        variables.setdefault(NICENESS, os.environ.get(NICENESS, "0"))
         return runtime_env
 
     def cancel_waits(self, cause: BaseException) -> None:
