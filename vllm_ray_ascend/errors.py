@@ -42,6 +42,10 @@ class ElasticEPError(VllmRayAscendError, RuntimeError):
     """Elastic expert parallelism was requested where it cannot work, or a scaling failed."""
 
 
+class ElasticSizeError(VllmRayAscendError, ValueError):
+    """An engine was requested to have a number of data parallel ranks that it cannot have."""
+
+
 class ClusterResourceError(VllmRayAscendError, RuntimeError):
     """The Ray cluster cannot be joined, or does not have the NPUs that the engine needs."""
 

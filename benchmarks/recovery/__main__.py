@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import subprocess
@@ -59,32 +60,34 @@ def main(arguments: Sequence[str]) -> int:
     shape = make_shape(len(_NPUS), _NPUS, 4, "1G", manager.choose_node_kind()[0])
     cluster, _ = manager.up(f"recovery-{os.getpid() % 100000}", shape, report=lambda _: None)
     try:
-        for process in options.processes:
-            kill_in_turn(cluster, process, options, run["losses"])
+        for process, phase in itertools.product(options.processes, options.phases):
+            kill_in_turn(cluster, process, phase, options, run["losses"])
     finally:
         manager.down(cluster.name)
-        run["problems"] = problems(run["losses"])
+        wanted = len(options.processes) * len(options.phases) * len(options.ranks)
+        run["problems"] = problems(run["losses"], wanted)
         (RESULTS / f"{options.name}.json").write_text(json.dumps(run, indent=1) + "\n")
         (RESULTS / f"{options.name}.md").write_text(markdown(run))
     print(markdown(run))
     return 1 if run["problems"] else 0
 
 
-def kill_in_turn(cluster: Cluster, process: str, options: argparse.Namespace, losses: list[dict[str, Any]]) -> None:
-    """Serve, and kill ``process`` of each rank in each phase; add the figures to ``losses``.
+def kill_in_turn(
+    cluster: Cluster, process: str, phase: str, options: argparse.Namespace, losses: list[dict[str, Any]]
+) -> None:
+    """Serve, and kill ``process`` of each rank in ``phase``; add the figures to ``losses``.
 
-    Each kind of process has a server of its own: a rank that is lost again and again is started after delays.
+    Each pair has a server of its own: a rank that is lost again is started after a delay.
     """
     npu_cluster = to_npu_cluster(cluster, {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_RAY_ASCEND_RECOVER": "1"})
-    log = ROOT / ".demo" / f"{options.name}-{process.replace(' ', '-')}.log"
+    log = ROOT / ".demo" / f"{options.name}-{process.replace(' ', '-')}-{phase}.log"
     with Server(Options(str(DENSE), _PORT, _ARGUMENTS, once=True, npus=2), npu_cluster, log) as server:
         server.wait_until_healthy()
-        for phase in options.phases:
-            for rank in options.ranks:
-                found = lose(cluster, server.url, process, phase, rank, options.baseline_s)
-                losses.append({"process": process, "phase": phase, "rank": rank, **found})
-                print(json.dumps(losses[-1]), flush=True)
-                server.check()
+        for rank in options.ranks:
+            found = lose(cluster, server.url, process, phase, rank, options.baseline_s)
+            losses.append({"process": process, "phase": phase, "rank": rank, **found})
+            print(json.dumps(losses[-1]), flush=True)
+            server.check()
 
 
 def lose(cluster: Cluster, url: str, process: str, phase: str, rank: int, baseline_s: float) -> dict[str, Any]:
@@ -101,7 +104,8 @@ def lose(cluster: Cluster, url: str, process: str, phase: str, rank: int, baseli
         killed_at = time.monotonic()
         command = ["pkill", "-KILL", "-f", "/raylet/raylet "] if process == "raylet" else ["kill", "-9", pids[process]]
         subprocess.run(manager.node_command(cluster, node, command), check=True, timeout=60)
-        time.sleep(_NOTICE_S)
+        if process == "raylet":
+            time.sleep(_NOTICE_S)
         back_at = wait_for_answer(url, DENSE.name, rank)
     if process == "raylet":
         manager.restart_ray(cluster, node)

@@ -39,14 +39,14 @@ def figures(
         "gap_before_s": longest_gap_s(others, killed_at - baseline_s, killed_at),
         "gap_s": longest_gap_s(others, killed_at, back_at),
         "others": sum(each.answered > killed_at for each in others),
-        "others_failed": [each.error for each in others if each.error],
+        "others_failed": [each.error for each in others if each.error and each.answered > killed_at],
         "back_after_s": back_at - killed_at,
     }
 
 
-def problems(losses: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return what is wrong with the figures of all losses."""
-    found = []
+def problems(losses: Sequence[Mapping[str, Any]], wanted: int) -> list[str]:
+    """Return what is wrong with the figures of all losses, of which there are to be as many as ``wanted``."""
+    found = [f"{len(losses)} of {wanted} losses, then the run ended"] if len(losses) < wanted else []
     for each in losses:
         name = f"{each['process']}, {each['phase']}, rank {each['rank']}"
         if each["gap_s"] - each["gap_before_s"] > GOAL_S:

@@ -37,17 +37,25 @@ def test_an_answer_with_an_error_ends_no_gap() -> None:
 
 
 def test_a_rank_that_serves_on_has_no_problem() -> None:
-    assert problems([loss(steady())]) == []
+    assert problems([loss(steady())], 1) == []
 
 
 def test_a_pause_of_the_other_rank_is_a_problem() -> None:
     found = loss(steady(pause_s=1.5))
     assert found["gap_s"] == 2.5 and found["gap_before_s"] == 1
-    assert len(problems([found])) == 1
+    assert len(problems([found], 1)) == 1
 
 
 def test_a_failed_request_of_the_other_rank_is_a_problem() -> None:
-    assert len(problems([loss([*steady(), *answers(130, error="lost")])])) == 1
+    assert len(problems([loss([*steady(), *answers(130, error="lost")])], 1)) == 1
+
+
+def test_what_failed_before_the_loss_is_not_its_effect() -> None:
+    assert problems([loss([*answers(95, error="busy"), *steady()])], 1) == []
+
+
+def test_a_run_that_ended_early_is_a_problem() -> None:
+    assert problems([loss(steady())], 18) == ["1 of 18 losses, then the run ended"]
 
 
 def test_only_requests_that_ran_at_the_loss_are_those_lost() -> None:
@@ -60,7 +68,13 @@ def test_only_requests_that_ran_at_the_loss_are_those_lost() -> None:
 
 def test_a_run_as_text() -> None:
     losses = [loss(steady()), loss(steady(1.5), [Answer(99.0, 100.2, "lost")])]
-    run = {"date": "2026-01-01", "commit": "c", "machine": {"cores": 2}, "losses": losses, "problems": problems(losses)}
+    run = {
+        "date": "2026-01-01",
+        "commit": "c",
+        "machine": {"cores": 2},
+        "losses": losses,
+        "problems": problems(losses, 2),
+    }
     text = markdown(run)
     assert "| worker | decode | 0 | 0 | 0 |  | 1.00 | 1.00 | 20.0 |" in text
     assert "| worker | decode | 0 | 1 | 1 | 0.20 | 2.50 | 1.00 | 20.0 |" in text

@@ -6,7 +6,8 @@ import inspect
 from importlib import import_module
 from typing import Any
 
-from vllm_ray_ascend.errors import ElasticEPError
+from vllm_ray_ascend.errors import ElasticEPError, ElasticSizeError
+from vllm_ray_ascend.observability.metrics import DP_RANK_UP
 from vllm_ray_ascend.settings import load, variable_of
 
 WORKER = "vllm_ray_ascend.elastic_ep.worker.ElasticNPUWorker"
@@ -16,6 +17,9 @@ _AUTO_SELECTED = "_vllm_ascend_eplb_auto_selected"
 """Set by vllm-ascend on an EPLBConfig whose communicator the user has not chosen."""
 _SCALING = "vllm.distributed.elastic_ep.elastic_execute"
 _BALANCING = "vllm_ascend.distributed.eplb.eplb_state"
+
+_MIN_RANKS = 2
+"""vLLM has one rank step by itself, without the groups that scaling replaces."""
 
 COMMAND = (
     "VLLM_RAY_ASCEND_ELASTIC_EP=1 vllm serve MODEL --data-parallel-size 2 --data-parallel-backend ray "
@@ -53,6 +57,24 @@ def check(vllm_config: Any) -> None:
         balancing.communicator = HCCL
 
 
+def check_ranks_up(down: str) -> None:
+    """Raise ElasticEPError where ranks are ``down``: an engine is not scaled meanwhile."""
+    if down:
+        raise ElasticEPError(
+            "VRA-167",
+            f"the engine is not scaled now: {down}. Request it again once all ranks serve: the metric "
+            f"{DP_RANK_UP.name}.",
+        )
+
+
+def check_size(ranks: int) -> None:
+    """Raise ElasticSizeError where an engine cannot have so many data parallel ranks."""
+    if ranks < _MIN_RANKS:
+        raise ElasticSizeError(
+            "VRA-168", f"an elastic engine has {_MIN_RANKS} data parallel ranks at least, not {ranks}"
+        )
+
+
 def obstacle(vllm_config: Any) -> str:
     """Return what in a configuration does not go with elastic expert parallelism; empty where nothing is known."""
     parallel, balancing = vllm_config.parallel_config, vllm_config.parallel_config.eplb_config
@@ -60,7 +82,7 @@ def obstacle(vllm_config: Any) -> str:
     found = {
         "a data parallel backend other than ray": parallel.data_parallel_backend != "ray",
         f"{variable_of('executor')}={load().executor}": load().executor != "ours",
-        f"--data-parallel-size {parallel.data_parallel_size}": parallel.data_parallel_size < 2,
+        f"--data-parallel-size {parallel.data_parallel_size}": parallel.data_parallel_size < _MIN_RANKS,
         f"--worker-cls {parallel.worker_cls}": parallel.worker_cls != "auto",
         "vllm-ascend's second model runner (VLLM_USE_V2_MODEL_RUNNER=1)": vllm_config.use_v2_model_runner,
         "asynchronous load balancing (--eplb-config.use_async true)": balancing.use_async,

@@ -12,8 +12,9 @@ from types import ModuleType
 from typing import Any
 
 from vllm_ray_ascend import patches
+from vllm_ray_ascend.elastic_ep.admission import check_ranks_up, check_size
 from vllm_ray_ascend.elastic_ep.meeting import FailureReports
-from vllm_ray_ascend.engine.rank_client import describe_ranks_down
+from vllm_ray_ascend.engine.rank_client import describe_ranks_down, ranks_not_lost, show_ranks
 from vllm_ray_ascend.errors import ElasticEPError
 from vllm_ray_ascend.log import get_logger
 
@@ -88,7 +89,9 @@ def _with_rollback(scale: Method) -> Method:
         client._vllm_ray_ascend_drain_s = drain_timeout
         try:
             await scale(engine, new_data_parallel_size, drain_timeout)
-        except ElasticEPError:  # nobody is left
+        except ElasticEPError:  # ranks that serve are lost, or it was refused
+            if (scaling := _unfinished(client)) is not None:
+                await asyncio.shield(asyncio.ensure_future(_abandon(client, scaling)))
             raise
         except BaseException as error:  # a cancelled request too: the ranks that serve have to give up as well
             set_scaling_elastic_ep(False)  # they serve meanwhile
@@ -123,10 +126,9 @@ def _watched(prepare: Method) -> Method:
 
     @functools.wraps(prepare)
     async def prepare_watched(client: Any, new_data_parallel_size: int) -> None:
-        if down := describe_ranks_down(client):
-            raise ElasticEPError(
-                "VRA-167", f"the engine is not scaled now: {down}. Request it again once /health is 200 for all ranks."
-            )
+        check_size(new_data_parallel_size)
+        check_ranks_up(describe_ranks_down(client))
+        client.resources.engine_manager.begin_scaling()
         config, present = client.vllm_config.parallel_config, len(client.core_engines)
         scaling = client._vllm_ray_ascend_scaling = _Scaling(
             present,
@@ -134,7 +136,6 @@ def _watched(prepare: Method) -> Method:
             {name: getattr(config, name) for name in _ENDPOINTS},
             {name: getattr(client, name) for name in _ENGINES},
         )
-        client.resources.engine_manager.begin_scaling()
         scaling.task = asyncio.ensure_future(prepare(client, new_data_parallel_size))
         cause = await _first_failure(client, scaling.task, scaling.endpoints["_coord_store_port"])
         if cause:
@@ -165,8 +166,6 @@ async def _roll_back(client: Any, scaling: _Scaling, cause: str) -> None:
     """End the ranks that were to join, have the others give up, and restore what the client has changed."""
     config, manager = client.vllm_config.parallel_config, client.resources.engine_manager
     port = config._coord_store_port
-    for name, value in scaling.engines.items():
-        setattr(client, name, value)
     try:
         await asyncio.to_thread(manager.undo_scale_up)
         reports = FailureReports(config.data_parallel_master_ip, port)
@@ -174,10 +173,28 @@ async def _roll_back(client: Any, scaling: _Scaling, cause: str) -> None:
         if scaling.task is not None:
             await _end_task(client, scaling.task)
     finally:
-        client._prepared_elastic_ep = None
-        for name, value in scaling.endpoints.items():
-            setattr(config, name, value)
+        _restore(client, scaling)
         await _give_up(client, cause)
+
+
+async def _abandon(client: Any, scaling: _Scaling) -> None:
+    """End the ranks that were to join, where ranks that serve are lost: all of these end too, or are restarted."""
+    if scaling.task is not None:
+        scaling.task.cancel()
+    try:
+        await asyncio.to_thread(client.resources.engine_manager.undo_scale_up)
+    finally:
+        _restore(client, scaling)
+
+
+def _restore(client: Any, scaling: _Scaling) -> None:
+    """Let a client be as it was before a scaling."""
+    config = client.vllm_config.parallel_config
+    client._prepared_elastic_ep = None
+    for name, value in scaling.engines.items():
+        setattr(client, name, value)
+    for name, value in scaling.endpoints.items():
+        setattr(config, name, value)
 
 
 async def _end_task(client: Any, task: asyncio.Future[Any]) -> None:
@@ -195,7 +212,7 @@ async def _give_up(client: Any, cause: str) -> None:
     Raises ElasticEPError where one does not within the limit.
     """
     deadline = time.monotonic() + _GIVE_UP_LIMIT_S
-    pending = list(client.core_engines)
+    pending = ranks_not_lost(client)
     while pending:
         calls = (client._call_utility_async("give_up_elastic_ep", engine=engine) for engine in pending)
         gathered = asyncio.gather(*calls, return_exceptions=True)
@@ -276,6 +293,7 @@ def _closing_on_failure(commit: Method) -> Method:
                 pass
             await task
             manager.end_switch(client.vllm_config)
+            show_ranks(client, scaling.present)
         except BaseException as error:  # whatever it is, no rank knows which experts the others have
             logger.error("VRA-346: the ranks failed while they switched to another number, which ends all: %s", error)
             task.cancel()

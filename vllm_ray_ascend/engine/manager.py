@@ -43,6 +43,7 @@ from vllm_ray_ascend.control.timeouts import stop_grace_s
 from vllm_ray_ascend.devices.kind import NPU
 from vllm_ray_ascend.devices.owners import reject_device_ids
 from vllm_ray_ascend.doctor.before_start import check_nodes
+from vllm_ray_ascend.elastic_ep.admission import check_ranks_up, is_elastic
 from vllm_ray_ascend.engine.data_parallel import allowed_addresses, check_master_address, placement_request
 from vllm_ray_ascend.engine.process import (
     EngineLaunchContext,
@@ -121,7 +122,7 @@ class RayAscendEngineActorManager(ReplaceableActors):
         self._config = copy.deepcopy(vllm_config)
         self._publisher = StatusPublisher(addresses)
         self._restarts: RankRecovery | None = None
-        restarts_ranks = may_restart_ranks(vllm_config)
+        restarts_ranks = may_restart_ranks(vllm_config) and not (self._given_groups and is_elastic(vllm_config))
         self._server = ControlServer(
             node_address(),
             load().silence_s,
@@ -178,7 +179,12 @@ class RayAscendEngineActorManager(ReplaceableActors):
         super().shutdown(timeout)
 
     def begin_scaling(self) -> None:
-        """Note that a scaling begins: `lost_in_scaling` and `undo_scale_up` are about what happens from now on."""
+        """Note that a scaling begins: `lost_in_scaling` and `undo_scale_up` are about what happens from now on.
+
+        Raises ElasticEPError while a rank is being restarted.
+        """
+        down = self._restarts.down() if self._restarts is not None else set()
+        check_ranks_up(f"data parallel ranks {sorted(down)} are down" if down else "")
         self._losses.clear()
         self._ranks_before_scaling = len(self.placement_group_is_local)
 
@@ -191,8 +197,9 @@ class RayAscendEngineActorManager(ReplaceableActors):
     def end_switch(self, vllm_config: Any) -> None:
         """Note that the ranks of ``vllm_config`` serve: one that is lost from now on is restarted, where ranks are."""
         config = vllm_config.parallel_config
-        redundant = config.eplb_config.num_redundant_experts
-        self._set_size(config.data_parallel_size, config.data_parallel_size_local, redundant)
+        size = config.data_parallel_size
+        local = sum(self.placement_group_is_local[:size])
+        self._set_size(size, local, config.eplb_config.num_redundant_experts)
         if self._restarts is not None:
             self._restarts.set_domains(failure_domains(self._config))
             for loss in self._losses:  # since the last look of the switch
@@ -255,7 +262,8 @@ class RayAscendEngineActorManager(ReplaceableActors):
         Upstream removes their placement groups immediately, which kills them in the middle of their shutdown.
         """
         for rank in reversed(range(new_data_parallel_size, cur_data_parallel_size)):
-            actor, group = self._take_last()
+            with self._ranks_lock:
+                actor, group = self._take_last()
             thread = threading.Thread(target=self._end_in_order, args=(rank, actor, group), daemon=True)
             self._leaving[rank] = thread
             thread.start()
@@ -270,19 +278,23 @@ class RayAscendEngineActorManager(ReplaceableActors):
             EVENTS.emit(RANKS_REMOVED, data_parallel_size=len(started))
         return started
 
+    def _restartable_ranks(self, restarts: RankRecovery) -> list[int]:
+        """Return the ranks that serve, or are being restarted: not those that are about to join or to leave."""
+        return [rank for rank in range(len(self.placement_group_is_local)) if restarts.domain(rank)]
+
     def _watch_ranks(self, restarts: RankRecovery) -> None:
         """Note the ranks whose engine cores have ended, as Ray says; wait a moment for the next."""
         import ray
 
-        down = restarts.down()
-        up = (rank for rank in range(len(self.placement_group_is_local)) if rank not in down)
-        ranks = {reference: rank for rank in up if (reference := self.run_ref(rank)) is not None}
+        with self._ranks_lock:
+            up = [rank for rank in self._restartable_ranks(restarts) if rank not in restarts.down()]
+            ranks = {reference: rank for rank in up if (reference := self.run_ref(rank)) is not None}
         if not ranks:
             self.manager_stopped.wait(WATCH_S)
             return
         ended, _ = ray.wait(list(ranks), timeout=WATCH_S)
         for reference in ended:
-            if not self.manager_stopped.is_set() and reference == self.run_ref(ranks[reference]):
+            if not self.manager_stopped.is_set() and reference in self.run_refs:  # not of one that was left out
                 restarts.lose(ranks[reference], f"the engine core of data parallel rank {ranks[reference]} exited")
 
     def _drain_ranks(self, restarts: RankRecovery, drained: Collection[int]) -> set[int]:
@@ -296,13 +308,15 @@ class RayAscendEngineActorManager(ReplaceableActors):
             logger.debug("it is not known which nodes drain", exc_info=True)
             return set(drained)
         down = restarts.down()
-        affected = {
-            rank: deadlines
-            for rank in range(len(self.placement_group_is_local))
-            if (deadlines := [draining[node] for node in self.nodes(rank) if node in draining])
-        }
+        with self._ranks_lock:
+            ranks = self._restartable_ranks(restarts)
+            affected = {
+                rank: deadlines
+                for rank in ranks
+                if (deadlines := [draining[node] for node in self.nodes(rank) if node in draining])
+            }
         ending = {each for rank in affected for each in restarts.domain(rank)}
-        if len(ending | down) == len(self.placement_group_is_local):
+        if not set(ranks) - ending - down:
             return set(drained)  # no other rank serves: rather until the nodes are gone
         for rank in affected.keys() - drained - down:
             seconds = drain_limit_s(min(filter(None, affected[rank]), default=0), time.time())
@@ -312,9 +326,9 @@ class RayAscendEngineActorManager(ReplaceableActors):
                 rank,
                 seconds,
             )
-            ranks = restarts.drain(rank, "its node is about to be stopped")
+            ending_together = restarts.drain(rank, "its node is about to be stopped")
             self.manager_stopped.wait(WATCH_S)  # until API servers know: an engine core that ends refuses requests
-            for each in ranks:
+            for each in ending_together:
                 self._server.send(each, drain_message(seconds))
         return set(affected) - down
 

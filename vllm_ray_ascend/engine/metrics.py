@@ -18,7 +18,7 @@ from vllm_ray_ascend import patches
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.observability.events import EVENTS
 from vllm_ray_ascend.observability.exporter import Exporter, prometheus_recorder, ray_recorder
-from vllm_ray_ascend.observability.metrics import REPORT_TIME, VALUES, Sample
+from vllm_ray_ascend.observability.metrics import REPORT_TIME, VALUES, Metric, Sample
 
 logger = get_logger(__name__)
 
@@ -105,6 +105,11 @@ def _start_reports(engine: Any) -> None:
 def show(samples: Iterable[Sample], model_name: str, engine: str) -> None:
     """Show values of one engine, the data parallel rank ``engine``, with vLLM's own in this process."""
     _exporter.export(samples, model_name, engine)
+
+
+def hide(metric: Metric, model_name: str, engine: str) -> None:
+    """Show a value no more of an engine that is gone."""
+    _exporter.remove(metric, model_name, engine)
 
 
 def _receiving(process: Callable[..., None]) -> Callable[..., None]:

@@ -52,8 +52,12 @@ class ReplaceableActors(CoreEngineActorManager):
     """Placement groups that the caller made, of the first ranks: it removes them itself."""
     _given_local_ranks: Sequence[int] = ()
     _placing: threading.Lock
+    _ranks_lock: threading.RLock
+    """Held while ranks are added to the lists, or removed."""
     _starts = 0
     """How often lost ranks were started again."""
+    _shortages = 0
+    """How often in a row ranks had no NPUs."""
 
     def restart_ranks(self, ranks: Sequence[int]) -> list[int]:
         """Start new engine cores for ``ranks``, in the places of their old ones as far as these are there.
@@ -99,7 +103,11 @@ class ReplaceableActors(CoreEngineActorManager):
             except ShortageError as error:
                 missing[rank] = error
         if not missing:
+            self._shortages = 0
             return ranks
+        self._shortages += 1
+        if self._shortages == 1:  # Ray may not know yet of NPUs that have come free just now
+            raise next(iter(missing.values()))
         self._leave_out(missing)
         return list(range(len(self.placement_group_is_local)))
 
@@ -108,7 +116,7 @@ class ReplaceableActors(CoreEngineActorManager):
         config, cause = self._config.parallel_config, next(iter(missing.values()))
         if not getattr(config, "enable_elastic_ep", False) or self._given_groups:
             raise cause
-        present = len(self.placement_group_is_local)
+        present = config.data_parallel_size
         kept = [rank for rank in range(present) if rank not in missing]
         experts, redundant = self._config.model_config.get_num_experts(), config.eplb_config.num_redundant_experts
         redundant = redundant_experts(experts, redundant, present, len(kept))
@@ -122,7 +130,8 @@ class ReplaceableActors(CoreEngineActorManager):
             present,
             cause,
         )
-        self._keep_ranks(kept)
+        with self._ranks_lock:
+            self._keep_ranks(kept)
         self._set_size(len(kept), len(self.local_engine_actors), redundant)
 
     def _keep_ranks(self, kept: Sequence[int]) -> None:

@@ -17,7 +17,7 @@ import msgspec
 
 from vllm_ray_ascend import patches
 from vllm_ray_ascend.engine.calls import IDEMPOTENT_UTILITIES
-from vllm_ray_ascend.engine.metrics import show
+from vllm_ray_ascend.engine.metrics import hide, show
 from vllm_ray_ascend.engine.rank_status import (
     RANK_DOWN,
     RANK_UP,
@@ -102,6 +102,23 @@ def describe_ranks_down(client: Any) -> str:
     return states.describe() if states is not None else ""
 
 
+def ranks_not_lost(client: Any) -> list[Engine]:
+    """Return the ranks of a client whose engine cores are there."""
+    states = _states.get(client)
+    return [engine for engine in client.core_engines if states is None or engine not in states.lost]
+
+
+def show_ranks(client: Any, before: int) -> None:
+    """Show the ranks of a client in /metrics after their number has changed from ``before``; all of them serve."""
+    if (states := _states.get(client)) is None:
+        return
+    for engine in client.core_engines:
+        _show(client, DP_RANK_UP, _rank(engine), 1.0)
+        _show(client, DP_RANK_RESTARTS, _rank(engine), states.restarts[engine])
+    for rank in range(len(client.core_engines), before):
+        _hide(client, DP_RANK_UP, rank)
+
+
 def mark_down(client: Any, status: RankStatus) -> None:
     """Send nothing more to a rank. Where its requests are lost, they and its calls fail immediately."""
     states, engine = _states[client], _engine(status.rank)
@@ -151,6 +168,7 @@ async def change_size(client: Any, status: SizeStatus) -> None:
     for engine in client.core_engines[status.ranks :]:
         states.down.pop(engine, None)
         states.lost.discard(engine)
+        _hide(client, DP_RANK_UP, _rank(engine))
     for name in ("core_engines", "lb_engines", "engine_ranks_managed"):
         setattr(client, name, getattr(client, name)[: status.ranks])
     config.data_parallel_size, config.data_parallel_size_local = status.ranks, status.local_ranks
@@ -208,7 +226,8 @@ def _avoiding_ranks_down(choose: Callable[[Any, Any], Engine]) -> Callable[[Any,
     def choose_rank_up(client: Any, request: Any) -> Engine:
         states = _states[client]
         for engine in states.down:
-            client.lb_engines[_rank(engine)][0] = _BUSY
+            if _rank(engine) < len(client.lb_engines):  # else it is about to leave
+                client.lb_engines[_rank(engine)][0] = _BUSY
         engine = choose(client, request)
         if engine in states.down:
             del client.reqs_in_flight[request.request_id]
@@ -390,6 +409,13 @@ def _show(client: Any, metric: Metric, rank: int, value: float) -> None:
     if client.client_index == 0 and load().metrics == "on":
         config = client.vllm_config.model_config
         show([Sample(metric.name, (), value)], str(config.served_model_name or config.model), str(rank))
+
+
+def _hide(client: Any, metric: Metric, rank: int) -> None:
+    """Show a value of a rank no more."""
+    if client.client_index == 0 and load().metrics == "on":
+        config = client.vllm_config.model_config
+        hide(metric, str(config.served_model_name or config.model), str(rank))
 
 
 def _report(client: Any, rank: int, status: dict[str, str]) -> None:

@@ -16,6 +16,8 @@ RANK_DOWN = "vllm_ray_ascend_rank_down"
 RANK_UP = "vllm_ray_ascend_rank_up"
 SIZE_CHANGED = "vllm_ray_ascend_size_changed"
 _LINGER_MS = 1000
+_WAVES_PER_S = 50
+"""More than there can be: a wave has at least 32 steps. A scaling has waves in 32 bits: enough for 497 days."""
 
 
 class RankStatus(msgspec.Struct, frozen=True):
@@ -77,6 +79,7 @@ class StatusPublisher:
         self._lock = threading.Lock()
         self._sockets: dict[str, Any] = {}
         self._closed = False
+        self._created_at = time.monotonic()
 
     def publish(self, kind: str, status: RankStatus | SizeStatus) -> None:
         """Notify all API servers. Does not wait for one that does not read."""
@@ -87,18 +90,15 @@ class StatusPublisher:
         """Let the coordinator forget what a rank's engine core, which is gone, reported last: load and wave.
 
         A wave is a period in which the ranks of a mixture of experts step. New ones begin at 0 and take over any later
-        number, so one that is later than all before is enough: milliseconds, since no wave is shorter.
+        number, so one that is later than all before is enough.
         """
         from vllm.v1.engine import EngineCoreOutputs
         from vllm.v1.metrics.stats import SchedulerStats
 
         if address := self._addresses.coordinator_output:
-            self._send(
-                address,
-                EngineCoreOutputs(
-                    engine_index=rank, scheduler_stats=SchedulerStats(), wave_complete=int(time.time() * 1000)
-                ),
-            )
+            wave = 1 + int((time.monotonic() - self._created_at) * _WAVES_PER_S)
+            outputs = EngineCoreOutputs(engine_index=rank, scheduler_stats=SchedulerStats(), wave_complete=wave)
+            self._send(address, outputs)
 
     def close(self) -> None:
         """Close the sockets, once what was sent has had a moment to leave."""

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 from vllm_ray_ascend.observability.metrics import COMMON_LABELS, METRICS, Metric, Sample
 
-Recorder = Callable[[Mapping[str, str], float], None]
-"""Sets a gauge with these labels to a value, or adds an amount to a counter."""
+Recorder = Callable[[Mapping[str, str], float | None], None]
+"""Sets a gauge with these labels to a value, or removes it (None); or adds an amount to a counter."""
 
 
 class Exporter:
@@ -28,6 +28,12 @@ class Exporter:
                 metric = METRICS.get(sample.name)
                 if metric is not None and len(sample.labels) == len(metric.labels):
                     self._export(metric, (model_name, engine, *sample.labels), sample.value)
+
+    def remove(self, metric: Metric, model_name: str, engine: str) -> None:
+        """Show a gauge without further labels no more of an engine."""
+        with self._lock:
+            if recorder := self._recorders.get(metric.name):
+                recorder(dict(zip(COMMON_LABELS, (model_name, engine), strict=True)), None)
 
     def _export(self, metric: Metric, values: tuple[str, ...], value: float) -> None:
         if metric.name not in self._recorders:
@@ -50,9 +56,16 @@ def prometheus_recorder(metric: Metric) -> Recorder:
 
     if metric.kind == "counter":
         counter = Counter(metric.name, metric.help, label_names(metric))
-        return lambda labels, amount: counter.labels(**labels).inc(amount)
+        return lambda labels, amount: counter.labels(**labels).inc(amount or 0)
     gauge = Gauge(metric.name, metric.help, label_names(metric), multiprocess_mode="mostrecent")
-    return lambda labels, value: gauge.labels(**labels).set(value)
+
+    def set_or_remove(labels: Mapping[str, str], value: float | None) -> None:
+        if value is None:
+            gauge.remove(*(labels[name] for name in label_names(metric)))
+        else:
+            gauge.labels(**labels).set(value)
+
+    return set_or_remove
 
 
 def ray_recorder(metric: Metric) -> Recorder:
