@@ -111,7 +111,7 @@ bench-steps:
 
 bench-quick:
 	@$(PYTHON) demo/install.py bench
-	@$(RUN)/python -m benchmarks.steps --cases tp2 pp2 --executors mp ours --rounds 12 --name quick $(BENCH_ARGS)
+	@$(RUN)/python -m benchmarks.steps --cases tp1 tp2 pp2 --executors mp ours --rounds 12 --name quick $(BENCH_ARGS)
 
 bench-queues:
 	@$(PYTHON) demo/install.py bench

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.engine import make_config
 from benchmarks.protocol import serve
-from benchmarks.steps.usage import Usage, difference, total, used_so_far
+from benchmarks.steps.usage import Usage, difference, pin_to_core, total, used_so_far
 
 _IN_FLIGHT = 2
 """Steps at a time, as vLLM's asynchronous scheduling has them, its default."""
@@ -38,6 +38,8 @@ class Session:
 
             base: Any = Executor.get_class(config)
             self._executor = _delayed(base, self._settings["delay_s"])(config)
+            self._executor.collective_rpc("bench_pin")
+        pin_to_core(0)
 
     def steps(self, count: int, requests: int) -> dict[str, float]:
         """Run steps as vLLM's engine core does; seconds of each figure a step."""

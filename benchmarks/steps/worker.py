@@ -7,7 +7,7 @@ from typing import Any
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm_ascend.worker.worker import NPUWorker
 
-from benchmarks.steps.usage import Usage, used_so_far
+from benchmarks.steps.usage import Usage, pin_to_core, used_so_far
 
 
 class AnsweringWorker(NPUWorker):  # type: ignore[misc]  # untyped
@@ -25,6 +25,10 @@ class AnsweringWorker(NPUWorker):  # type: ignore[misc]  # untyped
     def sample_tokens(self, grammar_output: Any) -> ModelRunnerOutput:
         """Return one token for each request of the last `execute_model`."""
         return self._answer
+
+    def bench_pin(self) -> None:
+        """Run on one core, each rank on the next; the engine is on the first."""
+        pin_to_core(self.rank + 1)
 
     def bench_usage(self) -> Usage:
         """Return what this worker's process has used so far."""

@@ -528,8 +528,7 @@ def _observe_engine(vllm_config: Any) -> None:
 
 def _count_write(seconds: float) -> None:
     """Count a write to the workers' queue: one for each step, so that it has to be cheap."""
-    VALUES.add(WRITES)
-    VALUES.add(WRITE_TIME, seconds)
+    VALUES.observe(WRITES, WRITE_TIME, seconds)
 
 
 def _step_limit_s() -> float:

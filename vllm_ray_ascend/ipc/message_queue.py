@@ -226,12 +226,12 @@ class CancellableQueue(MessageQueue):  # type: ignore[misc]  # vLLM is untyped
         """
         started = time.monotonic()
         limit_s = self.write_limit_s if timeout is None else timeout
-        deadline = None if limit_s is None else started + limit_s
         self._raise_if_cancelled()
         try:
             if isinstance(self._tcp, TcpQueueWriter):
                 self._tcp.wait_for_space(limit_s)
-            super().enqueue(obj, None if deadline is None else max(0.0, deadline - time.monotonic()))
+                limit_s = limit_s and max(0.0, started + limit_s - time.monotonic())
+            super().enqueue(obj, limit_s)
         except ConnectionError as error:
             raise self._reason_of(error) from error
         self.on_write(time.monotonic() - started)

@@ -123,6 +123,12 @@ class Values:
             key = metric.name, labels
             self._values[key] = self._values.get(key, 0.0) + amount
 
+    def observe(self, count: Metric, total: Metric, amount: float) -> None:
+        """Add an occurrence to a counter, and its ``amount`` to another one."""
+        with self._lock:
+            for key, value in (((count.name, ()), 1.0), ((total.name, ()), amount)):
+                self._values[key] = self._values.get(key, 0.0) + value
+
     def set(self, metric: Metric, value: float, *labels: str) -> None:
         """Set a gauge."""
         with self._lock:
