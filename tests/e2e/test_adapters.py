@@ -53,6 +53,7 @@ def ask(server: Server, model: str) -> httpx.Response:
     return httpx.post(f"{server.url}/v1/completions", json=request, timeout=LIMIT_S)
 
 
+@pytest.mark.slow
 def test_a_request_fails_alone_whose_adapter_one_node_has_lost(two_nodes_of_one: Cluster, tmp_path: Path) -> None:
     """It was loaded, another one has taken its place, and a worker would read it again in a step."""
     write_adapter(tmp_path / "adapter")

@@ -159,6 +159,7 @@ def test_the_driver_is_killed(two_nodes_of_one: Cluster, tmp_path: Path) -> None
     check_no_leftovers(two_nodes_of_one)
 
 
+@pytest.mark.slow
 def test_a_supervisor_of_servers_that_fail_fails_too(two_nodes_of_two: Cluster, tmp_path: Path) -> None:
     """vLLM refuses such servers for a dense model. The supervisor ends all of them, and looks at no exit code."""
     ports = ("--data-parallel-multi-port-external-lb", "--data-parallel-size", "2", "--data-parallel-size-local", "2")

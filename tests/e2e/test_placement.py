@@ -113,6 +113,7 @@ def test_the_drivers_list_is_not_copied_to_workers(one_list: Cluster) -> None:
     assert "Physical NPU 0 is not visible here: this process sees physical NPUs 2" in without.stdout + without.stderr
 
 
+@pytest.mark.slow
 def test_the_shortest_command_beside_another_default_route(four_nodes_of_one: Cluster, tmp_path: Path) -> None:
     """Without --data-parallel-size-local each node takes the rank that fits; they meet at Ray's address of the node."""
     head = four_nodes_of_one.nodes[0]

@@ -14,11 +14,12 @@ from tests.e2e.generate import MARKER
 from tests.e2e.test_bad_input import check_nothing_left
 
 
+@pytest.mark.slow  # both examples of colocated engines run at night too: test_ray_llm
 @pytest.mark.parametrize(
     ("tp", "share", "indices", "expected"),
     [
         (2, "1", ("0,1", "2,3"), [[0, 1], [2, 3]]),
-        pytest.param(1, "0.5", ("0", "0"), [[0], [0]], marks=pytest.mark.slow),
+        (1, "0.5", ("0", "0"), [[0], [0]]),
     ],
     ids=["TP 2 each", "half an NPU each"],
 )
