@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import httpx
+import pytest
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file

@@ -14,7 +14,7 @@ from tests.e2e.generate import MARKER
 from tests.e2e.test_bad_input import check_nothing_left
 
 
-@pytest.mark.slow  # both examples of colocated engines run at night too: test_ray_llm
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tp", "share", "indices", "expected"),
     [
