@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 import httpx
-import pytest
 import numpy as np
+import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from softnpu.cluster import manager
