@@ -871,6 +871,17 @@ PATCHES: tuple[Patch, ...] = (
         applied=_ELASTIC_WORKER,
     ),
     Patch(
+        "vllm_ascend.ops.fused_moe.eplb",
+        ("build_expert_replica_routing_table",),
+        kind="wrap",
+        by="elastic_ep/layers.py",
+        what="the same table on all ranks",
+        why="ranks that gather tokens before they choose experts compute a token twice or not at all: wrong text",
+        releases="vllm-ascend >=0.27.1rc1",
+        removable="vllm-ascend builds the same table on all ranks that gather tokens",
+        applied=_ELASTIC_WORKER,
+    ),
+    Patch(
         "vllm.distributed.eplb.eplb_state",
         ("create_eplb_communicator",),
         kind="wrap",

@@ -21,7 +21,7 @@ from softnpu.cluster.plan import Cluster
 
 from demo.server import Server
 from demo.train.recitation import MOE, PROMPTS, zen_after
-from tests.e2e.servers import check_text, create_server, opened_npus, opened_npus_by_node, temporary_cluster
+from tests.e2e.servers import create_server, opened_npus, opened_npus_by_node, temporary_cluster
 from tests.e2e.test_bad_input import check_nothing_left
 from tests.e2e.test_death import check_no_leftovers, send_signal, wait_for_server_exit
 from tests.e2e.test_rank_recovery import RESTORED, engine_core, health, kill_raylet, wait_for_event, wait_until
@@ -49,17 +49,30 @@ def request_scaling(server: Server, size: int) -> httpx.Response:
     return httpx.post(f"{server.url}/scale_elastic_ep", json={"new_data_parallel_size": size}, timeout=LIMIT_S)
 
 
-def scale(server: Server, size: int) -> None:
+def scale(server: Server, size: int, experts: int = EXPERTS_OF_A_RANK) -> None:
     answer = request_scaling(server, size)
     assert answer.status_code == 200, answer.text
-    check_scaled(server, size)
+    check_scaled(server, size, experts)
 
 
-def check_scaled(server: Server, size: int) -> None:
+def check_scaled(server: Server, size: int, experts: int = EXPERTS_OF_A_RANK) -> None:
     """Check that all ranks agree about their number and have the right experts, and that each generates the text."""
     facts = call_workers(server, "check_experts")
-    assert (facts["size"], facts["dp_size"], facts["physical"]) == (size, size, size * EXPERTS_OF_A_RANK)
-    check_text(server, MOE, size)
+    assert (facts["size"], facts["dp_size"], facts["physical"]) == (size, size, size * experts)
+    check_texts(server, size)
+
+
+def check_texts(server: Server, size: int) -> None:
+    """Check that each rank continues two prompts rightly, so that every replica of an expert is used."""
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=LIMIT_S, max_retries=0)
+    for rank in range(size):
+        for prompt in (PROMPTS[2], PROMPTS[5]):
+            headers = {"X-data-parallel-rank": str(rank)}
+            answer = client.completions.create(
+                model=MOE.name, prompt=prompt, temperature=0, max_tokens=100, extra_headers=headers
+            )
+            text = answer.choices[0].text
+            assert len(text) > 100 and zen_after(prompt).startswith(text), f"data parallel rank {rank}"
 
 
 def call_workers(server: Server, method: str) -> Any:
@@ -76,15 +89,15 @@ def wait_for_npus(cluster: Cluster, node: int, npus: list[int], limit_s: float =
 
 
 def test_two_ranks_become_three_and_two_again(tmp_path: Path) -> None:
-    """On one node, eagerly, with experts over HCCL."""
+    """On one node, eagerly, with experts over HCCL, each of them on both ranks at first."""
     with temporary_cluster("e2e-elastic", 1, 3) as cluster:
-        with elastic_server(cluster, tmp_path) as server:
-            check_scaled(server, 2)
-            scale(server, 3)
+        with elastic_server(cluster, tmp_path, "--eplb-config.num_redundant_experts", "8") as server:
+            check_scaled(server, 2, experts=8)
+            scale(server, 3, experts=8)
             assert opened_npus_by_node(cluster) == {1: [0, 1, 2]}
             sent, _, received, _ = call_workers(server, "check_experts")["point_to_point"]
             assert sent + received > 0
-            scale(server, 2)
+            scale(server, 2, experts=8)
             wait_for_npus(cluster, 1, [0, 1])
         check_nothing_left(cluster)
 
@@ -257,7 +270,7 @@ def test_lost_ranks_are_restarted_with_the_others_at_the_present_size(tmp_path: 
     recover = {"VLLM_RAY_ASCEND_RECOVER": "1"}
     with temporary_cluster("e2e-elastic-lost", 1, 4) as cluster, elastic_server(cluster, tmp_path, **recover) as server:
         assert request_scaling(server, 3).status_code == 200
-        check_text(server, MOE, 3)
+        check_texts(server, 3)
         send_signal(cluster, *engine_core(cluster, 2))
         wait_for_event(server, RESTORED)
         wait_until(lambda: health(server) == 200, server)
@@ -280,7 +293,7 @@ def test_an_engine_continues_with_the_ranks_whose_node_is_left(tmp_path: Path) -
         temporary_cluster("e2e-elastic-left", 2, 2) as cluster,
         elastic_server(cluster, tmp_path, *options, **recover) as server,
     ):
-        check_text(server, MOE, 4)
+        check_texts(server, 4)
         kill_raylet(cluster, 2)
         wait_for_event(server, RESTORED)
         wait_until(lambda: health(server) == 200, server)

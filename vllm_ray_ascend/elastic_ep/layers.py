@@ -36,6 +36,7 @@ def install() -> None:
     patches.apply(
         "vllm_ascend.distributed.eplb.eplb_state.AscendEplbLayerState._set_local_expert_range", _set_local_expert_range
     )
+    patches.wrap("vllm_ascend.ops.fused_moe.eplb.build_expert_replica_routing_table", _equal_on_all_ranks)
 
 
 def rebuild_communication(layers: Iterable[Any]) -> None:
@@ -66,6 +67,20 @@ class _SecondRunnerConfig:
 
 def _config_of_second_runner() -> _SecondRunnerConfig:
     return _SecondRunnerConfig(get_current_vllm_config())
+
+
+def _equal_on_all_ranks(build: Callable[[Any, Any, int], torch.Tensor]) -> Callable[[Any, Any, int], torch.Tensor]:
+    """Return `build_expert_replica_routing_table`, whose table is that of rank 0 on all ranks.
+
+    Where tokens are gathered before experts are chosen, each rank chooses for all of them, and computes those whose
+    replica is its own: by tables that differ a token is computed by two ranks or by none.
+    """
+
+    @functools.wraps(build)
+    def build_equal(logical_to_physical_map: Any, logical_replica_count: Any, ep_rank: int) -> torch.Tensor:
+        return build(logical_to_physical_map, logical_replica_count, 0)
+
+    return build_equal
 
 
 def _with_groups(set_config: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
