@@ -123,7 +123,9 @@ def test_nothing_is_found_on_a_healthy_pair(nodes: Nodes) -> None:
         ),
         "",
         "OK",
+        others[-1],
     ]
+    assert others[-1].startswith("Not made: 11 checks of level full, such as ")
 
 
 def test_a_bundle_has_every_node_and_no_secret(nodes: Nodes, tmp_path: Path) -> None:

@@ -130,7 +130,14 @@ FAULTS = [
         change=record(worker_ports=(20000, 62000)),
         remedy="--max-worker-port=60999.",
     ),
-    Case("roce-ping", "VRA-662", "error", "ping-loss", npus=(4,), says="sent to 192.168.1.14 on another node, 66.67 %"),
+    Case(
+        "roce-ping",
+        "VRA-662",
+        "error",
+        "ping-loss",
+        npus=(4,),
+        says="66.67 % of the packets to NPU 4 of 10.0.0.1 (192.168.1.14) got lost",
+    ),
     Case("npus-declared", "VRA-206", "error", change=ray(npus=16), says="it declares 16 NPUs to Ray, but 8 of 8"),
     Case(
         "plugin", "VRA-207", "error", change=facts(switches={"VLLM_RAY_ASCEND": "0"}), says="turns vllm-ray-ascend off"
@@ -144,7 +151,7 @@ FAULTS = [
     Case("firmware", "VRA-611", "error", "old-firmware", says="firmware 6.4.12.1.241 does not fit driver 25.5.1"),
     Case("board", "VRA-612", "error", "board", npus=(2,), remedy="`npu-smi info -t board -i 2`"),
     Case("cann", "VRA-613", "error", change=blind(""), says="CANN is not found"),
-    Case("driver-cann", "VRA-614", "warning", "old-driver", says="driver 23.0.rc3 (V100R001C13) is not among"),
+    Case("driver-cann", "VRA-614", "warning", "old-driver", says="driver 23.0.rc3 (V100R001C13) is older than"),
     Case("nnal", "VRA-615", "warning", change=record(nnal=[])),
     Case("same-driver", "VRA-616", "warning", "old-driver", says="driver 23.0.rc3 there, 25.5.1 on node 10.0.0.1"),
     Case("same-cann", "VRA-617", "error", "other-cann", says="CANN 8.3.RC2 there (/usr/local/Ascend/cann), 8.5.1 on"),
@@ -218,7 +225,7 @@ FAULTS = [
         "error",
         "tls-on",
         npus=tuple(range(8)),
-        says="TLS switched on, most of the cluster off",
+        says="TLS switched on; of the cluster's 16 ports 8 have it off",
         remedy="-tls -s enable 0`",
     ),
     Case("speed", "VRA-657", "warning", "slow-port", npus=(1,), says="100000 Mb/s, most of the cluster at 200000"),

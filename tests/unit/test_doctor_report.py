@@ -17,8 +17,9 @@ from tests.doctor.machine import Machine
 from vllm_ray_ascend.cli.doctor import read_snapshot
 from vllm_ray_ascend.cli.main import main
 from vllm_ray_ascend.doctor.checks import CHECKS
+from vllm_ray_ascend.doctor.checks.network import PING
 from vllm_ray_ascend.doctor.compare import changes_between
-from vllm_ray_ascend.doctor.judge import choose_checks, make_report
+from vllm_ray_ascend.doctor.judge import checks_of_full_level, choose_checks, make_report
 from vllm_ray_ascend.doctor.records import Failure, NodeRecord, Report, Snapshot
 from vllm_ray_ascend.doctor.text import format_report
 from vllm_ray_ascend.errors import DoctorError
@@ -63,7 +64,40 @@ def test_findings_name_node_npu_and_remedy() -> None:
 def test_what_is_wrong_with_every_npu_is_said_once() -> None:
     made = text(report("a2", "tls-on"))
     assert made.count("VRA-656") == 1 and "10.0.0.2, NPU 0, 1, 2, 3, 4, 5, 6, 7: its RoCE port has TLS" in made
-    assert "Likewise for the other NPUs." in made and made.endswith("CRITICAL: 8 errors")
+    assert "`for i in 0 1 2 3 4 5 6 7; do hccn_tool -i $i -tls -s enable 0; done` there" in made
+    assert made.endswith("CRITICAL: 8 errors")
+
+
+def test_what_is_no_terminal_gets_whole_lines() -> None:
+    lines = list(format_report(report("a2", "tls-on"), is_terminal=False))
+    (remedy,) = (line for line in lines if line.startswith("  -> "))
+    assert remedy.endswith("where TLS is meant to be on.") and len(remedy) > 110
+
+
+def test_checks_that_were_not_made_are_said() -> None:
+    left_out = checks_of_full_level([check.name for check in choose_checks("quick")])
+    assert PING in left_out and not checks_of_full_level([check.name for check in choose_checks("full")])
+    *_, last = format_report(report("a2"), not_made=left_out)
+    assert last.startswith(f"Not made: {len(left_out)} checks of level full, such as ")
+
+
+def test_a_node_that_did_not_answer_is_unknown() -> None:
+    late = (Failure("10.0.0.9", 8, "no answer within 30 s"),)
+    made = make_report(snapshot("a2", failures=late), choose_checks("quick"))
+    assert (made.status, made.exit_code, made.unanswered) == ("unknown", 3, ["10.0.0.9"])
+    lines = list(format_report(made))
+    assert "doctor: 1 of 2 nodes, " in lines[0] and any("--timeout 120" in line for line in lines)
+
+
+def test_comparisons_that_leave_out_nodes_are_noted() -> None:
+    made = make_report(replace(snapshot("a2"), left_out=["10.0.0.2"]), choose_checks("quick", only=["tls"]))
+    (note,) = made.findings
+    assert (note.code, made.exit_code) == ("VRA-623", 0) and note.text.startswith("tls compare nodes")
+
+
+def test_no_check_at_all_is_refused() -> None:
+    with pytest.raises(DoctorError, match="VRA-622"):
+        choose_checks("quick", only=["tls"], skipped=["tls"])
 
 
 def test_a_missing_tool_is_said_once_for_all_checks() -> None:
@@ -136,8 +170,12 @@ def edited(change: Callable[[NodeRecord], NodeRecord]) -> Snapshot:
 
 def test_changes_are_part_of_the_report() -> None:
     made = report("a2", "other-cann", before=snapshot("a2", "a2"))
-    lines = text(made).splitlines()
-    assert "1 change since the saved snapshot:" in lines
+    lines = list(format_report(made, compared_at=0.0))
+    assert any(line.startswith("1 change since the snapshot of 19") and line.endswith(":") for line in lines)
+    unchanged = report("a2", before=snapshot("a2"))
+    assert any(
+        line.startswith("0 changes since the snapshot of 19") for line in format_report(unchanged, compared_at=0.0)
+    )
     assert any(
         line.startswith("  10.0.0.2: files.cann: package_name=Ascend-cann-toolkit version=8.5.1") for line in lines
     )

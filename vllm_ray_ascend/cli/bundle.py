@@ -57,9 +57,11 @@ def run(args: argparse.Namespace) -> int:
     # What nodes have sent is without their secrets; this process's own may be others.
     texts = {name: redact_text(text, secrets) for name, text in files.items()}
     _write_archive(path, texts)
-    size = path.stat().st_size / 2**20
-    print(f"{path}: {len(texts)} files, {size:.1f} MiB. Secrets are hidden as far as they can be recognised: look")
-    print("through it before you send it (`tar xzf`). README.txt in it says what each file is.")
+    print(f"{path}: {len(texts)} files, {path.stat().st_size >> 10} KiB. README.txt in it says what each file is.")
+    print(
+        "Secrets are hidden as far as they can be recognised; names and addresses of hosts, and paths, are in it. Look"
+    )
+    print("through it before you send it (`tar xzf`).")
     return 0
 
 
@@ -127,7 +129,7 @@ def _common_files(snapshot: Snapshot) -> dict[str, str]:
     versions = {node.address: node.versions for node in snapshot.nodes}
     return {
         "README.txt": _README.format(version=__version__, time=time.strftime("%Y-%m-%d %H:%M:%S %z")),
-        "doctor.txt": "\n".join(format_report(report, colours=False)) + "\n",
+        "doctor.txt": "\n".join(format_report(report)) + "\n",
         "doctor.json": _as_json(report),
         "snapshot.json": _as_json(snapshot),
         "versions.json": _as_json(versions),
@@ -162,9 +164,9 @@ versions.json              packages of each node
 environment.txt            switches and known variables of the process that made the bundle
 topology.txt, .json        nodes, NPUs, engines and ranks
 nodes/ADDRESS/ray          ends of the logs of Ray's processes, workers included
-nodes/ADDRESS/plog         ends of CANN's logs of the engines' processes
-nodes/ADDRESS/failures     records of the last failures: first cause, what each rank said last
+nodes/ADDRESS/plog         ends of CANN's logs of the engines' processes, if there are any
+nodes/ADDRESS/failures     records of the last failures: first cause, what each rank said last; none without failures
 nodes/ADDRESS/missing.txt  why a node sent nothing
 
-Secrets were replaced by ***.
+Three asterisks stand for a secret. Names and addresses of hosts, and paths, are not hidden.
 """

@@ -12,10 +12,11 @@ from pathlib import Path
 import msgspec
 
 from vllm_ray_ascend.cluster.connect import connect_as_observer
+from vllm_ray_ascend.doctor.checks import CHECKS
 from vllm_ray_ascend.doctor.checks.network import PING
 from vllm_ray_ascend.doctor.deep import run_link_tests
 from vllm_ray_ascend.doctor.gather import snapshot_of_cluster, snapshot_of_this_node
-from vllm_ray_ascend.doctor.judge import EXIT_CODES, choose_checks, make_report
+from vllm_ray_ascend.doctor.judge import EXIT_CODES, checks_of_full_level, choose_checks, make_report
 from vllm_ray_ascend.doctor.records import Level, Report, Snapshot
 from vllm_ray_ascend.doctor.text import format_report
 from vllm_ray_ascend.doctor.views import Check
@@ -29,7 +30,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "doctor",
         help="check every node of a Ray cluster: driver, CANN, NPUs, network, hosts",
-        epilog="Exit codes: 0 all is well, 1 a warning, 2 an error, 3 something could not be checked.",
+        epilog="Exit codes: 0 all is well, 1 a warning, 2 an error, 3 something could not be checked. Checks: "
+        f"{', '.join(CHECKS)}.",
     )
     parser.add_argument("--address", default="auto", help="the Ray cluster's address (default: that of this node)")
     parser.add_argument("--local", action="store_true", help="this node alone, without Ray")
@@ -53,7 +55,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--save", type=Path, metavar="FILE", help="write all that was collected to FILE, as JSON")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="show what has changed since a saved FILE")
     parser.add_argument(
-        "--timeout", type=float, metavar="S", help="seconds for all nodes (default: 30; level full: 90)"
+        "--timeout", type=_seconds, metavar="S", help="seconds for all nodes (default: 30; level full: 90)"
     )
     parser.set_defaults(func=run)
 
@@ -61,7 +63,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Print the report and return its exit code; 3 as well where nothing could be checked at all."""
     try:
-        report = _examine(args)
+        report, before = _examine(args)
     except VllmRayAscendError as error:
         print(f"vllm-ray-ascend: {error}", file=sys.stderr)
         return EXIT_CODES["unknown"]
@@ -71,20 +73,32 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(msgspec.json.format(msgspec.json.encode(report)).decode())
     else:
-        colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        print("\n".join(format_report(report, colours=colours)))
+        is_terminal = sys.stdout.isatty()
+        lines = format_report(
+            report,
+            colours=is_terminal and not os.environ.get("NO_COLOR"),
+            is_terminal=is_terminal,
+            not_made=checks_of_full_level(report.checks)
+            if args.level == "quick" and not (args.checks or args.deep)
+            else (),
+            compared_at=before.time if before else None,
+        )
+        print("\n".join(lines))
     return report.exit_code
 
 
-def _examine(args: argparse.Namespace) -> Report:
+def _examine(args: argparse.Namespace) -> tuple[Report, Snapshot | None]:
+    """Return the report, and the snapshot with which it was compared, if any."""
     if args.deep and args.local:
         raise DoctorError("VRA-609", "--deep tests HCCL between nodes, for which Ray assigns NPUs: leave out --local.")
     checks = choose_checks("full" if args.deep else args.level, args.checks, args.skip)
     before = read_snapshot(args.compare) if args.compare else None
+    if args.save:
+        _check_writable(args.save)  # before anything is collected for it
     snapshot = take_snapshot(args, checks, args.timeout)
     if args.save:
         _save(snapshot, args.save)
-    return make_report(snapshot, checks, before)
+    return make_report(snapshot, checks, before), before
 
 
 def take_snapshot(args: argparse.Namespace, checks: Sequence[Check], timeout_s: float | None) -> Snapshot:
@@ -125,18 +139,35 @@ def read_snapshot(path: Path) -> Snapshot:
     try:
         return msgspec.json.decode(path.read_bytes(), type=Snapshot)
     except (OSError, msgspec.MsgspecError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise DoctorError(
-            "VRA-605", f"{path} is no snapshot of doctor ({error}). `vllm-ray-ascend doctor --save {path}` writes one."
+            "VRA-605", f"{path} is no snapshot of doctor ({reason}). `vllm-ray-ascend doctor --save {path}` writes one."
+        ) from error
+
+
+def _check_writable(path: Path) -> None:
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise DoctorError(
+            "VRA-606", f"{path} cannot be written ({error.strerror}). Give --save another FILE."
         ) from error
 
 
 def _save(snapshot: Snapshot, path: Path) -> None:
-    try:
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(snapshot)))
-    except OSError as error:
-        raise DoctorError("VRA-606", f"{path} cannot be written ({error}). Give --save another FILE.") from error
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(snapshot)))
 
 
 def parse_names(text: str) -> list[str]:
-    """Return the names in a list with commas."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+    """Return the names in a list with commas. Raise ArgumentTypeError where there is none."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("no name is given")
+    return names
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if seconds <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds above 0")
+    return seconds

@@ -16,11 +16,16 @@ _KEPT = ("facts", "files", "devices", "environment", "versions", "cann_home", "n
 
 
 def changes_between(before: Snapshot, now: Snapshot) -> list[Change]:
-    """Return every value that differs, node by node, in the order of addresses."""
+    """Return every value that differs, node by node, in the order of addresses.
+
+    Of snapshots of two levels, what only one of them has is no change: the other did not ask.
+    """
     old, new = _values_by_node(before), _values_by_node(now)
     changes = []
     for address in sorted(old.keys() | new.keys()):
         was, is_now = old.get(address, {}), new.get(address, {})
+        if before.level != now.level and was and is_now:
+            was, is_now = ({what: each[what] for what in was.keys() & is_now.keys()} for each in (was, is_now))
         changes += [
             Change(address=address, what=what, before=was.get(what), now=is_now.get(what))
             for what in sorted(was.keys() | is_now.keys())

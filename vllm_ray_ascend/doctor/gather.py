@@ -45,8 +45,11 @@ def snapshot_of_cluster(
     """
     rows = _live_rows()
     nodes = [node for node in current_nodes() if not only or _names(rows[node.node_id]) & set(only)]
-    _require_all_found(only, [rows[node.node_id] for node in nodes])
-    return snapshot_of_nodes(nodes, list(rows), level, commands, limit_s, with_pings=with_pings)
+    _require_all_found(only, [rows[node.node_id] for node in nodes], rows.values())
+    snapshot = snapshot_of_nodes(nodes, list(rows), level, commands, limit_s, with_pings=with_pings)
+    asked = {node.node_id for node in nodes}
+    left_out = [node.address for node in current_nodes() if node.node_id not in asked]
+    return replace(snapshot, left_out=sorted(left_out))
 
 
 def snapshot_of_nodes(
@@ -112,11 +115,14 @@ def _names(row: Mapping[str, Any]) -> set[str]:
     return {str(row["NodeManagerAddress"]), str(row["NodeManagerHostname"])}
 
 
-def _require_all_found(only: Collection[str], rows: Collection[Mapping[str, Any]]) -> None:
+def _require_all_found(
+    only: Collection[str], rows: Collection[Mapping[str, Any]], live: Collection[Mapping[str, Any]]
+) -> None:
     known = {name for row in rows for name in _names(row)}
     if missing := [name for name in only if name not in known]:
+        nodes = sorted(f"{row['NodeManagerAddress']} ({row['NodeManagerHostname']})" for row in live)
         raise DoctorError(
-            "VRA-604", f"No live node of the Ray cluster is {', '.join(missing)}. `ray status` lists the nodes."
+            "VRA-604", f"No live node of the Ray cluster is {', '.join(missing)}. The nodes: {', '.join(nodes)}."
         )
 
 

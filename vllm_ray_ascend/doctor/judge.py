@@ -11,7 +11,16 @@ from vllm_ray_ascend.cluster.findings import Finding, Severity
 from vllm_ray_ascend.doctor.checks import CHECKS
 from vllm_ray_ascend.doctor.compare import changes_between
 from vllm_ray_ascend.doctor.links import judge_links
-from vllm_ray_ascend.doctor.records import ExitCode, Level, NodeRecord, NodeSummary, Report, Snapshot, Status
+from vllm_ray_ascend.doctor.records import (
+    ExitCode,
+    Failure,
+    Level,
+    NodeRecord,
+    NodeSummary,
+    Report,
+    Snapshot,
+    Status,
+)
 from vllm_ray_ascend.doctor.views import Check, NodeView, has_npus
 from vllm_ray_ascend.errors import DoctorError
 
@@ -25,7 +34,15 @@ def choose_checks(level: Level, only: Collection[str] = (), skipped: Collection[
     if wrong := sorted({*only, *skipped} - CHECKS.keys()):
         raise DoctorError("VRA-602", f"There is no check {', '.join(wrong)}. The checks: {', '.join(CHECKS)}.")
     chosen = [check for check in CHECKS.values() if check.name in only or (not only and level in ("full", check.level))]
-    return [check for check in chosen if check.name not in skipped]
+    left = [check for check in chosen if check.name not in skipped]
+    if not left:
+        raise DoctorError("VRA-622", "No check is left: --skip names all that --checks and --level choose.")
+    return left
+
+
+def checks_of_full_level(made: Collection[str]) -> list[str]:
+    """Return the names of the checks of level full, the rest of which were ``made``."""
+    return [check.name for check in CHECKS.values() if check.level == "full" and check.name not in made]
 
 
 def make_report(snapshot: Snapshot, checks: Sequence[Check], before: Snapshot | None = None) -> Report:
@@ -39,6 +56,7 @@ def make_report(snapshot: Snapshot, checks: Sequence[Check], before: Snapshot | 
         status=status,
         exit_code=EXIT_CODES[status],
         nodes=[_summary(record) for record in snapshot.nodes],
+        unanswered=[failure.address for failure in snapshot.failures],
         checks=[check.name for check in checks],
         findings=findings,
         links=snapshot.links,
@@ -56,14 +74,32 @@ def status_of(findings: Iterable[Finding]) -> Status:
 def find(snapshot: Snapshot, checks: Sequence[Check]) -> list[Finding]:
     """Return the findings of all checks on all nodes, and of nodes that did not answer."""
     nodes = _views(snapshot)
-    failures = [
-        unreachable_finding(failure.address, failure.npus, failure.reason, snapshot.version)
-        for failure in snapshot.failures
-    ]
+    failures = [_unchecked(failure, snapshot.version) for failure in snapshot.failures]
     if not failures and not any(node.has_npus for node in nodes):
         return [_no_npus()]
     checked = [replace(finding, check=check.name) for check in checks for finding in _run(check, nodes)]
-    return [*failures, *checked, *judge_links(snapshot.links, snapshot.busy)]
+    return [*failures, *checked, *judge_links(snapshot.links, snapshot.busy), *_not_compared(snapshot, checks)]
+
+
+def _unchecked(failure: Failure, version: str) -> Finding:
+    """Return the finding of a node that did not answer: that nothing is known of it, where it is only late."""
+    found = unreachable_finding(failure.address, failure.npus, failure.reason, version)
+    if found.severity != "warning":
+        return found
+    remedy = f"{found.remedy} Where the node is only busy: `vllm-ray-ascend doctor --timeout 120`."
+    return replace(found, severity="unknown", remedy=remedy, check="answer")
+
+
+def _not_compared(snapshot: Snapshot, checks: Sequence[Check]) -> Iterator[Finding]:
+    """Yield a note where nodes were left out that some of the checks would compare with the others."""
+    if snapshot.left_out and (names := [check.name for check in checks if check.of_cluster]):
+        yield Finding(
+            "",
+            "info",
+            "VRA-623",
+            f"{', '.join(names)} compare nodes, and have left out {', '.join(snapshot.left_out)}.",
+            "Without --nodes they compare all.",
+        )
 
 
 def _run(check: Check, nodes: Sequence[NodeView]) -> Iterator[Finding]:

@@ -161,6 +161,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Variables that the driver passes to its workers, whatever is set on their nodes."""
     nodes: list[NodeRecord]
     failures: list[Failure] = []
+    left_out: list[str] = []
+    """Addresses of live nodes that `--nodes` does not name."""
     links: list[Link] = []
     """Of `--deep`."""
     busy: list[str] = []
@@ -180,6 +182,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     status: Status
     exit_code: ExitCode
     nodes: list[NodeSummary]
+    unanswered: list[str] = []
+    """Addresses of nodes that did not answer."""
     checks: list[str]
     """Names of the checks that were made."""
     findings: list[Finding]

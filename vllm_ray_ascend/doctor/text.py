@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
@@ -13,15 +15,31 @@ Painter = Callable[[str, str], str]
 
 _COLOURS = {"error": "31", "warning": "33", "unknown": "35", "info": "36", "ok": "32", "critical": "31"}
 _WIDTH = 110
+_ENDLESS = 1 << 20
+_FOR_AN_NPU = re.compile(r"`(hccn_tool -i )(\d+)\b([^`]*)`")
+"""A command to which the NPU's physical id is given; npu-smi takes that of a card."""
 _PLURAL: dict[Severity, str] = {"error": "errors", "warning": "warnings", "unknown": "unknown", "info": "notes"}
 
 
-def format_report(report: Report, *, colours: bool = False) -> Iterator[str]:
-    """Yield the lines of a report: nodes, findings from the worst on, changes, the status."""
+def format_report(
+    report: Report,
+    *,
+    colours: bool = False,
+    is_terminal: bool = True,
+    not_made: Sequence[str] = (),
+    compared_at: float | None = None,
+) -> Iterator[str]:
+    """Yield the lines of a report: nodes, findings from the worst on, changes, the status.
+
+    Lines are wrapped for a terminal. ``not_made``: names of checks that the level leaves out. ``compared_at``: when the
+    snapshot of which changes are shown was taken, in seconds since 1970.
+    """
     paint = _paint if colours else _plain
     npus = sum(node.npus or 0 for node in report.nodes)
+    missing = f" of {len(report.nodes) + len(report.unanswered)}" if report.unanswered else ""
     yield (
-        f"vllm-ray-ascend {report.version} doctor: {_count(len(report.nodes), 'node')}, {_count(npus, 'NPU')}, "
+        f"vllm-ray-ascend {report.version} doctor: {len(report.nodes)}{missing} "
+        f"node{'' if len(report.nodes) == 1 and not missing else 's'}, {_count(npus, 'NPU')}, "
         f"{_count(len(report.checks), 'check')} ({report.level})"
     )
     for node in report.nodes:
@@ -31,15 +49,21 @@ def format_report(report: Report, *, colours: bool = False) -> Iterator[str]:
             yield f"  {_format_link(link)}"
     for findings in _group(report.findings):
         yield ""
-        yield from _format_group(findings, paint)
-    if report.changes:
+        yield from _format_group(findings, paint, _WIDTH if is_terminal else _ENDLESS)
+    if compared_at is not None:
         yield ""
-        yield f"{_count(len(report.changes), 'change')} since the saved snapshot:"
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(compared_at))
+        yield f"{_count(len(report.changes), 'change')} since the snapshot of {when}{':' if report.changes else '.'}"
         for change in report.changes:
             yield f"  {change.address}: {change.what}: {_short(change.before)} -> {_short(change.now)}"
     yield ""
     counts = _format_counts(report.findings)
     yield f"{paint(report.status.upper(), report.status)}{f': {counts}' if counts else ''}"
+    if not_made:
+        yield (
+            f"Not made: {_count(len(not_made), 'check')} of level full, such as {not_made[0]} "
+            "(`vllm-ray-ascend doctor --level full`)."
+        )
 
 
 def _format_node(node: NodeSummary) -> str:
@@ -74,17 +98,28 @@ def _group(findings: Sequence[Finding]) -> list[list[Finding]]:
     return list(groups.values())
 
 
-def _format_group(findings: Sequence[Finding], paint: Painter) -> Iterator[str]:
+def _format_group(findings: Sequence[Finding], paint: Painter, width: int) -> Iterator[str]:
     first = findings[0]
     npus = list(dict.fromkeys(finding.physical_id for finding in findings if finding.physical_id is not None))
     place = f"{first.address}{f', NPU {_join(npus)}' if npus else ''}: " if first.address else ""
     checks = list(dict.fromkeys(finding.check for finding in findings if finding.check))
     yield f"{paint(first.severity.upper(), first.severity)} {first.code} [{_join(checks)}]"
-    yield from textwrap.wrap(f"{place}{first.text}", _WIDTH, initial_indent="  ", subsequent_indent="  ")
-    others = " Likewise for the other NPUs." if len({finding.remedy for finding in findings}) > 1 else ""
-    yield from textwrap.wrap(
-        first.remedy + others, _WIDTH, initial_indent="  -> ", subsequent_indent="     ", break_on_hyphens=False
-    )
+    for text, indents in ((f"{place}{first.text}", ("  ", "  ")), (_remedy(findings), ("  -> ", "     "))):
+        yield from textwrap.wrap(
+            text, width, initial_indent=indents[0], subsequent_indent=indents[1], break_on_hyphens=False
+        )
+
+
+def _remedy(findings: Sequence[Finding]) -> str:
+    """Return the remedy of several findings: commands that differ by the NPU alone as a loop of the shell."""
+    remedies = list(dict.fromkeys(finding.remedy for finding in findings))
+    if len(remedies) == 1:
+        return remedies[0]
+    loops = {_FOR_AN_NPU.sub(r"`for i in NPUS; do \1$i\3; done`", remedy) for remedy in remedies}
+    if len(loops) > 1:
+        return f"{remedies[0]} Likewise for the other NPUs."
+    npus = " ".join(dict.fromkeys(str(finding.physical_id) for finding in findings))
+    return loops.pop().replace("NPUS", npus)
 
 
 def _short(value: str | None) -> str:

@@ -214,8 +214,10 @@ def check_hbm(node: NodeView) -> Iterator[Finding]:
                 "VRA-644",
                 f"{percent} % of its HBM are in use, though Ray has given no NPU of the node to anybody and npu-smi "
                 "lists no process.",
-                f"On the host, not in a container: `npu-smi info -t proc-mem -i {die.card} -c {die.chip}`; end what it "
-                "shows.",
+                f"In a container: on the host `npu-smi info -t proc-mem -i {die.card} -c {die.chip}`; end what it "
+                f"shows. On the host: `fuser -v /dev/davinci{die.physical_id}`, other containers; where nobody has it, "
+                f"`npu-smi set -t reset -i {die.card} -c {die.chip}`. Until then leave NPU {die.physical_id} out of "
+                "ASCEND_RT_VISIBLE_DEVICES before `ray start`.",
                 die,
                 percent=percent,
             )

@@ -126,8 +126,8 @@ def check_ports(node: NodeView) -> Iterator[Finding]:
             "VRA-677",
             f"something listens on {', '.join(map(str, taken[:5]))}, among HCCL's ports {first} to {last}, and Ray has "
             "given no NPU of the node to anybody.",
-            f"`ss -ltnp 'sport = :{taken[0]}'` there shows it; end it, or set HCCL_HOST_SOCKET_PORT_RANGE before "
-            "`ray start` there.",
+            f"`ss -ltnp 'sport = :{taken[0]}'` there shows it; end it, or `export HCCL_HOST_SOCKET_PORT_RANGE=auto` "
+            "before `ray start` on all nodes.",
             ports=taken,
         )
 

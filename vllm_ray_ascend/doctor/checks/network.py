@@ -23,6 +23,7 @@ from vllm_ray_ascend.doctor.queries import (
     TLS,
     VNIC,
     Query,
+    device_addresses,
     ping_line,
 )
 from vllm_ray_ascend.doctor.views import Check, NodeView, odd_ones, on_a3, on_several_nodes
@@ -134,12 +135,15 @@ def check_netdetect(node: NodeView) -> Iterator[Finding]:
 
 def check_tls(nodes: Sequence[NodeView]) -> Iterator[Finding]:
     """Yield an error for each NPU whose TLS switch is not that of most: HCCL cannot connect the two."""
+    switches = [enabled for node in nodes for enabled in node.answers(TLS).values()]
     for (node, die), enabled, usual in _odd_ports(nodes, TLS):
         yield node.finding(
             "error",
             "VRA-656",
-            f"its RoCE port has TLS switched {_switch(enabled)}, most of the cluster {_switch(usual)}.",
-            f"`hccn_tool -i {die.physical_id} -tls -s enable {int(usual)}` there.",
+            f"its RoCE port has TLS switched {_switch(enabled)}; of the cluster's {len(switches)} ports "
+            f"{switches.count(usual)} have it {_switch(usual)}.",
+            f"`hccn_tool -i {die.physical_id} -tls -s enable {int(usual)}` there; or the same switch on all others, "
+            f"where TLS is meant to be {_switch(enabled)}.",
             die,
             here=enabled,
             there=usual,
@@ -208,23 +212,28 @@ def check_errors(node: NodeView) -> Iterator[Finding]:
             )
 
 
-def check_ping(node: NodeView) -> Iterator[Finding]:
+def check_ping(nodes: Sequence[NodeView]) -> Iterator[Finding]:
     """Yield an error for each NPU that does not reach the one with its number on the next node."""
-    for die, (address, output) in node.pings().items():
-        loss = parse_loss(output.text)
-        if loss is None:
-            first = (output.text.strip() or "nothing").splitlines()[0]
-            yield node.unknown(f"hccn_tool -ping says {first!r}", "Run it there to see why.", [die])
-        elif loss > 0:
-            yield node.finding(
-                "error",
-                "VRA-662",
-                f"of what its RoCE port sent to {address} on another node, {loss:g} % got lost.",
-                f"`{ping_line(die.physical_id, address)}` there; check routes, VLAN and the switches between.",
-                die,
-                address=address,
-                loss=loss,
-            )
+    owners = {address: node for node in nodes for address in device_addresses(node.record).values()}
+    for node in nodes:
+        for die, (address, output) in node.pings().items():
+            loss = parse_loss(output.text)
+            if loss is None:
+                first = (output.text.strip() or "nothing").splitlines()[0]
+                yield node.unknown(f"hccn_tool -ping says {first!r}", "Run it there to see why.", [die])
+            elif loss > 0:
+                peer = owners[address].address if address in owners else "another node"
+                yield node.finding(
+                    "error",
+                    "VRA-662",
+                    f"{loss:g} % of the packets to NPU {die.physical_id} of {peer} ({address}) got lost.",
+                    f"On both nodes `hccn_tool -i {die.physical_id} -optical -g` and `hccn_tool -i {die.physical_id} "
+                    "-stat -g`: cable, optical module; then routes, VLAN, and the switches between. Again: "
+                    f"`{ping_line(die.physical_id, address)}` there.",
+                    die,
+                    address=address,
+                    loss=loss,
+                )
 
 
 def check_vnic(node: NodeView) -> Iterator[Finding]:
@@ -372,6 +381,7 @@ CHECKS = (
         check_ping,
         (ADDRESS,),
         "full",
+        of_cluster=True,
         applies=lambda node: on_several_nodes(node) and not node.is_a3,
     ),
     Check("vnic", "virtual ports are up (A3)", "hccn_tool -vnic", check_vnic, (VNIC,), "full", applies=on_a3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from packaging.version import InvalidVersion, Version
@@ -90,15 +91,28 @@ def check_driver_fits_cann(node: NodeView) -> Iterator[Finding]:
         yield node.unknown("the driver's Innerversion or CANN's compatible_version cannot be read", _MOUNT_DRIVER)
         return
     accepted = {parsers.inner_release(entry.strip(" []")) for entry in listed.split(",")}
-    if release not in accepted | {parsers.inner_release(cann.get("innerversion", ""))}:
+    accepted |= {parsers.inner_release(cann.get("innerversion", ""))}
+    if release not in accepted:
+        is_older = _number(release) < min(map(_number, filter(None, accepted)), default=())
+        relation = "older than" if is_older else "not among"
         yield node.finding(
             "warning",
             "VRA-614",
-            f"driver {node.properties('driver').get('Version')} ({release}) is not among the releases that CANN "
+            f"driver {node.properties('driver').get('Version')} ({release}) is {relation} the releases that CANN "
             f"{cann.get('version')} lists: {listed}.",
-            "Install a driver of CANN's release notes; a newer driver than CANN's is usually fine.",
+            _INSTALL_DRIVER.format("of CANN's release notes")
+            if is_older
+            else "Where it is newer than CANN, it is usually fine; else install one of CANN's release notes.",
             driver=release,
         )
+
+
+_INSTALL_DRIVER = "Stop Ray there, install the driver and the firmware {}, reboot, `ray start`."
+
+
+def _number(release: str) -> tuple[int, ...]:
+    """Return the numbers of a release such as V100R001C23, by which releases are in order."""
+    return tuple(map(int, re.findall(r"\d+", release)))
 
 
 def check_nnal(node: NodeView) -> Iterator[Finding]:
@@ -120,7 +134,7 @@ def check_same_driver(nodes: Sequence[NodeView]) -> Iterator[Finding]:
             "warning",
             "VRA-616",
             f"driver {version} there, {usual} on node {example.address}.",
-            f"Install driver {usual} there.",
+            _INSTALL_DRIVER.format(usual),
             here=version,
             there=usual,
         )
