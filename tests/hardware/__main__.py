@@ -10,6 +10,7 @@ import argparse
 import ipaddress
 import json
 import os
+import platform
 import re
 import socket
 import subprocess
@@ -23,24 +24,24 @@ from typing import Any
 
 from tests.hardware.engine import MARKER
 from vllm_ray_ascend import __version__
-from vllm_ray_ascend.compat.versions import stack
+from vllm_ray_ascend.compat.versions import installed, stack
 from vllm_ray_ascend.environment.redact import redact_value
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE_LIMIT_S = 1800.0
 _COUNT = f"""
-import json, os, ray, torch, torch_npu
+import json, ray, torch, torch_npu
+from types import SimpleNamespace
+from vllm_ray_ascend.cluster.connect import connect
 here = torch.npu.device_count()
-nodes = [here]
-if os.environ.get("RAY_ADDRESS") != "local":
-    try:
-        ray.init("auto", log_to_driver=False)
-        nodes = [node["Resources"].get("NPU", 0) for node in ray.nodes() if node["Alive"]]
-    except ConnectionError:
-        pass
-found = dict(npus_here=here, nodes=sum(1 for npus in nodes if npus), npus=sum(nodes))
+connect(SimpleNamespace(ray_runtime_env=None))  # as engines do: they join a cluster, or start one
+nodes = [node["Resources"].get("NPU", 0) for node in ray.nodes() if node["Alive"]]
+found = dict(npus_here=here, nodes=sum(1 for npus in nodes if npus), npus=sum(nodes), chip=torch.npu.get_device_name(0))
 print({MARKER!r} + json.dumps(found))
 """
+_READY = re.compile(r"vllm-ray-ascend \S+ ready: [^;]*; (\d+ nodes?, \d+ NPUs?; .*)")
+_NODE = re.compile(r"-> (\S+)")
+_TESTS = re.compile(r"(\d+ (?:passed|failed|skipped|error)[^=]*?) in \d")
 
 
 # Without tests/conftest.py, which needs packages that an Atlas server lacks.
@@ -117,10 +118,29 @@ def run(step: Step, log: Path) -> Outcome:
             why = f"exit code {done.returncode}" if done.returncode else ""
         except subprocess.TimeoutExpired:
             why = f"not done within {step.limit_s:g} s"
-    found = [line for line in log.read_text(errors="replace").splitlines() if line.startswith(MARKER)]
-    figures = json.loads(found[-1].removeprefix(MARKER)) if found else {}
+    lines = log.read_text(errors="replace").splitlines()
+    found = [line for line in lines if line.startswith(MARKER)]
+    figures = {**(json.loads(found[-1].removeprefix(MARKER)) if found else {}), **placements(lines), **counts(lines)}
+    if why:
+        why = f"{why}; {next((line.strip() for line in reversed(lines) if line.strip()), 'no output')}"
     state = "failed" if why else "passed"
     return Outcome(step.name, step.what, state, why, round(time.monotonic() - began, 1), figures)
+
+
+def counts(lines: Sequence[str]) -> dict[str, str]:
+    """Return how many tests of pytest have passed, failed and were skipped, by the last line of its output."""
+    found = [match[1] for line in lines if (match := _TESTS.search(line))]
+    return {"tests": found[-1]} if found else {}
+
+
+def placements(lines: Sequence[str]) -> dict[str, Any]:
+    """Return on which NPUs the engines of a log have their ranks; nodes are called A, B, ..."""
+    found = [match[1] for line in lines if (match := _READY.search(line))]
+    names: dict[str, str] = {}
+    for match in _NODE.finditer(" ".join(found)):
+        names.setdefault(match[1], f"node {chr(ord('A') + len(names) % 26)}")
+    placed = [_NODE.sub(lambda match: f"-> {names[match[1]]}", text) for text in found]
+    return {"placement": list(dict.fromkeys(placed))} if placed else {}
 
 
 def compare(outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -205,19 +225,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"no NPU can be counted here: {machine.why}. See {options.out}/machine.log", file=sys.stderr)
         return 2
     counted = machine.figures
-    outcomes = []
+    found = {**counted, "model": Path(options.model).name, "variables": redacted(_variables())}
+    facts = {**_software(), **found}
+    outcomes: list[Outcome] = []
     for step in plan(options.model, options.tp, counted["npus_here"], counted["npus"]):
         print(f"{step.name}: {step.what} ...", flush=True)
         outcomes.append(run(step, options.out / f"{step.name}.log"))
         print(f"  {outcomes[-1].state} {outcomes[-1].why}", flush=True)
-    outcomes = [replace(each, figures=redacted(each.figures)) for each in compare(outcomes)]
-    found = {**counted, "model": Path(options.model).name, "variables": redacted(_variables())}
-    facts = {"vllm-ray-ascend": __version__, **stack(), **found}
-    (options.out / "report.md").write_text(describe(facts, outcomes))
-    report = {"facts": facts, "steps": [asdict(each) for each in outcomes]}
-    (options.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(f"{options.out}/report.md")
-    return 1 if any(each.state == "failed" for each in outcomes) else 0
+        compared = compare(outcomes)
+        _write(options.out, facts, compared)  # what there is when a later step is ended by hand is kept
+    failed = [f"{each.name} ({options.out}/{each.name}.log)" for each in compared if each.state == "failed"]
+    print(f"{options.out}/report.md: {len(failed)} of {len(compared)} steps failed", *failed, sep="\n  ")
+    return 1 if failed else 0
+
+
+def _software() -> dict[str, str]:
+    """Return when and with what the report is made."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M %z"),
+        "NPUs": "software NPUs" if "SOFTNPU_LIB" in os.environ else "as the driver has them",
+        "vllm-ray-ascend": __version__,
+        "commit": commit.stdout.strip() or "unknown",
+        **stack(),
+        "torch": installed("torch") or "not installed",
+        "Python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "doctor": _doctor(),
+    }
+
+
+def _doctor() -> str:
+    """Return what doctor says of this node: chip, driver, CANN, and its findings without addresses."""
+    command = [sys.executable, "-m", "vllm_ray_ascend.cli.main", "doctor", "--local", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        report = json.loads(done.stdout)
+    except ValueError:
+        return f"exit code {done.returncode}"
+    (node,) = report["nodes"]
+    codes = sorted({f"{each['severity']} {each['code']}" for each in report["findings"]})
+    return f"{node['chip']}, driver {node['driver'] or 'unknown'}, CANN {node['cann'] or 'unknown'}; {', '.join(codes)}"
+
+
+def _write(folder: Path, facts: Mapping[str, Any], outcomes: Sequence[Outcome]) -> None:
+    hidden = [replace(each, why=redacted(each.why), figures=redacted(each.figures)) for each in outcomes]
+    (folder / "report.md").write_text(describe(facts, hidden))
+    report = {"facts": facts, "steps": [asdict(each) for each in hidden]}
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

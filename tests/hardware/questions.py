@@ -117,7 +117,13 @@ result(
 )
 """
 """torch_npu's stop_device while operators are queued: the state of an event behind them, and after restart_device."""
-_COMPUTES = "import torch, torch_npu; x = torch.ones(8, device='npu:0'); assert (x + x).sum().item() == 16"
+_COMPUTES = f"""
+import faulthandler
+faulthandler.dump_traceback_later({LIMIT_S - 10})
+import torch, torch_npu
+x = torch.ones(8, device="npu:0")
+assert (x + x).sum().item() == 16
+"""
 
 
 def _start(code: str, *arguments: str) -> subprocess.Popen[str]:
@@ -161,19 +167,29 @@ def _alone(code: str) -> dict[str, Any]:
         process.kill()
 
 
-def main(question: str) -> dict[str, Any]:
-    """Return what was measured, and whether an NPU computes in a new process afterwards.
+def ask(question: str) -> dict[str, Any]:
+    """Return what was measured."""
+    return _alone(STOP) if question == "stop" else _between_two({"abort": ABORT, "destroy": DESTROY}[question])
 
-    Raises RuntimeError where it does not.
-    """
-    found = _alone(STOP) if question == "stop" else _between_two({"abort": ABORT, "destroy": DESTROY}[question])
+
+def compute_afterwards(limit_s: float = LIMIT_S, code: str = _COMPUTES) -> dict[str, Any]:
+    """Return whether an NPU computes in a new process, and after how many seconds that was known."""
     began = time.monotonic()
-    after = subprocess.run([sys.executable, "-c", _COMPUTES], env=os.environ, timeout=LIMIT_S, check=False)
-    found |= {"computes_afterwards": after.returncode == 0, "new_process_s": time.monotonic() - began}
-    return found
+    try:
+        ended = subprocess.run([sys.executable, "-c", code], env=os.environ, timeout=limit_s, check=False).returncode
+    except subprocess.TimeoutExpired:
+        ended = None
+    return {"computes_afterwards": ended == 0, "new_process_s": time.monotonic() - began}
+
+
+def main(question: str) -> int:
+    """Print what was measured, at once and again with what came of an NPU; 1 where it does not compute."""
+    found = ask(question)
+    print(MARKER + json.dumps(found), flush=True)
+    found |= compute_afterwards()
+    print(MARKER + json.dumps(found), flush=True)
+    return 0 if found["computes_afterwards"] else 1
 
 
 if __name__ == "__main__":
-    answer = main(sys.argv[1])
-    print(MARKER + json.dumps(answer), flush=True)
-    sys.exit(0 if answer["computes_afterwards"] else 1)
+    sys.exit(main(sys.argv[1]))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.softnpu.processes import check_python
+from tests.softnpu.processes import check_python, run_python
 
 
 def test_device_that_does_not_open() -> None:
@@ -92,3 +92,33 @@ def test_only_the_nth_time_and_from_then_on() -> None:
         """,
         SOFTNPU_FAULTS="open_device:device=0,nth=3;open_device:device=1,after=2",
     )
+
+
+@pytest.mark.parametrize(
+    ("faults", "reason"),
+    [
+        ("open_devcie:device=0", '"open_devcie" is no fault; there are capture destroy_again'),
+        ("open_device:devcie=0", 'open_device has no "devcie"; it has device nth after'),
+        ("hccl_silent=rank:1", '"hccl_silent=rank" is no fault'),
+        ("hccl_silent:rank", 'hccl_silent: "rank" has no value'),
+    ],
+)
+def test_a_misspelt_fault_is_refused(faults: str, reason: str) -> None:
+    """A test would wait for a fault that never comes."""
+    code = "import acl\nraise SystemExit(acl.rt.set_device(0) != 0)"
+    done = run_python(code, SOFTNPU_FAULTS=faults, SOFTNPU_LOG="0")
+    assert done.returncode == 1 and f"SOFTNPU_FAULTS: {reason}" in done.stderr, done.stderr
+
+
+def test_a_misspelt_fault_in_a_file_that_changes_ends_the_process(tmp_path: Path) -> None:
+    path = tmp_path / "faults"
+    code = f"""
+        import ctypes, acl
+        from tests.softnpu.runtime import runtime
+        assert acl.rt.set_device(0) == 0
+        open({str(path)!r}, "w").write("no_memroy:device=0")
+        runtime().aclrtMalloc(ctypes.byref(ctypes.c_void_p()), ctypes.c_size_t(1 << 20), 0)
+    """
+    path.write_text("")
+    done = run_python(code, SOFTNPU_FAULTS=f"@{path}")
+    assert done.returncode < 0 and '"no_memroy" is no fault' in done.stderr, done.stderr

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.hardware.__main__ import Outcome, compare, describe, plan, redacted
+from tests.hardware.__main__ import Outcome, Step, compare, counts, describe, placements, plan, redacted, run
+from tests.hardware.questions import compute_afterwards
 
 pytestmark = pytest.mark.unit
 
@@ -71,3 +72,27 @@ def test_addresses_the_machine_and_the_users_folder_are_hidden() -> None:
     assert redacted({"a": [text, 3]}) == {
         "a": ["ADDRESS:6379 at HOST, [ADDRESS], ~/x, torch 2.10.0, 12:34:56, c10::Error", 3]
     }
+
+
+def test_placements_are_said_without_addresses() -> None:
+    ready = "INFO vllm-ray-ascend 0.1.0 ready: vLLM 0.30.0, Ray 2.60.0; 2 nodes, 2 NPUs; rank 0 -> 10.0.0.1 NPU 0, "
+    found = placements(["other", f"{ready}rank 1 -> 10.0.0.2 NPU 5"])
+    assert found == {"placement": ["2 nodes, 2 NPUs; rank 0 -> node A NPU 0, rank 1 -> node B NPU 5"]}
+    assert placements(["nothing"]) == {}
+
+
+def test_tests_that_were_skipped_are_counted() -> None:
+    assert counts(["..s", "=== 6 passed, 1 skipped in 12.31s ==="]) == {"tests": "6 passed, 1 skipped"}
+
+
+def test_a_failed_step_says_why(tmp_path: Path) -> None:
+    code = "print('ENGINE {\"measured\": 1}'); raise SystemExit('the NPU is gone')"
+    outcome = run(Step("x", "", ("-c", code)), tmp_path / "log")
+    assert (outcome.state, outcome.why) == ("failed", "exit code 1; the NPU is gone")
+    assert outcome.figures == {"measured": 1}
+
+
+def test_an_npu_that_does_not_compute_in_time_is_a_finding() -> None:
+    found = compute_afterwards(limit_s=0.5, code="import time; time.sleep(60)")
+    assert found["computes_afterwards"] is False
+    assert compute_afterwards(code="pass")["computes_afterwards"] is True

@@ -151,7 +151,8 @@ void Communicator::set_up_links(const char* operation, const std::vector<LinkReq
   char seconds[32];
   snprintf(seconds, sizeof seconds, "%g", link_limit());
   throw Failure(HCCL_E_TIMEOUT, std::string("EI0006: no link for ") + operation + " to " + late->peer() + " within " +
-                                    seconds + " s (HCCL_CONNECT_TIMEOUT + 20 s): it has not called that operator");
+                                    seconds + " s (HCCL_CONNECT_TIMEOUT + 20 s, or SOFTNPU_CONNECT_TIMEOUT): it has not "
+                                    "called the operator that belongs to this one (to a send, its receive)");
 }
 
 // ---- state

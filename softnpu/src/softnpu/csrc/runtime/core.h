@@ -71,7 +71,7 @@ using Limit = std::optional<Clock::duration>;  // of a wait; none: it may take f
 Limit wait_limit();                       // SOFTNPU_WAIT_LIMIT, which no wait exceeds
 Limit op_wait_limit();                    // of a stream that waits for an event: also aclrtSetOpWaitTimeout
 void set_op_wait_timeout(uint32_t seconds);
-aclError check_strict_setting();          // an error, also printed, where SOFTNPU_STRICT names no known rule
+aclError check_settings();                // an error, also printed, where SOFTNPU_STRICT or _FAULTS name what there is not
 
 // ---- node_table.cpp: what all processes of the node hold, in shared memory
 constexpr int kMaxDevices = 64;

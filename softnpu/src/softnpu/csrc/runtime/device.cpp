@@ -70,7 +70,7 @@ aclError reset(int visible, bool force, const char* call) {
 
 aclError set_device(int visible) {
   if (auto code = check_visible(visible, "aclrtSetDevice")) return code;
-  if (auto code = check_strict_setting()) return code;
+  if (auto code = check_settings()) return code;
   int physical = visible_list()[visible];
   if (fault("open_device", {{"device", std::to_string(physical)}}))
     return fail(ACL_ERROR_RT_DEV_SETUP_ERROR, "NPU " + std::to_string(physical) + " does not open: injected by SOFTNPU_FAULTS");
@@ -89,7 +89,7 @@ aclError aclInit(const char* path) {
   if (real_driver())
     return fail(ACL_ERROR_RT_DEV_SETUP_ERROR,
                 "a real Ascend driver is present: the software NPU refuses to load. Start the process without `softnpu exec`.");
-  if (auto code = check_strict_setting()) return code;
+  if (auto code = check_settings()) return code;
   if (g_initialized.exchange(true)) return ACL_ERROR_REPEAT_INITIALIZE;
   aclError code = read_default_device(path);
   if (code) g_initialized = false;

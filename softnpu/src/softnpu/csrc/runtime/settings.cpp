@@ -154,6 +154,71 @@ Strictness parse_strict(const std::string& text) {
   return result;
 }
 
+struct FaultRule {
+  std::string kind;
+  Fault settings;
+  long matched = 0;
+};
+
+// Each is described in docs/software-npu.md, "Faults on demand", with the keys that select its calls.
+const std::map<std::string, std::set<std::string>> kFaults = {
+    {"open_device", {"device"}},          {"device_error", {"device", "task"}}, {"no_memory", {"device", "capturing"}},
+    {"capture", {"device"}},              {"hccl_silent", {"rank", "comm"}},    {"unseen_death", {"rank"}},
+    {"link_setup", {"rank", "comm", "op", "code"}}, {"rdma_error", {"rank", "comm"}}, {"destroy_again", {"comm"}},
+    {"npu_port_in_use", {"device"}},      {"slow_link", {"ms", "mbps"}}};
+
+// The setting's text: its own, or that of the file which "@FILE" names (read again at each query, so that
+// a test can request a fault while a process runs).
+std::string fault_text() {
+  const char* value = text_setting("SOFTNPU_FAULTS");
+  if (!value || value[0] != '@') return value ? value : "";
+  std::ifstream file(value + 1);
+  return std::string(std::istreambuf_iterator<char>(file), {});
+}
+
+// Why a fault as it is written is none; empty where it is one.
+std::string problem_of(const FaultRule& rule) {
+  auto found = kFaults.find(rule.kind);
+  std::string names;
+  if (found == kFaults.end()) {
+    for (const auto& [kind, keys] : kFaults) names += " " + kind;
+    return "\"" + rule.kind + "\" is no fault; there are" + names;
+  }
+  for (const auto& [key, value] : rule.settings) {
+    bool exists = key == "nth" || key == "after" || found->second.count(key);
+    if (exists && value.empty()) return rule.kind + ": \"" + key + "\" has no value";
+    if (exists) continue;
+    for (const auto& known : found->second) names += " " + known;
+    return rule.kind + " has no \"" + key + "\"; it has" + names + " nth after";
+  }
+  return "";
+}
+
+std::vector<FaultRule> parse_faults(const std::string& text, std::string* problem) {
+  std::vector<FaultRule> rules;
+  for (const auto& part : split(text, ';')) {
+    if (trimmed(part).empty()) continue;
+    size_t colon = part.find(':');
+    FaultRule rule;
+    rule.kind = trimmed(part.substr(0, colon));
+    if (colon != std::string::npos)
+      for (const auto& pair : split(part.substr(colon + 1), ',')) {
+        size_t equal = pair.find('=');
+        std::string key = trimmed(pair.substr(0, equal));
+        rule.settings[key] = equal == std::string::npos ? "" : trimmed(pair.substr(equal + 1));
+      }
+    if (std::string why = problem_of(rule); !why.empty() && problem->empty()) *problem = "SOFTNPU_FAULTS: " + why;
+    rules.push_back(rule);
+  }
+  return rules;
+}
+
+std::string fault_problem() {
+  std::string problem;
+  parse_faults(fault_text(), &problem);
+  return problem;
+}
+
 const Strictness& strictness() {
   static const Strictness parsed = parse_strict(getenv("SOFTNPU_STRICT") ? getenv("SOFTNPU_STRICT") : "");
   return parsed;
@@ -167,8 +232,8 @@ bool strict(const char* rule) {
   abort();
 }
 
-aclError check_strict_setting() {
-  const std::string& problem = strictness().problem;
+aclError check_settings() {
+  static const std::string problem = !strictness().problem.empty() ? strictness().problem : fault_problem();
   if (problem.empty()) return ACL_SUCCESS;
   static const int printed = fprintf(stderr, "softnpu: %s\n", problem.c_str());  // whatever SOFTNPU_LOG says
   (void)printed;
@@ -209,45 +274,14 @@ void log(int level, const char* format, ...) {
 // ---- faults
 namespace {
 
-struct Rule {
-  std::string kind;
-  Fault settings;
-  long matched = 0;
-};
-
 struct Rules {
   std::mutex mutex;
   std::string text;
-  std::vector<Rule> rules;
+  std::vector<FaultRule> rules;
 };
 
-// The setting's text: its own, or that of the file which "@FILE" names (read again at each query, so that
-// a test can request a fault while a process runs).
-std::string fault_text() {
-  const char* value = text_setting("SOFTNPU_FAULTS");
-  if (!value || value[0] != '@') return value ? value : "";
-  std::ifstream file(value + 1);
-  return std::string(std::istreambuf_iterator<char>(file), {});
-}
 
-void parse(Rules& rules, const std::string& text) {
-  rules.text = text;
-  rules.rules.clear();
-  for (const auto& part : split(text, ';')) {
-    if (part.empty()) continue;
-    size_t colon = part.find(':');
-    Rule rule;
-    rule.kind = trimmed(part.substr(0, colon));
-    if (colon != std::string::npos)
-      for (const auto& pair : split(part.substr(colon + 1), ',')) {
-        size_t equal = pair.find('=');
-        if (equal != std::string::npos) rule.settings[trimmed(pair.substr(0, equal))] = trimmed(pair.substr(equal + 1));
-      }
-    rules.rules.push_back(rule);
-  }
-}
-
-bool matches(const Rule& rule, const std::map<std::string, std::string>& facts) {
+bool matches(const FaultRule& rule, const std::map<std::string, std::string>& facts) {
   for (const auto& [name, value] : facts) {
     auto wanted = rule.settings.find(name);
     if (wanted != rule.settings.end() && wanted->second != value) return false;
@@ -262,7 +296,15 @@ std::optional<Fault> fault(const std::string& kind, const std::map<std::string, 
   if (!asked) return std::nullopt;
   static Rules rules;
   std::lock_guard<std::mutex> lock(rules.mutex);
-  if (auto text = fault_text(); text != rules.text) parse(rules, text);
+  if (auto text = fault_text(); text != rules.text) {
+    std::string problem;
+    rules.rules = parse_faults(text, &problem);
+    rules.text = text;
+    if (!problem.empty()) {  // of a file that was changed: a test would wait for a fault that never comes
+      fprintf(stderr, "softnpu: %s\n", problem.c_str());
+      abort();
+    }
+  }
   for (auto& rule : rules.rules) {
     if (rule.kind != kind || !matches(rule, facts)) continue;
     long count = ++rule.matched;
