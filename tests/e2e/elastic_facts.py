@@ -48,9 +48,11 @@ class ElasticFacts:
             "point_to_point": point_to_point(),
         }
 
-    def graph_sizes(self) -> list[int]:
-        """Return the batch sizes that have a graph on this rank, once all ranks have the same."""
-        import torch.distributed as dist
+    def graph_sizes(self, folder: str) -> None:
+        """Write the batch sizes that have a graph on this rank to a file of the ``folder``.
+
+        It asks no other rank: these may still be stepping, with other operations on the same groups.
+        """
         from vllm.distributed import get_dp_group
         from vllm_ascend.compilation import acl_graph
 
@@ -62,11 +64,7 @@ class ElasticFacts:
                 if entry.aclgraph is not None
             }
         )
-        group = get_dp_group()
-        everybody: list[Any] = [None] * group.world_size
-        dist.all_gather_object(everybody, found, group=group.cpu_group)
-        assert all(each == found for each in everybody), everybody
-        return found
+        (Path(folder) / f"rank{get_dp_group().rank_in_group}").write_text(json.dumps(found))
 
     def resources(self) -> str:
         """Return what this worker holds that a scaling could leave behind, as JSON."""
