@@ -229,6 +229,7 @@ def test_a_new_rank_that_dies_after_it_was_ready_is_undone(tmp_path: Path) -> No
             wait_for_log(server, "waiting for requests to drain before scaling")
             kill_new_worker(cluster, before)
             wait_for_log(server, r"event engine_failed engine=zen-moe/dp[23]")
+            time.sleep(2)  # until the driver knows it too: the switch would begin, and all would end
             stop_reading.set()
         assert answer.result().status_code == 500 and "VRA-343" in answer.result().text, answer.result().text
         check_scaled(server, 2)

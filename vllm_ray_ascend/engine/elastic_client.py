@@ -251,7 +251,7 @@ async def _is_done(client: Any, future: asyncio.Future[Any], needed: range | Non
         future.cancel()
         raise ElasticEPError(
             "VRA-347",
-            f"a rank that serves was lost while the engine was scaled: {', '.join(lost) or 'the log says which'}",
+            f"a rank was lost without which the engine cannot be scaled: {', '.join(lost) or 'the log says which'}",
         )
     return future.done()
 
