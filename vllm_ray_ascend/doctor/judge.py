@@ -13,7 +13,6 @@ from vllm_ray_ascend.doctor.compare import changes_between
 from vllm_ray_ascend.doctor.links import judge_links
 from vllm_ray_ascend.doctor.records import (
     ExitCode,
-    Failure,
     Level,
     NodeRecord,
     NodeSummary,
@@ -47,7 +46,8 @@ def checks_of_full_level(made: Collection[str]) -> list[str]:
 
 def make_report(snapshot: Snapshot, checks: Sequence[Check], before: Snapshot | None = None) -> Report:
     """Return the report of a snapshot; with what has changed since the one ``before``."""
-    findings = sorted(find(snapshot, checks), key=lambda finding: _WORST_FIRST.index(finding.severity))
+    found = map(_of_command, find(snapshot, checks))
+    findings = sorted(found, key=lambda finding: _WORST_FIRST.index(finding.severity))
     status = status_of(findings)
     return Report(
         version=snapshot.version,
@@ -74,20 +74,22 @@ def status_of(findings: Iterable[Finding]) -> Status:
 def find(snapshot: Snapshot, checks: Sequence[Check]) -> list[Finding]:
     """Return the findings of all checks on all nodes, and of nodes that did not answer."""
     nodes = _views(snapshot)
-    failures = [_unchecked(failure, snapshot.version) for failure in snapshot.failures]
+    failures = [
+        unreachable_finding(failure.address, failure.npus, failure.reason, snapshot.version)
+        for failure in snapshot.failures
+    ]
     if not failures and not any(node.has_npus for node in nodes):
         return [_no_npus()]
     checked = [replace(finding, check=check.name) for check in checks for finding in _run(check, nodes)]
     return [*failures, *checked, *judge_links(snapshot.links, snapshot.busy), *_not_compared(snapshot, checks)]
 
 
-def _unchecked(failure: Failure, version: str) -> Finding:
-    """Return the finding of a node that did not answer: that nothing is known of it, where it is only late."""
-    found = unreachable_finding(failure.address, failure.npus, failure.reason, version)
-    if found.severity != "warning":
-        return found
-    remedy = f"{found.remedy} Where the node is only busy: `vllm-ray-ascend doctor --timeout 120`."
-    return replace(found, severity="unknown", remedy=remedy, check="answer")
+def _of_command(finding: Finding) -> Finding:
+    """Return a finding as the command has it: of a node that is late nothing is known; a start warns of it."""
+    if finding.code != "VRA-216":
+        return finding
+    remedy = f"{finding.remedy} Where the node is only busy: `vllm-ray-ascend doctor --timeout 120`."
+    return replace(finding, severity="unknown", remedy=remedy, check="answer")
 
 
 def _not_compared(snapshot: Snapshot, checks: Sequence[Check]) -> Iterator[Finding]:
