@@ -49,16 +49,19 @@ def request_scaling(server: Server, size: int) -> httpx.Response:
     return httpx.post(f"{server.url}/scale_elastic_ep", json={"new_data_parallel_size": size}, timeout=LIMIT_S)
 
 
-def scale(server: Server, size: int, experts: int = EXPERTS_OF_A_RANK) -> None:
+def scale(server: Server, size: int, experts: int = EXPERTS_OF_A_RANK, tensor: int = 1) -> None:
     answer = request_scaling(server, size)
     assert answer.status_code == 200, answer.text
-    check_scaled(server, size, experts)
+    check_scaled(server, size, experts, tensor)
 
 
-def check_scaled(server: Server, size: int, experts: int = EXPERTS_OF_A_RANK) -> None:
-    """Check that all ranks agree about their number and have the right experts, and that each generates the text."""
+def check_scaled(server: Server, size: int, experts: int = EXPERTS_OF_A_RANK, tensor: int = 1) -> None:
+    """Check that all ranks agree about their number and have the right experts, and that each generates the text.
+
+    ``experts`` are those of a data parallel rank, of ``tensor`` workers.
+    """
     facts = call_workers(server, "check_experts")
-    assert (facts["size"], facts["dp_size"], facts["physical"]) == (size, size, size * experts)
+    assert (facts["size"], facts["dp_size"], facts["physical"]) == (size * tensor, size, size * experts)
     check_texts(server, size)
 
 
@@ -320,9 +323,9 @@ def test_ranks_of_two_npus_each(tmp_path: Path) -> None:
         temporary_cluster("e2e-elastic-tensor", 1, 6) as cluster,
         elastic_server(cluster, tmp_path, "--tensor-parallel-size", "2", "--elastic-ep-max-dp-size", "3") as server,
     ):
-        check_scaled(server, 2)
-        scale(server, 3)
-        scale(server, 2)
+        check_scaled(server, 2, tensor=2)
+        scale(server, 3, tensor=2)
+        scale(server, 2, tensor=2)
         wait_for_npus(cluster, 1, [0, 1, 2, 3])
 
 

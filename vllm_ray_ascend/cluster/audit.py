@@ -90,6 +90,10 @@ def audit_node(
     return [replace(finding, check=check) for check, findings in found.items() for finding in findings if finding]
 
 
+UNANSWERED = "answer"
+"""What stands for a check in the finding of a node that did not answer."""
+
+
 def unreachable_finding(address: str, declared_npus: float, reason: str, version: str) -> Finding:
     """Return the finding of a node that did not report, because of ``reason``; ``version`` is ours on the driver.
 
@@ -105,6 +109,7 @@ def unreachable_finding(address: str, declared_npus: float, reason: str, version
         "VRA-216",
         f"its NPUs could not be checked: {reason}.",
         "See `ray status`, and raylet.out in Ray's log folder there.",
+        check=UNANSWERED,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from msgspec.structs import replace
 
-from vllm_ray_ascend.cluster.audit import Driver, unreachable_finding
+from vllm_ray_ascend.cluster.audit import UNANSWERED, Driver, unreachable_finding
 from vllm_ray_ascend.cluster.findings import Finding, Severity
 from vllm_ray_ascend.doctor.checks import CHECKS
 from vllm_ray_ascend.doctor.compare import changes_between
@@ -86,10 +86,10 @@ def find(snapshot: Snapshot, checks: Sequence[Check]) -> list[Finding]:
 
 def _of_command(finding: Finding) -> Finding:
     """Return a finding as the command has it: of a node that is late nothing is known; a start warns of it."""
-    if finding.code != "VRA-216":
+    if finding.check != UNANSWERED:
         return finding
     remedy = f"{finding.remedy} Where the node is only busy: `vllm-ray-ascend doctor --timeout 120`."
-    return replace(finding, severity="unknown", remedy=remedy, check="answer")
+    return replace(finding, severity="unknown", remedy=remedy)
 
 
 def _not_compared(snapshot: Snapshot, checks: Sequence[Check]) -> Iterator[Finding]:
