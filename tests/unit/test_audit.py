@@ -284,6 +284,7 @@ def test_a_node_that_does_not_answer() -> None:
         "VRA-216",
         "its NPUs could not be checked: no answer within 20 s.",
         "See `ray status`, and raylet.out in Ray's log folder there.",
+        check="answer",
     )
 
 
