@@ -40,6 +40,8 @@ Report = Callable[[str], None]
 NodeSettings = Mapping[int, Mapping[str, str]]
 
 _START_LIMIT_S = 120.0
+_COUNT_LIMIT_S = 20.0
+"""In which Ray learns what a node that is alive has."""
 
 
 class RayStartTimeoutError(ClusterError):
@@ -247,15 +249,25 @@ def _wait_until_alive(cluster: Cluster, settings: NodeSettings) -> None:
             reasons = "; ".join(f"{node.hostname}: {node.reason}" for node in dead)
             raise ClusterError(f"nodes did not become alive within {_START_LIMIT_S:g} s: {reasons}")
         time.sleep(0.2)
+    deadline = min(deadline, time.monotonic() + _COUNT_LIMIT_S)
+    while problem := _wrong_count(cluster, settings):
+        if time.monotonic() > deadline:
+            raise ClusterError(problem)
+        time.sleep(0.2)
+
+
+def _wrong_count(cluster: Cluster, settings: NodeSettings) -> str:
+    """Return on which node Ray counts other NPUs than there are; empty where on none. Ray knows a node before these."""
     for node, found in zip(cluster.nodes, _read_status(cluster), strict=True):
         visible = _visible_devices(node, settings)
         expected = len(parse_visible(visible) or range(cluster.shape.npus(node.index)))
         if found.npus != expected:
-            raise ClusterError(
+            return (
                 f"Ray counts {found.npus} NPUs on {node.hostname}, not {expected} ({VISIBLE_DEVICES}="
                 f"{visible or ''}): check what pyACL finds there: softnpu exec -- "
                 "python -c 'import acl; print(acl.rt.get_device_count())'"
             )
+    return ""
 
 
 def _visible_devices(node: Node, settings: NodeSettings) -> str | None:
