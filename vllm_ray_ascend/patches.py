@@ -878,7 +878,7 @@ PATCHES: tuple[Patch, ...] = (
         what="the same table on all ranks",
         why="ranks that gather tokens before they choose experts compute a token twice or not at all: wrong text",
         releases="vllm-ascend >=0.27.1rc1",
-        removable="vllm-ascend builds the same table on all ranks that gather tokens",
+        removable="vllm-ascend builds the same table on all ranks that gather tokens: patches/vllm-ascend/0003",
         applied=_ELASTIC_WORKER,
     ),
     Patch(
