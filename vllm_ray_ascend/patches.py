@@ -1055,6 +1055,8 @@ _REMEDY = (
     "VLLM_RAY_ASCEND_EXECUTOR=upstream for executor and engine, VLLM_RAY_ASCEND=0 for everything."
 )
 _ABSENT: Any = object()
+_TRACING_WRAPPER = "_resume_span"
+"""The function of ray.util.tracing.tracing_helper that Ray puts around each method of an actor's class."""
 
 
 def apply(target: str, replacement: Any, owner: Any = None) -> None:
@@ -1080,7 +1082,7 @@ def apply(target: str, replacement: Any, owner: Any = None) -> None:
                 row.what,
             )
         setattr(owner, _original_name(name), before)
-    setattr(owner, name, replacement)
+    _set(owner, name, before, replacement)
 
 
 def wrap(target: str, decorator: Callable[[Any], Any], owner: Any = None) -> None:
@@ -1094,7 +1096,31 @@ def wrap(target: str, decorator: Callable[[Any], Any], owner: Any = None) -> Non
     before = getattr(owner, name)
     replacement = decorator(before)
     setattr(owner, _original_name(name), before)
+    _set(owner, name, before, replacement)
+
+
+def _set(owner: Any, name: str, before: Any, replacement: Any) -> None:
+    """Set an attribute; of a method in the classes of Ray's actors too.
+
+    Ray gives such a class wrappers of its own around all methods, also inherited ones: a method that is replaced in a
+    base class afterwards would never be called.
+    """
     setattr(owner, name, replacement)
+    for actor_class in _subclasses(owner) if isinstance(owner, type) else ():
+        if _is_tracing_wrapper(vars(actor_class).get(name), before):
+            delattr(actor_class, name)
+
+
+def _is_tracing_wrapper(method: Any, of: Any) -> bool:
+    code = getattr(method, "__code__", None)
+    return getattr(code, "co_name", "") == _TRACING_WRAPPER and getattr(method, "__wrapped__", None) is of
+
+
+def _subclasses(owner: type) -> Iterator[type]:
+    children: list[type] = type.__subclasses__(owner)
+    for child in children:
+        yield child
+        yield from _subclasses(child)
 
 
 def add_entries(target: str, entries: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from demo.train.recitation import DENSE, MOE, PROMPTS, zen_after
 from tests.e2e.conftest import run_on_head
 from tests.e2e.servers import check_text, create_server, read_topology, temporary_cluster
 from tests.e2e.test_death import LIMIT_S, START_LIMIT_S, check_no_leftovers, send_signal
-from vllm_ray_ascend.observability.metrics import DP_RANK_RESTARTS, DP_RANK_UP
+from vllm_ray_ascend.observability.metrics import DP_RANK_RESTARTS, DP_RANK_UP, WRITES
 
 pytestmark = pytest.mark.e2e
 
@@ -132,6 +132,7 @@ def test_a_rank_on_another_node_comes_back(two_nodes_of_one: Cluster, tmp_path: 
     with serving(two_nodes_of_one, DENSE, tmp_path, *one_by_one, VLLM_RAY_ASCEND_DEGRADED_HEALTH="503") as server:
         check_text(server, DENSE, 2)
         check_niceness(two_nodes_of_one)
+        wait_until(lambda: read_metrics(server, WRITES.name).keys() == {"0", "1"}, server)
         assert read_metrics(server, DP_RANK_UP.name) == {"0": 1, "1": 1}
         process = engine_core(two_nodes_of_one, 1)
         kept = [start_request(server, 0) for _ in range(6)]

@@ -93,6 +93,21 @@ def test_a_method_is_wrapped_once(module: Any) -> None:
     assert module.Class().method() == "ours(upstream)"
 
 
+@pytest.mark.parametrize("change", ["wrap", "apply"])
+def test_a_method_of_an_actor_class_is_patched_too(module: Any, change: str) -> None:
+    """Ray has wrapped it there, with what was inherited then; what the class itself overrides stays."""
+    from ray.util.tracing.tracing_helper import _inject_tracing_into_class
+
+    actor = _inject_tracing_into_class(type("Actor", (module.Class,), {}))
+    other = type("Other", (module.Class,), {"method": functools.wraps(module.Class.method)(lambda self: "other")})
+    assert "method" in vars(actor)
+    if change == "wrap":
+        patches.wrap("made.up.Class.method", lambda before: lambda self: f"ours({before(self)})")
+    else:
+        patches.apply("made.up.Class.method", lambda self: "ours(upstream)")
+    assert actor().method() == "ours(upstream)" and other().method() == "other"
+
+
 def test_an_owner_is_patched_without_its_parent(module: Any) -> None:
     child = type("Child", (module.Class,), {})
     patches.apply("made.up.Class.method", lambda self: "ours", owner=child)
