@@ -35,6 +35,7 @@ class NodeLocalEngineCore:
         )
         os.environ.update(launch_context.secrets)
         self.restarts_ranks = launch_context.restarts_ranks
+        self.client_count = len(kwargs["addresses"].outputs)
         prepare_process()
         self._control = self._connect_control(launch_context.control_address, kwargs.get("dp_rank", 0))
         EVENTS.listen(self._report_change)
