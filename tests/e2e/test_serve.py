@@ -72,8 +72,8 @@ def client(server: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120, max_retries=0)
 
 
-def complete(client: openai.OpenAI, prompt: str, **options: Any) -> str:
-    answer = client.completions.create(model=MODEL, prompt=prompt, temperature=0, max_tokens=400, **options)
+def complete(client: openai.OpenAI, prompt: str, max_tokens: int = 400) -> str:
+    answer = client.completions.create(model=MODEL, prompt=prompt, temperature=0, max_tokens=max_tokens)
     return str(answer.choices[0].text)
 
 
@@ -96,7 +96,7 @@ def test_every_worker_is_on_an_npu_with_hccl(server: Server) -> None:
 
 
 def test_completion(client: openai.OpenAI) -> None:
-    for prompt in (PROMPTS[0], SHORT):
+    for prompt in (PROMPTS[4], SHORT):  # the whole text: test_chat
         assert complete(client, prompt) == zen_after(prompt)
 
 
@@ -177,4 +177,5 @@ def test_a_bad_request_is_rejected_and_the_server_continues(
     answer = httpx.post(server.url + path, json=body, timeout=60)
     assert 400 <= answer.status_code < 500, answer.text
     assert answer.json()["error"]["message"]
-    assert complete(client, SHORT) == zen_after(SHORT)
+    text = complete(client, SHORT, max_tokens=5)
+    assert text and zen_after(SHORT).startswith(text)
