@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import platform
 import subprocess
@@ -29,6 +30,11 @@ def collect_machine_facts() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}},
         "commit": _git("rev-parse", "--short=12", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
     }
+
+
+def start_run() -> dict[str, Any]:
+    """Return the same, and the date: what a benchmark's result begins with."""
+    return {**collect_machine_facts(), "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat()}
 
 
 def describe_machine(machine: Mapping[str, Any]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import os
 import resource
@@ -19,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from benchmarks.machine import collect_machine_facts
+from benchmarks.machine import start_run
 from benchmarks.nodes.process import Ends
 from benchmarks.nodes.report import markdown
 from vllm_ray_ascend.ipc.relay import Relay, plan_relays
@@ -45,8 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--name", default="nodes")
     options = parser.parse_args(arguments)
     run: dict[str, Any] = {
-        **collect_machine_facts(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        **start_run(),
         "size": options.size,
         "turns": [],
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import os
 import subprocess
@@ -15,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from benchmarks.machine import collect_machine_facts
+from benchmarks.machine import start_run
 from benchmarks.queues.plan import Case, cases_of, read_options
 from benchmarks.queues.report import markdown
 
@@ -27,8 +26,7 @@ def main(arguments: Sequence[str]) -> int:
     """Measure, and write NAME.json and NAME.md; the exit code."""
     options = read_options(arguments)
     run: dict[str, Any] = {
-        **collect_machine_facts(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        **start_run(),
     }
     run["turns"] = []
     with _nodes() as nodes:

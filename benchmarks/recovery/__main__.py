@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
 import os
@@ -17,7 +16,7 @@ from typing import Any
 from softnpu.cluster import manager
 from softnpu.cluster.plan import Cluster, make_shape
 
-from benchmarks.machine import collect_machine_facts
+from benchmarks.machine import start_run
 from benchmarks.options import RESULTS
 from benchmarks.recovery.clients import Client, wait_for_answer
 from benchmarks.recovery.figures import figures, markdown, problems
@@ -53,8 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--name", default="recovery", help="name of the result")
     options = parser.parse_args(arguments)
     run: dict[str, Any] = {
-        **collect_machine_facts(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        **start_run(),
         "losses": [],
     }
     shape = make_shape(len(_NPUS), _NPUS, 4, "1G", manager.choose_node_kind()[0])

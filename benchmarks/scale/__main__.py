@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import sys
@@ -11,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import collect_machine_facts
+from benchmarks.machine import start_run
 from benchmarks.scale.control import measure_control
 from benchmarks.scale.plans import measure_plans
 from benchmarks.scale.report import judge, markdown, plot
@@ -28,8 +27,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--name", default="scale", help="name of the result")
     options = parser.parse_args(arguments)
     run: dict[str, Any] = {
-        **collect_machine_facts(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        **start_run(),
         "points": [],
     }
     for ranks in options.ranks:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import subprocess
@@ -19,7 +18,7 @@ from softnpu.cluster import manager
 from softnpu.cluster.plan import Cluster, Shape
 from softnpu.cluster.processes import find_cluster_processes
 
-from benchmarks.machine import collect_machine_facts
+from benchmarks.machine import start_run
 from benchmarks.options import RESULTS
 from benchmarks.soak.clients import Clients
 from benchmarks.soak.figures import growths, markdown
@@ -92,8 +91,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--name", default="soak", help="name of the result")
     options = parser.parse_args(arguments)
     run: dict[str, Any] = {
-        **collect_machine_facts(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        **start_run(),
         "clients": options.clients,
         "period_s": options.period_s,
         "slow_s": options.period_s / 4,

@@ -44,11 +44,12 @@ def snapshot_of_cluster(
     ``with_pings``: then NPUs ping those of other nodes, which takes a few seconds more.
     """
     rows = _live_rows()
-    nodes = [node for node in current_nodes() if not only or _names(rows[node.node_id]) & set(only)]
+    everywhere = current_nodes()
+    nodes = [node for node in everywhere if not only or _names(rows[node.node_id]) & set(only)]
     _require_all_found(only, [rows[node.node_id] for node in nodes], rows.values())
     snapshot = snapshot_of_nodes(nodes, list(rows), level, commands, limit_s, with_pings=with_pings)
     asked = {node.node_id for node in nodes}
-    left_out = [node.address for node in current_nodes() if node.node_id not in asked]
+    left_out = [node.address for node in everywhere if node.node_id not in asked]
     return replace(snapshot, left_out=sorted(left_out))
 
 

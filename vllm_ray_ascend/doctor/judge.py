@@ -11,15 +11,7 @@ from vllm_ray_ascend.cluster.findings import Finding, Severity
 from vllm_ray_ascend.doctor.checks import CHECKS
 from vllm_ray_ascend.doctor.compare import changes_between
 from vllm_ray_ascend.doctor.links import judge_links
-from vllm_ray_ascend.doctor.records import (
-    ExitCode,
-    Level,
-    NodeRecord,
-    NodeSummary,
-    Report,
-    Snapshot,
-    Status,
-)
+from vllm_ray_ascend.doctor.records import ExitCode, Level, NodeRecord, NodeSummary, Report, Snapshot, Status
 from vllm_ray_ascend.doctor.views import Check, NodeView, has_npus
 from vllm_ray_ascend.errors import DoctorError
 

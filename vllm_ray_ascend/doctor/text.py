@@ -115,11 +115,9 @@ def _remedy(findings: Sequence[Finding]) -> str:
     remedies = list(dict.fromkeys(finding.remedy for finding in findings))
     if len(remedies) == 1:
         return remedies[0]
-    loops = {_FOR_AN_NPU.sub(r"`for i in NPUS; do \1$i\3; done`", remedy) for remedy in remedies}
-    if len(loops) > 1:
-        return f"{remedies[0]} Likewise for the other NPUs."
     npus = " ".join(dict.fromkeys(str(finding.physical_id) for finding in findings))
-    return loops.pop().replace("NPUS", npus)
+    loops = {_FOR_AN_NPU.sub(rf"`for i in {npus}; do \1$i\3; done`", remedy) for remedy in remedies}
+    return loops.pop() if len(loops) == 1 else f"{remedies[0]} Likewise for the other NPUs."
 
 
 def _short(value: str | None) -> str:
