@@ -18,7 +18,7 @@ _AUTO_SELECTED = "_vllm_ascend_eplb_auto_selected"
 _SCALING = "vllm.distributed.elastic_ep.elastic_execute"
 _BALANCING = "vllm_ascend.distributed.eplb.eplb_state"
 
-_MIN_RANKS = 2
+MIN_RANKS = 2
 """vLLM has one rank step by itself, without the groups that scaling replaces."""
 
 COMMAND = (
@@ -69,9 +69,9 @@ def check_ranks_up(down: str) -> None:
 
 def check_size(ranks: int) -> None:
     """Raise ElasticSizeError where an engine cannot have so many data parallel ranks."""
-    if ranks < _MIN_RANKS:
+    if ranks < MIN_RANKS:
         raise ElasticSizeError(
-            "VRA-168", f"an elastic engine has {_MIN_RANKS} data parallel ranks at least, not {ranks}"
+            "VRA-168", f"an elastic engine has {MIN_RANKS} data parallel ranks at least, not {ranks}"
         )
 
 
@@ -82,7 +82,7 @@ def obstacle(vllm_config: Any) -> str:
     found = {
         "a data parallel backend other than ray": parallel.data_parallel_backend != "ray",
         f"{variable_of('executor')}={load().executor}": load().executor != "ours",
-        f"--data-parallel-size {parallel.data_parallel_size}": parallel.data_parallel_size < _MIN_RANKS,
+        f"--data-parallel-size {parallel.data_parallel_size}": parallel.data_parallel_size < MIN_RANKS,
         f"--worker-cls {parallel.worker_cls}": parallel.worker_cls != "auto",
         "vllm-ascend's second model runner (VLLM_USE_V2_MODEL_RUNNER=1)": vllm_config.use_v2_model_runner,
         "asynchronous load balancing (--eplb-config.use_async true)": balancing.use_async,

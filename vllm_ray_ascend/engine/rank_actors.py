@@ -23,6 +23,7 @@ from vllm_ray_ascend.cluster.placement_groups import (
     remove_placement_groups,
 )
 from vllm_ray_ascend.devices.kind import Kind
+from vllm_ray_ascend.elastic_ep.admission import MIN_RANKS, is_elastic
 from vllm_ray_ascend.engine.data_parallel import allowed_addresses
 from vllm_ray_ascend.engine.process import node_id
 from vllm_ray_ascend.errors import PlacementError, ShortageError
@@ -114,13 +115,13 @@ class ReplaceableActors(CoreEngineActorManager):
     def _leave_out(self, missing: Mapping[int, ShortageError]) -> None:
         """Continue without the ranks that are ``missing``, for these reasons. Raises one where that is not possible."""
         config, cause = self._config.parallel_config, next(iter(missing.values()))
-        if not getattr(config, "enable_elastic_ep", False) or self._given_groups:
+        if not is_elastic(self._config) or self._given_groups:
             raise cause
         present = config.data_parallel_size
         kept = [rank for rank in range(present) if rank not in missing]
         experts, redundant = self._config.model_config.get_num_experts(), config.eplb_config.num_redundant_experts
         redundant = redundant_experts(experts, redundant, present, len(kept))
-        if 0 in missing or len(kept) < 2 or redundant < 0:  # all ranks meet at the node of rank 0
+        if 0 in missing or len(kept) < MIN_RANKS or redundant < 0:  # all ranks meet at the node of rank 0
             raise cause
         logger.error(
             "VRA-166: the NPUs of data parallel ranks %s are lost: the engine continues with %d ranks instead of %d. "
