@@ -281,8 +281,8 @@ FAULTS = [
         "hccl-ports",
         "VRA-677",
         "warning",
-        change=record(listening_ports=[22, 61130]),
-        says="61130, among HCCL's ports 61000 to 61511",
+        change=record(listening_ports=[22, 61130], port_holders={61130: "nginx (pid 7)"}),
+        says="nginx (pid 7) listens on 61130, among HCCL's ports 61000 to 61511",
     ),
     Case(
         "same-variables",

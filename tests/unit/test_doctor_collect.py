@@ -54,6 +54,15 @@ def test_the_same_as_the_recorded_machine(machine: Path) -> None:
     assert len(outputs) == 1 + 4 * 8 and outputs == {line: recorded[line] for line in outputs}
 
 
+def test_who_listens_on_a_port_of_hccl_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setattr(collect, "read_first_port", lambda: port)
+        holders = collect_record("127.0.0.1", []).port_holders
+    name = Path("/proc/self/comm").read_text().strip()
+    assert holders[port] == f"{name} (pid {os.getpid()})" and min(holders) == port
+
+
 def test_commands_of_a_later_version_are_left_out(machine: Path) -> None:
     assert set(collect_record("", ["npu-smi info -t magic -i {card}"]).outputs) == {LIST}
 

@@ -87,6 +87,7 @@ def collect_record(
     environment = raylet_environment()
     unreachable, own_addresses = pool.submit(_unreachable, peers), pool.submit(_own_addresses, environment)
     facts = collect_node_facts(address, min(limit_s, max(LIMIT_S, limit_s / 2)))
+    listening_ports, first_port = _listening_ports(), read_first_port()
     driver = _driver_folder(environment, root)
     outputs = _run_commands(run or partial(run_command, driver=driver, deadline=deadline), facts.dies, commands)
     cann = _cann_home(environment, root)
@@ -107,8 +108,9 @@ def collect_record(
         user=_user(),
         shared_memory=_shared_memory(),
         holders=_holders(outputs, facts),
-        listening_ports=_listening_ports(),
-        first_port=read_first_port(),
+        listening_ports=listening_ports,
+        port_holders=_port_holders({port for port in listening_ports or () if port >= first_port}),
+        first_port=first_port,
         worker_ports=_worker_ports(),
         own_addresses=_result(own_addresses, deadline, []),
         mtu=_mtu(address),
@@ -287,7 +289,7 @@ def _holder(pid: int) -> Holder | None:
         process = psutil.Process(pid)
         above = {parent.pid for parent in process.parents()}
         of_ray = os.environ.get("RAY_RAYLET_PID", "") in map(str, above) or "RAY_RAYLET_PID" in process.environ()
-        name = (_read(Path(f"/proc/{pid}/comm")) or "").strip()
+        name = _process_name(pid)
         command = redact_value("", " ".join(process.cmdline())) or name
         return Holder(name=name, command=command, of_ray=of_ray)
     except (psutil.Error, OSError):
@@ -299,6 +301,24 @@ def _listening_ports() -> list[int] | None:
     if not any(texts):
         return None
     return sorted({port for text in texts for port in parsers.parse_listening(text or "")})
+
+
+def _port_holders(ports: Collection[int]) -> dict[int, str]:
+    """Return who listens on these ports, as "NAME (pid N)". Looks at all processes: only where there is a port."""
+    import psutil
+
+    if not ports:
+        return {}
+    try:
+        found = psutil.net_connections("tcp")
+        pids = {each.laddr.port: each.pid for each in found if each.status == psutil.CONN_LISTEN and each.pid}
+    except (psutil.Error, OSError):
+        return {}
+    return {port: f"{_process_name(pids[port])} (pid {pids[port]})" for port in ports if port in pids}
+
+
+def _process_name(pid: int) -> str:
+    return (_read(Path(f"/proc/{pid}/comm")) or "").strip() or "a process"
 
 
 def _worker_ports() -> tuple[int, int] | None:

@@ -104,6 +104,8 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     holders: dict[int, Holder] = {}
     """Processes that npu-smi names and this node's /proc has, by pid."""
     listening_ports: list[int] | None = None
+    port_holders: dict[int, str] = {}
+    """"NAME (pid N)" of who listens on a port that HCCL may get, where the user of this process may see it."""
     first_port: int = FIRST_PORT
     """The first one that HCCL is given on this node."""
     worker_ports: tuple[int, int] | None = None

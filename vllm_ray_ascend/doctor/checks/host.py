@@ -121,12 +121,13 @@ def check_ports(node: NodeView) -> Iterator[Finding]:
     if listening is None:
         yield node.unknown("/proc/net/tcp cannot be read", "`ss -ltn` there.")
     elif node.is_idle and (taken := [port for port in listening if first <= port <= last]):
+        holders = {port: node.record.port_holders.get(port, "something") for port in taken}
         yield node.finding(
             "warning",
             "VRA-677",
-            f"something listens on {', '.join(map(str, taken[:5]))}, among HCCL's ports {first} to {last}, and Ray has "
-            "given no NPU of the node to anybody.",
-            f"`ss -ltnp 'sport = :{taken[0]}'` there shows it; end it, or `export HCCL_HOST_SOCKET_PORT_RANGE=auto` "
+            f"{', '.join(dict.fromkeys(holders.values()))} listens on {', '.join(map(str, taken[:5]))}, among HCCL's "
+            f"ports {first} to {last}, and Ray has given no NPU of the node to anybody.",
+            f"`sudo ss -ltnp 'sport = :{taken[0]}'` there shows who does; end it, or `export HCCL_HOST_SOCKET_PORT_RANGE=auto` "
             "before `ray start` on all nodes.",
             ports=taken,
         )
