@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -128,6 +129,22 @@ def listed_events(jobs: Jobs) -> list[str]:
     return [event.message for event in list_cluster_events(jobs.address)]
 
 
+def scraped_metrics(jobs: Jobs) -> str:
+    """Return what Prometheus gets of Ray's agents, at the addresses that Ray lists for it."""
+    listed = jobs.cluster.temp_dir(jobs.cluster.nodes[0]) / "prom_metrics_service_discovery.json"
+    addresses = [address for group in json.loads(listed.read_text()) for address in group["targets"]]
+    return "".join(httpx.get(f"http://{address}/metrics", timeout=LIMIT_S).text for address in addresses)
+
+
+def wait_for_metric(jobs: Jobs, pattern: str) -> None:
+    """Wait until Ray's agents show a metric; an engine gives it to Ray every few seconds."""
+    deadline = time.monotonic() + LIMIT_S
+    while not re.search(pattern, text := scraped_metrics(jobs)):
+        shown = sorted({line.split("{")[0] for line in text.splitlines() if "vllm_ray_ascend" in line})
+        assert time.monotonic() < deadline, f"{pattern} is not among {shown}"
+        time.sleep(2)
+
+
 @pytest.mark.slow
 def test_a_server_whose_engine_fails_fails_its_job(jobs: Jobs, folder: Path) -> None:
     """It has its model, by a relative path, and its modules and variables from the job, on both nodes."""
@@ -143,6 +160,7 @@ def test_a_server_whose_engine_fails_fails_its_job(jobs: Jobs, folder: Path) -> 
     request = {"model": "model", "prompt": SHORT, "max_tokens": 100, "temperature": 0}
     answer = httpx.post(f"{url}/v1/completions", json=request, timeout=LIMIT_S)
     assert answer.json()["choices"][0]["text"] == zen_after(SHORT)
+    wait_for_metric(jobs, r'(?m)^ray_vllm_ray_ascend_ranks_alive\{.*model_name="model".*\} 2(\.0)?$')
 
     second = jobs.cluster.nodes[1].address
     (engine,) = read_topology(jobs.cluster)["engines"]
