@@ -16,10 +16,12 @@ from tests.softnpu.processes import check_python
 pytestmark = pytest.mark.softnpu
 
 CODE = """
-import json, os
+import json, os, types
+from ray import serve
 from ray.serve.llm import LLMConfig
 
-def describe(**options):
+def describe(rank=0, **options):
+    serve.get_replica_context = lambda: types.SimpleNamespace(rank=types.SimpleNamespace(rank=rank))
     try:
         config = LLMConfig(model_loading_config={"model_id": "m"}, **options)
         engine = config.get_engine_config()
@@ -36,21 +38,27 @@ def describe(**options):
     except ValueError as error:
         return str(error)
 
-from vllm_ray_ascend.compat.mooncake import settings_of_replica
-
-replicas = [
-    settings_of_replica(given, "10.0.0.1", offset, "abc")
-    for given in ({}, {"kv_role": "kv_consumer"}, {"kv_port": 20000, "engine_id": "mine"})
-    for offset in (0, 4)
-]
-print("REPLICAS" + json.dumps([[each["kv_port"], each["engine_id"]] for each in replicas]))
 print("RESULT" + json.dumps([describe(**options) for options in json.loads(os.environ["CASES"])]))
 """
 NPU = {"CPU": 1, "NPU": 1}
+SIZES = {side: {"tp_size": 1, "dp_size": 1} for side in ("prefill", "decode")}
+
+
+def mooncake(
+    role: str = "kv_producer", rank: int = 0, engine_kwargs: dict[str, Any] | None = None, **transfer: Any
+) -> dict[str, Any]:
+    """Return the options of a replica with Serve's ``rank`` and vllm-ascend's connector."""
+    given = {"kv_connector": "MooncakeConnectorV1", "kv_role": role, "kv_connector_extra_config": SIZES, **transfer}
+    return {"rank": rank, "engine_kwargs": {**(engine_kwargs or {}), "kv_transfer_config": given}}
+
+
 CASES: dict[str, dict[str, Any]] = {
     "nothing": {},
     "ranks": {"engine_kwargs": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}},
     "type": {"accelerator_type": "Ascend910B3"},
+    "type of a GPU": {"accelerator_type": "A10G"},
+    "NPUs and type of a GPU": {"placement_group_config": {"bundles": [NPU]}, "accelerator_type": "L4"},
+    "GPUs and their type": {"placement_group_config": {"bundles": [{"GPU": 1}]}, "accelerator_type": "L4"},
     "bundles": {"placement_group_config": {"bundle_per_worker": NPU}},
     "bundles and ray": {
         "placement_group_config": {"bundles": [NPU]},
@@ -66,59 +74,80 @@ CASES: dict[str, dict[str, Any]] = {
     "half gpus": {"placement_group_config": {"bundles": [{"GPU": 0.5}]}},
     "cpus": {"placement_group_config": {"bundles": [{"CPU": 1}]}},
     "tpu": {"accelerator_config": {"kind": "tpu"}, "placement_group_config": {"bundles": [NPU]}},
-    "mooncake": {
+    "decode": mooncake("kv_consumer"),
+    "fifth replica of prefill": mooncake("kv_producer", rank=4, engine_kwargs={"pipeline_parallel_size": 2}),
+    "second rank": mooncake(rank=1, engine_kwargs={"data_parallel_rank": 1, "data_parallel_size": 2}),
+    "first rank of a second group": mooncake(rank=2, engine_kwargs={"data_parallel_rank": 0, "data_parallel_size": 2}),
+    "given": mooncake(rank=1, kv_port=21000, engine_id="mine"),
+    "both": mooncake("kv_both"),
+    "no sizes": mooncake(kv_connector_extra_config={}),
+    "one of several": {
         "engine_kwargs": {
-            "data_parallel_rank": 1,
-            "kv_transfer_config": {"kv_connector": "MooncakeConnectorV1", "kv_role": "kv_consumer"},
+            "kv_transfer_config": {
+                "kv_connector": "MultiConnector",
+                "kv_role": "kv_producer",
+                "kv_connector_extra_config": {
+                    "connectors": [
+                        {"kv_connector": "MooncakeConnectorV1", "kv_connector_extra_config": SIZES},
+                        {"kv_connector": "AscendStoreConnector"},
+                    ]
+                },
+            }
         }
     },
     "unknown type": {"accelerator_type": "Ascent910"},
 }
 
 
-def read_configs(**environment: str) -> tuple[dict[str, Any], Any]:
-    """Return what each configuration means, by its name in CASES, and the settings of Mooncake's replicas."""
+def read_configs(**environment: str) -> dict[str, Any]:
+    """Return what each configuration means, by its name in CASES."""
     install_group("ray", Path(sys.prefix))
     path = os.pathsep.join([str(RAY_PACKAGES), os.environ["PYTHONPATH"]])
     output = check_python(CODE, PYTHONPATH=path, CASES=json.dumps(list(CASES.values())), **environment)
-    found, replicas = (
-        json.loads(next(line for line in output.splitlines() if line.startswith(name)).removeprefix(name))
-        for name in ("RESULT", "REPLICAS")
-    )
-    return dict(zip(CASES, found, strict=True)), replicas
+    found = next(line for line in output.splitlines() if line.startswith("RESULT"))
+    return dict(zip(CASES, json.loads(found.removeprefix("RESULT")), strict=True))
 
 
 def test_what_a_configuration_asks_of_the_cluster() -> None:
-    found, replicas = read_configs()
+    found = read_configs()
     of_npus = {"kind": "gpu", "options": {"resources": {"NPU": 0.001}}, "backend": "ray", "share": None}
     assert found["nothing"] == {**of_npus, "bundles": [{"NPU": 1}]}
     assert found["ranks"] == {**of_npus, "bundles": [{"NPU": 1}] * 4}
     typed = {"NPU": 1, "accelerator_type:Ascend910B3": 0.001}
     options = {"resources": {"NPU": 0.001}, "accelerator_type": "Ascend910B3"}
     assert found["type"] == {**of_npus, "bundles": [typed], "options": options}
+    assert found["type of a GPU"] == found["nothing"], "as in Ray's own examples"
     assert found["bundles"] == found["bundles and ray"] == {**of_npus, "bundles": [NPU]}
+    assert found["NPUs and type of a GPU"] == found["bundles"]
+    assert found["GPUs and their type"]["bundles"] == [{"GPU": 1, "accelerator_type:L4": 0.001}]
     assert "distributed_executor_backend != 'ray' is not allowed" in found["bundles and mp"]
     assert found["bundles and type"]["bundles"] == [{**NPU, "accelerator_type:Ascend910_9391": 0.001}]
     assert found["share"] == {**of_npus, "bundles": [{"CPU": 1, "NPU": 0.5}], "share": "0.5"}
     assert found["gpus"]["bundles"] == [{"GPU": 1}] and found["half gpus"]["share"] == "0.5"
     assert found["cpus"]["kind"] == "cpu" and found["cpus"]["backend"] == "mp"
     assert found["tpu"]["options"] == {"resources": {}} and found["tpu"]["backend"] == "ray"
-    assert found["mooncake"]["backend"] == "MooncakeBackend" and found["mooncake"]["kv_port"] == 31000
-    assert found["mooncake"]["engine_id"].endswith("-31000"), "a name that no other replica has"
-    assert replicas == [
-        [30000, "abc-10.0.0.1-30000"],
-        [30004, "abc-10.0.0.1-30004"],
-        [31000, "abc-10.0.0.1-31000"],
-        [31004, "abc-10.0.0.1-31004"],
-        [20000, "mine-10.0.0.1-20000"],
-        [20004, "mine-10.0.0.1-20004"],
-    ]
     assert "Unsupported accelerator type: Ascent910" in found["unknown type"]
+
+    assert found["decode"]["backend"] == "MooncakeBackend"
+    ports = {name: each["kv_port"] for name, each in found.items() if "kv_port" in each}
+    assert ports == {
+        "decode": 25000,
+        "fifth replica of prefill": 20008,
+        "second rank": 20002,
+        "first rank of a second group": 20004,
+        "given": 21001,
+    }, "each with room for the ports that Mooncake adds for its data parallel rank"
+    assert all(found[name]["engine_id"].endswith(f"-{port}") for name, port in ports.items())
+    assert found["given"]["engine_id"].startswith("mine-")
+    assert found["both"].startswith("VRA-161: kv_role='kv_both'") and "kv_producer in prefill" in found["both"]
+    assert found["no sizes"].startswith("VRA-162") and "lacks those of prefill and decode" in found["no sizes"]
+    ours, other = found["one of several"]["kv_connector_extra_config"]["connectors"]
+    assert ours["kv_port"] == 20000 and ours["engine_id"].endswith("-20000") and "kv_port" not in other
 
 
 def test_switched_off_ray_is_as_it_was() -> None:
-    found, _ = read_configs(VLLM_RAY_ASCEND="0")
+    found = read_configs(VLLM_RAY_ASCEND="0")
     assert found["nothing"]["bundles"] == [{"GPU": 1}] and found["nothing"]["options"] == {"num_gpus": 0.001}
     assert found["bundles"]["kind"] == "cpu" and found["bundles"]["backend"] == "mp"
-    assert found["mooncake"]["backend"] == "DefaultConnectorBackend" and "kv_port" not in found["mooncake"]
+    assert found["decode"]["backend"] == "DefaultConnectorBackend" and "kv_port" not in found["decode"]
     assert "Unsupported accelerator type: Ascend910B3" in found["type"]

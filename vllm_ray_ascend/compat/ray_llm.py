@@ -24,15 +24,16 @@ _ACCELERATORS = "ray.llm._internal.serve.core.configs.accelerators"
 _LLM_CONFIG = "ray.llm._internal.serve.core.configs.llm_config"
 _VLLM_MODELS = "ray.llm._internal.serve.engines.vllm.vllm_models"
 _KV_TRANSFER = "ray.llm._internal.serve.engines.vllm.kv_transfer.factory"
+_MULTI_CONNECTOR = "ray.llm._internal.serve.engines.vllm.kv_transfer.multi_connector"
 _EXECUTOR = "vllm.v1.executor.abstract"
 _MOONCAKE_CONNECTORS = ("MooncakeConnectorV1", "MooncakeHybridConnector")
 """Those of vllm-ascend's that follow Ray's default protocol: prefill answers with what decode needs to fetch."""
-
-_MOONCAKE_BACKEND = "vllm_ray_ascend.compat.mooncake:MooncakeBackend"
 _NPU, _GPU = "NPU", "GPU"
 _SOC_PREFIX = "Ascend"
 _CONFIG_TASK_SHARE = 0.001
 """Of an NPU, as Ray takes it of a GPU: enough that the task runs on a node with one, beside the engine's workers."""
+_NAME_NPUS = 'Name them: placement_group_config={"bundle_per_worker": {"CPU": 1, "NPU": 1}} in LLMConfig'
+_NO_PORTS = "Give each replica of Mooncake a `kv_port` and an `engine_id` of its own"
 
 logger = get_logger(__name__)
 
@@ -43,9 +44,10 @@ def hooks(is_npu: Callable[[], bool]) -> Mapping[str, Callable[[ModuleType], Non
     return {
         _EXECUTOR: _load_plugins_before_choice,
         _ACCELERATORS: functools.partial(_default_to_npus, is_npu),
-        _LLM_CONFIG: _accept_npus,
+        _LLM_CONFIG: functools.partial(_accept_npus, is_npu),
         _VLLM_MODELS: _accept_npu_shares,
         _KV_TRANSFER: _add_mooncake,
+        _MULTI_CONNECTOR: _keep_settings_of_connectors,
     }
 
 
@@ -95,12 +97,43 @@ def _default_to_npus(is_npu: Callable[[], bool], _: ModuleType) -> None:
     _wrap(f"{_ACCELERATORS}.GPUAccelerator.get_remote_options", options_of_platform)
 
 
-def _accept_npus(_: ModuleType) -> None:
-    """Let `LLMConfig` of _LLM_CONFIG take bundles with NPUs, and the names of Ascend's chips."""
+def _accept_npus(is_npu: Callable[[], bool], _: ModuleType) -> None:
+    """Let `LLMConfig` of _LLM_CONFIG take bundles with NPUs, and the names of Ascend's chips and of no other ones."""
     if not _lacks_npus():
         return
     _wrap(f"{_LLM_CONFIG}.infer_hardware_kind_from_bundles", _with_npus_as_gpus)
     _wrap(f"{_LLM_CONFIG}.AcceleratorType", with_soc_names)
+    _wrap(
+        f"{_LLM_CONFIG}.LLMConfig._check_accelerator_type_matches_hardware",
+        functools.partial(_without_other_chips, is_npu),
+    )
+
+
+def _without_other_chips(is_npu: Callable[[], bool], check: Callable[..., None]) -> Callable[..., None]:
+    """Return ``check`` of an LLMConfig, which drops the name of a GPU where the engine's bundles are of NPUs.
+
+    Ray's own examples name one (A10G). No node has it and NPUs, so that the replica would wait forever.
+    """
+
+    @functools.wraps(check)
+    def drop_and_check(config: Any, *args: Any, **kwargs: Any) -> None:
+        name = str(getattr(config.accelerator_type, "value", config.accelerator_type or ""))
+        is_of_npus = config.accelerator_config.kind == "gpu" and is_npu() and not _names_gpus(config)
+        if name and is_of_npus and not name.startswith(_SOC_PREFIX):
+            logger.warning(
+                "VRA-144: accelerator_type=%r in LLMConfig is ignored: the engine's bundles are of NPUs, and no node "
+                "has both. Remove it, or name a chip that `ray status -v` lists as accelerator_type:Ascend...",
+                name,
+            )
+            config.accelerator_type = None
+        check(config, *args, **kwargs)
+
+    return drop_and_check
+
+
+def _names_gpus(config: Any) -> bool:
+    groups = config.placement_group_config or {}
+    return any(bundle.get(_GPU) for bundle in [groups.get("bundle_per_worker") or {}, *(groups.get("bundles") or ())])
 
 
 def _accept_npu_shares(_: ModuleType) -> None:
@@ -113,43 +146,68 @@ def _accept_npu_shares(_: ModuleType) -> None:
 
 
 def _add_mooncake(module: ModuleType) -> None:
-    """Register vllm-ascend's connectors with ``module`` (_KV_TRANSFER), unless they are.
+    """Let the factory of ``module`` (_KV_TRANSFER) have our backend for vllm-ascend's connectors.
 
-    Ray before 2.57 has no protocol of prefill and decode that they could follow.
+    Nothing is registered: that would hold for all of the cluster, also for applications without this package. Ray
+    before 2.57 has no protocol of prefill and decode that these connectors could follow.
     """
-    if not hasattr(module, "DefaultConnectorBackend"):
-        return
-    factory = module.KVConnectorBackendFactory
-    for name in _MOONCAKE_CONNECTORS:
-        if not factory.is_registered(name):
-            factory.register_backend(name, _MOONCAKE_BACKEND)
+    if hasattr(module, "DefaultConnectorBackend"):
+        _wrap(f"{_KV_TRANSFER}.KVConnectorBackendFactory.get_backend_class", _with_mooncake, _NO_PORTS)
+
+
+def _with_mooncake(get_class: Callable[..., Any]) -> staticmethod[..., Any]:
+    factory = get_class.__self__  # type: ignore[attr-defined]  # it is a class method
+
+    @functools.wraps(get_class)
+    def get_backend_class(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name not in _MOONCAKE_CONNECTORS or factory.is_registered(name):
+            return get_class(name, *args, **kwargs)
+        from vllm_ray_ascend.compat.mooncake import MooncakeBackend
+
+        return MooncakeBackend
+
+    return staticmethod(get_backend_class)
+
+
+def _keep_settings_of_connectors(_: ModuleType) -> None:
+    """Let a MultiConnector of _MULTI_CONNECTOR use what our backend sets: Ray sets it in a copy that it drops."""
+    _wrap(f"{_MULTI_CONNECTOR}.MultiConnectorBackend.setup", _keeping_settings, _NO_PORTS)
+
+
+def _keeping_settings(setup: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(setup)
+    def setup_and_keep(backend: Any, *args: Any, **kwargs: Any) -> None:
+        setup(backend, *args, **kwargs)
+        connectors = backend.kv_transfer_config["kv_connector_extra_config"]["connectors"]
+        for connector, made in zip(connectors, backend._connector_backends, strict=True):
+            if connector["kv_connector"] in _MOONCAKE_CONNECTORS:
+                connector.update({name: made.kv_transfer_config[name] for name in ("kv_port", "engine_id")})
+
+    return setup_and_keep
 
 
 def _lacks_npus() -> bool:
     """Return whether Ray has kinds of accelerators (2.56 and later), and none for NPUs (ray-project/ray#63617)."""
     if find_spec(_ACCELERATORS) is None:
         return False
-    return not any(hasattr(import_module(_ACCELERATORS), name) for name in ("NPUConfig", "NPUAccelerator"))
+    infer_kind = import_module(_ACCELERATORS).infer_hardware_kind_from_bundles
+    return bool(infer_kind({"bundles": [{_NPU: 1}]}) == "cpu")
 
 
-def _wrap(target: str, decorator: Callable[[Any], Any]) -> None:
-    """Wrap a private name of Ray's; where it is gone, applications that name NPUs themselves may still work."""
+def _wrap(target: str, decorator: Callable[[Any], Any], remedy: str = _NAME_NPUS) -> None:
+    """Wrap a private name of Ray's; where it is gone, applications that do not depend on it still work."""
     try:
         patches.wrap(target, decorator)
     except UpstreamChangedError as error:
-        logger.warning(
-            "VRA-146: Ray Serve LLM of this Ray may not find NPUs: %s. Name them: placement_group_config="
-            '{"bundle_per_worker": {"CPU": 1, "NPU": 1}} in LLMConfig',
-            error,
-        )
+        logger.warning("VRA-146: Ray Serve LLM of this Ray may not work as documented: %s. %s", error, remedy)
 
 
-def _with_npus_as_gpus(upstream: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def _with_npus_as_gpus(upstream: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``upstream``, which reads a placement_group_config, such that it takes NPUs there for GPUs."""
 
     @functools.wraps(upstream)
-    def read(placement_group_config: Mapping[str, Any] | None) -> Any:
-        return upstream(placement_group_config and npus_as_gpus(placement_group_config))
+    def read(placement_group_config: Mapping[str, Any] | None, *args: Any, **kwargs: Any) -> Any:
+        return upstream(placement_group_config and npus_as_gpus(placement_group_config), *args, **kwargs)
 
     return read
 

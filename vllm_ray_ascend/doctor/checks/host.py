@@ -127,8 +127,8 @@ def check_ports(node: NodeView) -> Iterator[Finding]:
             "VRA-677",
             f"{', '.join(dict.fromkeys(holders.values()))} listens on {', '.join(map(str, taken[:5]))}, among HCCL's "
             f"ports {first} to {last}, and Ray has given no NPU of the node to anybody.",
-            f"`sudo ss -ltnp 'sport = :{taken[0]}'` there shows who does; end it, or `export HCCL_HOST_SOCKET_PORT_RANGE=auto` "
-            "before `ray start` on all nodes.",
+            f"`sudo ss -ltnp 'sport = :{taken[0]}'` there shows who does; end it, or `export "
+            "HCCL_HOST_SOCKET_PORT_RANGE=auto` before `ray start` on all nodes.",
             ports=taken,
         )
 
