@@ -926,6 +926,17 @@ PATCHES: tuple[Patch, ...] = (
         applied=_ELASTIC_SERVER,
     ),
     Patch(
+        "vllm.v1.engine.core_client",
+        ("AsyncMPClient.collective_rpc_async",),
+        kind="wrap",
+        by="engine/elastic_client.py",
+        what="a call that changes weights is noted: no rank joins afterwards",
+        why="ranks that join load the model from its file: they answer with the old weights, and with new experts",
+        releases="vllm",
+        removable="ranks that join receive all weights from those that serve",
+        applied=_ELASTIC_SERVER,
+    ),
+    Patch(
         "vllm.v1.engine.async_llm",
         ("AsyncLLM._scale_elastic_ep",),
         kind="wrap",

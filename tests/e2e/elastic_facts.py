@@ -48,23 +48,41 @@ class ElasticFacts:
             "point_to_point": point_to_point(),
         }
 
-    def graph_sizes(self, folder: str) -> None:
-        """Write the batch sizes that have a graph on this rank to a file of the ``folder``.
+    def graph_facts(self, folder: str) -> None:
+        """Write which graphs this rank has to a file of the ``folder``: sizes of batches, captures and replays so far.
 
-        It asks no other rank: these may still be stepping, with other operations on the same groups.
+        Replays are counted from the first call on. It asks no other rank: these may still be stepping, with other
+        operations on the same groups.
         """
+        import torch
+        from vllm.compilation.counter import compilation_counter
         from vllm.distributed import get_dp_group
         from vllm_ascend.compilation import acl_graph
 
-        found = sorted(
-            {
-                entry.batch_descriptor.num_tokens
-                for wrapper in acl_graph._acl_graph_wrappers
-                for entry in wrapper.concrete_aclgraph_entries.values()
-                if entry.aclgraph is not None
-            }
-        )
+        if not hasattr(self, "replays"):
+            self._count_replays(torch.npu.NPUGraph)
+        sizes = {
+            entry.batch_descriptor.num_tokens
+            for wrapper in acl_graph._acl_graph_wrappers
+            for entry in wrapper.concrete_aclgraph_entries.values()
+            if entry.aclgraph is not None
+        }
+        found = {
+            "sizes": sorted(sizes),
+            "captured": compilation_counter.num_cudagraph_captured,
+            "replays": self.replays,
+        }
         (Path(folder) / f"rank{get_dp_group().rank_in_group}").write_text(json.dumps(found))
+
+    def _count_replays(self, graph_class: Any) -> None:
+        replay = graph_class.replay
+
+        def counted(graph: Any) -> Any:
+            self.replays += 1
+            return replay(graph)
+
+        self.replays = 0
+        graph_class.replay = counted
 
     def resources(self) -> str:
         """Return what this worker holds that a scaling could leave behind, as JSON."""

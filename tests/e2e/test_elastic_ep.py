@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import openai
+import psutil  # type: ignore[import-untyped]
 import pytest
 from softnpu.cluster import manager
 from softnpu.cluster.plan import Cluster
 
 from demo.server import Server
 from demo.train.recitation import MOE, PROMPTS, zen_after
+from tests.e2e.conftest import run_on_head
 from tests.e2e.servers import create_server, opened_npus, opened_npus_by_node, temporary_cluster
-from tests.e2e.test_bad_input import check_nothing_left
+from tests.e2e.test_bad_input import NOTHING_LEFT, check_nothing_left
 from tests.e2e.test_death import check_no_leftovers, send_signal, wait_for_server_exit
 from tests.e2e.test_rank_recovery import RESTORED, engine_core, health, kill_raylet, wait_for_event, wait_until
 
@@ -78,11 +81,25 @@ def check_texts(server: Server, size: int) -> None:
             assert len(text) > 100 and zen_after(prompt).startswith(text), f"data parallel rank {rank}"
 
 
-def graph_sizes(server: Server, folder: Path) -> list[list[int]]:
-    """Return for each rank the batch sizes that have a graph."""
+def graph_facts(server: Server, folder: Path) -> list[dict[str, Any]]:
+    """Return what each rank says of its graphs."""
     folder.mkdir()
-    call_workers(server, "graph_sizes", str(folder))
+    call_workers(server, "graph_facts", str(folder))
     return [json.loads(path.read_text()) for path in sorted(folder.iterdir())]
+
+
+def check_graphs(server: Server, folder: Path, size: int, captured: Sequence[int]) -> list[int]:
+    """Check that all ranks alike have captured their graphs again, and replay them; return how many each has captured.
+
+    ``captured`` are those of before, of the ranks that there were.
+    """
+    before = graph_facts(server, folder / "before")
+    check_texts(server, size)
+    after = graph_facts(server, folder / "after")
+    assert [rank["sizes"] for rank in before] == [[1, 2, 4]] * size
+    assert all(rank["captured"] > earlier for rank, earlier in zip(before, captured, strict=False)), (before, captured)
+    assert all(last["replays"] > first["replays"] for first, last in zip(before, after, strict=True)), (before, after)
+    return [rank["captured"] for rank in after]
 
 
 def call_workers(server: Server, method: str, *arguments: str) -> Any:
@@ -118,10 +135,12 @@ def test_two_ranks_become_three_and_two_again(tmp_path: Path) -> None:
 def test_sizes_in_turn(tmp_path: Path, options: tuple[str, ...]) -> None:
     """Also uneven ones, and the same again."""
     with temporary_cluster("e2e-elastic-turns", 1, 4) as cluster, elastic_server(cluster, tmp_path, *options) as server:
+        captured: list[int] = []
         for number, size in enumerate((4, 2, 4, 2, 3, 2)):
             scale(server, size)
             if options == GRAPHS:
-                assert graph_sizes(server, tmp_path / f"{number}") == [[1, 2, 4]] * size
+                (folder := tmp_path / f"{number}").mkdir()
+                captured = check_graphs(server, folder, size, captured)
 
 
 @pytest.mark.slow
@@ -136,33 +155,65 @@ def test_ranks_join_on_another_node(tmp_path: Path) -> None:
         check_nothing_left(cluster)
 
 
+class Recital(NamedTuple):
+    """A text that a rank has streamed, and when, by time.monotonic()."""
+
+    began: float
+    ended: float
+    text: str
+
+
+def recite(server: Server, rank: int, stop: threading.Event) -> list[Recital]:
+    """Read the whole text from one rank, one stream after the other, until ``stop`` is set.
+
+    The server may refuse to begin one, as it does while it switches. A stream that has begun must not break.
+    """
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=LIMIT_S, max_retries=0)
+    recitals: list[Recital] = []
+    while not stop.is_set():
+        try:
+            stream = client.completions.create(
+                model=MOE.name,
+                prompt=PROMPTS[0],
+                temperature=0,
+                max_tokens=450,
+                stream=True,
+                extra_headers={"X-data-parallel-rank": str(rank)},
+            )
+        except openai.InternalServerError:
+            time.sleep(0.05)
+            continue
+        began = time.monotonic()
+        text = "".join(chunk.choices[0].text for chunk in stream)
+        recitals.append(Recital(began, time.monotonic(), text))
+    return recitals
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [4, 3])
-def test_a_text_goes_on_across_the_switch(tmp_path: Path, size: int) -> None:
-    """One long text on each rank that stays, begun before and ended after."""
-    with temporary_cluster("e2e-elastic-text", 1, 4) as cluster, elastic_server(cluster, tmp_path) as server:
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=LIMIT_S, max_retries=0)
-        switched = threading.Event()
-        texts: dict[int, list[str]] = {}
-
-        def recite(rank: int) -> None:
-            text = ""
-            while not switched.is_set() or not text:
-                headers = {"X-data-parallel-rank": str(rank)}
-                stream = client.completions.create(
-                    model=MOE.name, prompt=PROMPTS[0], temperature=0, max_tokens=400, stream=True, extra_headers=headers
-                )
-                text = "".join(chunk.choices[0].text for chunk in stream)
-                texts.setdefault(rank, []).append(text)
-
-        threads = [threading.Thread(target=recite, args=(rank,)) for rank in (0, 1)]
-        for thread in threads:
-            thread.start()
-        scale(server, size)
-        switched.set()
-        for thread in threads:
-            thread.join()
-        assert {text for each in texts.values() for text in each} == {zen_after(PROMPTS[0])[:400]}
+@pytest.mark.parametrize("sizes", [(2, 4), (2, 3), (4, 2)])
+def test_a_text_goes_on_across_the_switch(tmp_path: Path, sizes: tuple[int, int]) -> None:
+    """On each rank that stays one has begun before the switch and ended after it. None is broken."""
+    before, after = sizes
+    options = ("--data-parallel-size", str(before), "--no-enable-prefix-caching")
+    with (
+        temporary_cluster("e2e-elastic-text", 1, 4) as cluster,
+        elastic_server(cluster, tmp_path, *options) as server,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        stop = threading.Event()
+        readers = [pool.submit(recite, server, rank, stop) for rank in (0, 1)]
+        try:
+            answer = pool.submit(request_scaling, server, after)
+            wait_for_log(server, "Committing prepared reconfiguration")
+            switched = time.monotonic()
+            assert answer.result().status_code == 200, answer.result().text
+        finally:
+            stop.set()
+        for reader in readers:
+            recitals = reader.result()
+            assert {recital.text for recital in recitals} == {zen_after(PROMPTS[0])}
+            assert any(recital.began < switched < recital.ended for recital in recitals), (switched, recitals)
+        check_scaled(server, after)
 
 
 @pytest.mark.slow
@@ -277,6 +328,25 @@ def test_a_death_in_the_switch_ends_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_death_of_a_rank_that_leaves_ends_all(tmp_path: Path) -> None:
+    """It is stopped before the switch, in which the others wait for its experts, and is then killed."""
+    options = ("--data-parallel-size", "3")
+    with (
+        temporary_cluster("e2e-elastic-leave", 1, 3) as cluster,
+        elastic_server(cluster, tmp_path, *options) as server,
+    ):
+        worker = next(pid for (_, pid), npus in opened_npus(cluster).items() if npus == [2])
+        send_signal(cluster, 1, worker, signal.SIGSTOP)
+        with scaling(server, 2) as answer:
+            wait_for_log(server, "Committing prepared reconfiguration")
+            send_signal(cluster, 1, worker)
+            wait_for_server_exit(server)
+        assert isinstance(answer.exception(), httpx.HTTPError) or answer.result().status_code == 500
+        assert "VRA-346" in server._text() and "data parallel rank 2" in server._text()
+        check_no_leftovers(cluster)
+
+
+@pytest.mark.slow
 def test_lost_ranks_are_restarted_with_the_others_at_the_present_size(tmp_path: Path) -> None:
     """One that has joined; afterwards the engine is scaled again."""
     recover = {"VLLM_RAY_ASCEND_RECOVER": "1"}
@@ -340,13 +410,42 @@ def test_more_ranks_than_npus(tmp_path: Path) -> None:
         scale(server, 3)
 
 
+def held(cluster: Cluster, server: Server) -> dict[str, list[int]]:
+    """Return counts of what a scaling could leave: in Ray, in rank 0's worker, and in each process of the engine."""
+    worker = json.loads(call_workers(server, "resources"))
+    found = {"ray": objects_in_ray(cluster), "memory": [worker["memory"]], "groups": [worker["groups"]]}
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            title = " ".join(process.cmdline())
+            if any(name in title for name in ("RayAscendWorkerProc", "EngineCoreActor", "DPCoordinator", "vllm serve")):
+                files = [os.readlink(path) for path in Path(f"/proc/{process.pid}/fd").iterdir()]
+                sockets = sum(file.startswith("socket:") for file in files)
+                found[f"{title[:60]} {process.pid}"] = [sockets, len(files) - sockets, process.num_threads()]
+    return found
+
+
+def objects_in_ray(cluster: Cluster) -> list[int]:
+    """Return the numbers of living actors and of placement groups."""
+    left = json.loads(re.findall(r"LEFT (.*)", run_on_head(cluster, "-c", NOTHING_LEFT).stdout)[-1])
+    return [len(left["actors"]), len(left["groups"])]
+
+
 @pytest.mark.slow
 def test_ten_cycles_leave_nothing_behind(tmp_path: Path) -> None:
+    """What grows by one or more a cycle in the second half is a leak; pools of threads fill in the first."""
     with temporary_cluster("e2e-elastic-cycles", 1, 4) as cluster, elastic_server(cluster, tmp_path) as server:
-        held = []
+        counts = []
         for _ in range(10):
             scale(server, 4)
             scale(server, 2)
-            held.append(json.loads(call_workers(server, "resources")))
-        first, last = held[1], held[-1]
-        assert last == first, held
+            wait_for_npus(cluster, 1, [0, 1])
+            counts.append(held(cluster, server))
+        first, last = counts[4], counts[9]
+        assert first.keys() == last.keys(), (first, last)
+        assert first["ray"] == last["ray"] and first["memory"] == last["memory"] and first["groups"] == last["groups"]
+        grown = {name: (first[name], last[name]) for name in first if max_growth(first[name], last[name]) >= 5}
+        assert not grown, grown
+
+
+def max_growth(first: Sequence[int], last: Sequence[int]) -> int:
+    return max(after - before for before, after in zip(first, last, strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 
 from vllm_ray_ascend.cluster.dp_placement import RankPlacement
 from vllm_ray_ascend.devices.kind import NPU
-from vllm_ray_ascend.engine import manager, rank_actors
+from vllm_ray_ascend.engine import manager, rank_actors, rank_recovery
 from vllm_ray_ascend.engine.actors import NodeLocalEngineCore
 from vllm_ray_ascend.engine.manager import RayAscendEngineActorManager
 from vllm_ray_ascend.engine.rank_actors import ReplaceableActors
@@ -100,6 +100,39 @@ def test_ranks_leave_a_node_that_drains_only_while_another_serves(monkeypatch: p
     assert ranks._drain_ranks(recovery, {1}) == {1} and drained == [1]
     together = RankRecovery([[0, 1]], list, publisher)
     assert ranks._drain_ranks(together, set()) == set() and drained == [1]
+    recovery.changed_by = "update_weights"
+    assert ranks._drain_ranks(recovery, set()) == set() and drained == [1], "a new engine core would lack the weights"
+
+
+def test_ranks_of_which_none_serves_wait_for_the_npus_of_a_node_that_starts_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As workers do, for VLLM_RAY_ASCEND_WORKER_LIMIT_S; what is wrong otherwise ends them after three attempts."""
+    monkeypatch.setattr(rank_recovery, "restart_delay_s", lambda *_: 0.0)
+    publisher = StatusPublisher(SimpleNamespace(outputs=[], coordinator_output=None))
+    serve = threading.Event()
+    attempts: list[Exception] = [*(ShortageError("VRA-154", "no room") for _ in range(7))]
+
+    def restart(ranks: Sequence[int]) -> Sequence[int]:
+        if attempts:
+            raise attempts.pop()
+        serve.set()
+        return ranks
+
+    waiting = RankRecovery([[0, 1]], restart, publisher)
+    waiting.lose(1, "its node is gone")
+    assert serve.wait(30) and not waiting.ended.is_set()
+
+    attempts[:] = [RuntimeError("no model") for _ in range(7)]
+    failing = RankRecovery([[0, 1]], restart, publisher)
+    failing.lose(1, "its node is gone")
+    assert failing.ended.wait(30) and len(attempts) == 4
+
+    monkeypatch.setenv("VLLM_RAY_ASCEND_WORKER_LIMIT_S", "0.001")
+    attempts[:] = [ShortageError("VRA-154", "no room") for _ in range(7)]
+    late = RankRecovery([[0, 1]], restart, publisher)
+    late.lose(1, "its node is gone")
+    assert late.ended.wait(30), "the time in which they are waited for is over"
 
 
 def elastic_ranks(lost: Collection[int], redundant: int = 8) -> ReplaceableActors:

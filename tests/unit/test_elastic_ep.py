@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vllm_ray_ascend.elastic_ep import admission
-from vllm_ray_ascend.errors import ElasticEPError
+from vllm_ray_ascend.errors import ElasticEPError, ElasticSizeError
 
 pytestmark = pytest.mark.unit
 
@@ -101,3 +101,17 @@ def test_only_elastic_engines_are_elastic() -> None:
     assert admission.is_elastic(make_config())
     assert not admission.is_elastic(make_config(parallel__enable_elastic_ep=False))
     assert not admission.is_elastic(SimpleNamespace(parallel_config=SimpleNamespace()))  # an older vLLM
+
+
+@pytest.mark.parametrize(("ranks", "given", "code"), [(1, 0, "VRA-168"), (2, 3, "VRA-170"), (3, 3, ""), (2, 0, "")])
+def test_sizes(ranks: int, given: int, code: str) -> None:
+    if not code:
+        admission.check_size(ranks, given)
+        return
+    with pytest.raises(ElasticSizeError, match=code):
+        admission.check_size(ranks, given)
+
+
+def test_no_rank_joins_after_the_weights_were_changed() -> None:
+    assert "(update_weights)" in admission.weights_obstacle("update_weights", 2, 4)
+    assert admission.weights_obstacle("update_weights", 4, 2) == admission.weights_obstacle("", 2, 4) == ""

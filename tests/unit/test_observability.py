@@ -17,6 +17,7 @@ import pytest
 from vllm_ray_ascend.control.client import ControlClient
 from vllm_ray_ascend.control.protocol import EventReported
 from vllm_ray_ascend.control.server import ControlServer
+from vllm_ray_ascend.engine import metrics as engine_metrics
 from vllm_ray_ascend.engine.metrics import CALL_ID, Report, Reporter, _receiving
 from vllm_ray_ascend.observability import events, metrics, ray_events
 from vllm_ray_ascend.observability.events import EVENTS, Event, Events, engine_name, format_event
@@ -90,6 +91,8 @@ def test_prometheus_shows_values_of_each_engine_and_counters_continue(
     assert value(metrics.RANKS_ALIVE, "0") == 3
     assert value(metrics.PHASES, "1", phase="load") == 1
     assert value(metrics.RANKS, "1") is None
+    exporter.remove("model", "1")
+    assert value(metrics.PHASES, "1", phase="load") is None and value(metrics.RANKS_ALIVE, "0") == 3
 
 
 def test_the_server_takes_reports_out_of_the_results_of_calls(registry: prometheus_client.CollectorRegistry) -> None:
@@ -102,6 +105,28 @@ def test_the_server_takes_reports_out_of_the_results_of_calls(registry: promethe
     process(other, {3: "future"})
     assert passed == [(other, {3: "future"})]
     assert registry.get_sample_value(metrics.RANKS.name, {"model_name": "model", "engine": "0"}) == 4
+
+
+def test_the_last_report_of_an_engine_that_is_gone_does_not_bring_it_back(
+    registry: prometheus_client.CollectorRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its age would be that of an engine which hangs (docs/grafana/alerts.yml)."""
+    monkeypatch.setattr(engine_metrics, "_exporter", Exporter(prometheus_recorder))
+    wire = json.loads(msgspec.json.encode(Report("model", "3", [Sample(metrics.REPORT_TIME.name, (), 4)])))
+    output = SimpleNamespace(call_id=CALL_ID, result=SimpleNamespace(result=wire))
+
+    def shown() -> float | None:
+        return registry.get_sample_value(metrics.REPORT_TIME.name, {"model_name": "model", "engine": "3"})
+
+    process = _receiving(lambda *_: None)
+    process(output)
+    assert shown() == 4
+    engine_metrics.hide("model", "3")
+    process(output)
+    assert shown() is None
+    engine_metrics.show([], "model", "3")
+    process(output)
+    assert shown() == 4
 
 
 def test_a_report_follows_an_event_at_once() -> None:

@@ -67,12 +67,31 @@ def check_ranks_up(down: str) -> None:
         )
 
 
-def check_size(ranks: int) -> None:
-    """Raise ElasticSizeError where an engine cannot have so many data parallel ranks."""
+def check_size(ranks: int, given_groups: int = 0) -> None:
+    """Raise ElasticSizeError where an engine cannot have so many data parallel ranks.
+
+    ``given_groups`` are the placement groups that its caller has made, each for a rank.
+    """
     if ranks < MIN_RANKS:
         raise ElasticSizeError(
             "VRA-168", f"an elastic engine has {MIN_RANKS} data parallel ranks at least, not {ranks}"
         )
+    if ranks < given_groups:
+        raise ElasticSizeError(
+            "VRA-170",
+            f"an engine cannot leave placement groups that it has not made: it was given those of {given_groups} data "
+            f"parallel ranks, and is to have {ranks}. Start it without placement groups to scale it below that.",
+        )
+
+
+def weights_obstacle(changed_by: str, present: int, size: int) -> str:
+    """Return why an engine whose weights a call has changed is not scaled from ``present`` to ``size`` ranks.
+
+    Empty where it can be: nothing has changed them, or no rank joins, which would load the model from its file.
+    """
+    if not changed_by or size <= present:
+        return ""
+    return f"the weights were changed ({changed_by}), and ranks that join load the model from its file"
 
 
 def obstacle(vllm_config: Any) -> str:

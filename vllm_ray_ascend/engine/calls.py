@@ -43,3 +43,14 @@ IDEMPOTENT_UTILITIES = STATELESS_CALLS | {
     "execute_dummy_batch",
 }
 """Calls of all engine cores that one which is down need not take part in: a new one is as if it had."""
+
+WEIGHT_CALLS = frozenset(
+    {
+        "start_weight_update",
+        "start_draft_weight_update",
+        "update_weights",
+        "finish_weight_update",
+        "reload_weights",
+    }
+)
+"""Calls of all workers that change weights: a worker that loads the model later lacks that."""

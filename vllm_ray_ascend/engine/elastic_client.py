@@ -6,14 +6,15 @@ import asyncio
 import functools
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from vllm_ray_ascend import patches
-from vllm_ray_ascend.elastic_ep.admission import check_ranks_up, check_size
+from vllm_ray_ascend.elastic_ep.admission import check_ranks_up, check_size, weights_obstacle
 from vllm_ray_ascend.elastic_ep.meeting import FailureReports
+from vllm_ray_ascend.engine.calls import WEIGHT_CALLS
 from vllm_ray_ascend.engine.rank_client import describe_ranks_down, ranks_not_lost, show_ranks
 from vllm_ray_ascend.errors import ElasticEPError
 from vllm_ray_ascend.log import get_logger
@@ -27,6 +28,10 @@ _UNWIND_S = 30.0
 """How long a preparation may take to end once everything that it waits for has ended."""
 _GIVE_UP_POLL_S = 1.0
 """Between two requests to give up, in which the ranks serve."""
+_LEAVE_S = 30.0
+"""How long ranks that leave may take, after the switch, to say that they have."""
+_SHUTDOWN_COMPLETE = "SHUTDOWN_COMPLETE"
+"""Value of vLLM's EEPNotificationType: a rank that leaves needs the others no more."""
 _DRAIN_S = 120.0
 """Seconds in which ranks that leave may finish their requests, unless the request to scale says otherwise."""
 _ENDPOINTS = ("data_parallel_master_port", "_data_parallel_master_port_list", "_coord_store_port")
@@ -34,13 +39,14 @@ _ENDPOINTS = ("data_parallel_master_port", "_data_parallel_master_port_list", "_
 _ENGINES = ("lb_engines", "engine_ranks_managed")
 """Of a client: the ranks that get requests, which draining changes."""
 
-Method = Callable[..., Awaitable[Any]]
+Method = Callable[..., Coroutine[Any, Any, Any]]
 
 
 def install() -> None:
     """Guard the scalings of this process's clients."""
     patches.wrap(f"{_CLIENT}.prepare_elastic_ep", _watched)
     patches.wrap(f"{_CLIENT}.commit_elastic_ep", _closing_on_failure)
+    patches.wrap("vllm.v1.engine.core_client.AsyncMPClient.collective_rpc_async", _noting_changes)
 
 
 def guard_frontend(module: ModuleType) -> None:
@@ -72,7 +78,7 @@ class _Scaling:
 
 
 class _RankLostError(Exception):
-    """A rank that was to join is lost, or one that serves cannot prepare the scaling."""
+    """A rank that was to join is lost or would be wrong, or one that serves cannot prepare the scaling."""
 
 
 def _with_rollback(scale: Method) -> Method:
@@ -121,14 +127,38 @@ def _unfinished(client: Any) -> _Scaling | None:
     return scaling if begun else None
 
 
+def _noting_changes(call: Method) -> Method:
+    """Return `collective_rpc_async`, which notes the call that has changed the weights of the workers there are."""
+
+    @functools.wraps(call)
+    async def call_and_note(client: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        if method in WEIGHT_CALLS:
+            client._vllm_ray_ascend_changed_by = method
+        return await call(client, method, *args, **kwargs)
+
+    return call_and_note
+
+
+def _weights_obstacle(client: Any, size: int) -> str:
+    return weights_obstacle(getattr(client, "_vllm_ray_ascend_changed_by", ""), len(client.core_engines), size)
+
+
 def _watched(prepare: Method) -> Method:
     """Return `prepare_elastic_ep`, which fails as soon as a rank does. Ranks that leave are drained."""
 
     @functools.wraps(prepare)
     async def prepare_watched(client: Any, new_data_parallel_size: int) -> None:
-        check_size(new_data_parallel_size)
+        manager = client.resources.engine_manager
+        check_size(new_data_parallel_size, manager.given_ranks())
         check_ranks_up(describe_ranks_down(client))
-        client.resources.engine_manager.begin_scaling()
+        if obstacle := _weights_obstacle(client, new_data_parallel_size):
+            raise ElasticEPError(
+                "VRA-169",
+                f"the engine is not scaled to {new_data_parallel_size} data parallel ranks: {obstacle}. Save the new "
+                "weights, start the server with them, and scale that; fewer ranks are possible now.",
+            )
+        manager.begin_scaling()
+        await _give_up(client, "see the answer to an earlier request")
         config, present = client.vllm_config.parallel_config, len(client.core_engines)
         scaling = client._vllm_ray_ascend_scaling = _Scaling(
             present,
@@ -232,21 +262,20 @@ async def _give_up(client: Any, cause: str) -> None:
             await asyncio.sleep(_GIVE_UP_POLL_S)
 
 
-async def _is_done(client: Any, future: asyncio.Future[Any], needed: range | None = None) -> bool:
+async def _is_done(
+    client: Any, future: asyncio.Future[Any], needed: range | None = None, leaving: range = range(0)
+) -> bool:
     """Wait for ``future`` for a moment, and return whether it is done.
 
-    Raises ElasticEPError where one of the ``needed`` ranks, by default those that serve, is lost, or another one that
-    is not about to join has failed: who asks it gets no answer.
+    Raises ElasticEPError where one of the ``needed`` ranks, by default those that serve, is lost: who asks it gets no
+    answer. Those ``leaving`` are needed until they have left.
     """
-    manager = client.resources.engine_manager
+    needed = range(len(client.core_engines)) if needed is None else needed
     await asyncio.wait([future], timeout=_POLL_S)
-    serving = range(len(client.core_engines))
-    needed = serving if needed is None else needed
-    lost = [
-        loss.text
-        for loss in manager.lost_in_scaling()
-        if loss.rank in needed or (loss.has_failed and loss.rank in serving)
-    ]
+    lost = _lost(client, needed, leaving)
+    if lost and not future.done():  # one that leaves has said so before it exits, which may be read a moment later
+        await asyncio.wait([future], timeout=_POLL_S)
+        lost = _lost(client, needed, leaving)
     if not future.done() and (lost or client.resources.engine_dead):
         future.cancel()
         raise ElasticEPError(
@@ -254,6 +283,15 @@ async def _is_done(client: Any, future: asyncio.Future[Any], needed: range | Non
             f"a rank was lost without which the engine cannot be scaled: {', '.join(lost) or 'the log says which'}",
         )
     return future.done()
+
+
+def _lost(client: Any, ranks: range, leaving: range) -> list[str]:
+    """Return the losses of ``ranks``, but for those ``leaving`` that have left."""
+    cache = client.eep_scaling_cache  # none once all have
+    notified = {} if cache is None else {each.value: ranks for each, ranks in cache.pending_notifications.items()}
+    left = leaving if cache is None else notified.get(_SHUTDOWN_COMPLETE, ())
+    lost = client.resources.engine_manager.lost_in_scaling()
+    return [loss.text for loss in lost if loss.rank in ranks and loss.rank not in left]
 
 
 async def _drain(client: Any, new_data_parallel_size: int) -> None:
@@ -264,7 +302,7 @@ async def _drain(client: Any, new_data_parallel_size: int) -> None:
     limit_s = getattr(client, "_vllm_ray_ascend_drain_s", _DRAIN_S)
     deadline = time.monotonic() + limit_s
     while (running := sum(client.engine_inflight[engine] for engine in leaving)) and time.monotonic() < deadline:
-        await asyncio.sleep(_POLL_S)
+        await _is_done(client, asyncio.ensure_future(asyncio.sleep(2 * _POLL_S)))
     if running:
         logger.warning(
             "VRA-345: %d requests of the ranks that leave were not done after %g s and are aborted; a longer "
@@ -285,13 +323,17 @@ def _closing_on_failure(commit: Method) -> Method:
         manager = client.resources.engine_manager
         if lost := manager.lost_in_scaling():
             raise _RankLostError(lost[0].text)
+        if obstacle := _weights_obstacle(client, client._vllm_ray_ascend_scaling.size):
+            raise _RankLostError(obstacle)
         scaling, client._vllm_ray_ascend_scaling = client._vllm_ray_ascend_scaling, None
         manager.begin_switch()
         task = asyncio.ensure_future(commit(client))
         try:
-            while not await _is_done(client, task, range(scaling.size)):
+            leaving = range(scaling.size, scaling.present)
+            while not await _is_done(client, task, range(max(scaling.present, scaling.size)), leaving):
                 pass
             await task
+            await _let_ranks_leave(client, scaling, leaving)
             manager.end_switch(client.vllm_config)
             show_ranks(client, scaling.present)
         except BaseException as error:  # whatever it is, no rank knows which experts the others have
@@ -301,3 +343,15 @@ def _closing_on_failure(commit: Method) -> Method:
             raise
 
     return commit_or_end
+
+
+async def _let_ranks_leave(client: Any, scaling: _Scaling, leaving: range) -> None:
+    """Wait until ranks that leave say that they have; end them where they are lost, or late."""
+    deadline = time.monotonic() + _LEAVE_S
+    while client.eep_scaling_cache is not None and time.monotonic() < deadline and not _lost(client, leaving, leaving):
+        await asyncio.sleep(_POLL_S)
+    if client.eep_scaling_cache is not None:
+        manager = client.resources.engine_manager
+        client.eep_scaling_cache = None
+        manager.scale_down_elastic_ep(scaling.present, scaling.size)
+        client.vllm_config.parallel_config.data_parallel_size_local = len(manager.local_engine_actors)

@@ -78,11 +78,10 @@ _UNDO_LIMIT_S, _UNDO_POLL_S = 30.0, 0.2
 
 
 class RankLoss(NamedTuple):
-    """An engine core that has exited, or ``has_failed`` and is about to."""
+    """An engine core that has exited, or has failed and is about to."""
 
     rank: int
     text: str
-    has_failed: bool = False
 
 
 class RayAscendEngineActorManager(ReplaceableActors):
@@ -177,6 +176,10 @@ class RayAscendEngineActorManager(ReplaceableActors):
         self._server.close()
         self._publisher.close()
         super().shutdown(timeout)
+
+    def given_ranks(self) -> int:
+        """Return how many of the first ranks have placement groups that the caller made."""
+        return len(self._given_groups)
 
     def begin_scaling(self) -> None:
         """Note that a scaling begins: `lost_in_scaling` and `undo_scale_up` are about what happens from now on.
@@ -316,8 +319,8 @@ class RayAscendEngineActorManager(ReplaceableActors):
                 if (deadlines := [draining[node] for node in self.nodes(rank) if node in draining])
             }
         ending = {each for rank in affected for each in restarts.domain(rank)}
-        if not set(ranks) - ending - down:
-            return set(drained)  # no other rank serves: rather until the nodes are gone
+        if not set(ranks) - ending - down or restarts.changed_by:
+            return set(drained)  # no other rank serves, or none could be started: rather until the nodes are gone
         for rank in affected.keys() - drained - down:
             seconds = drain_limit_s(min(filter(None, affected[rank]), default=0), time.time())
             logger.warning(
@@ -342,7 +345,7 @@ class RayAscendEngineActorManager(ReplaceableActors):
     def _record_event(self, rank: int, event: EventReported) -> None:
         """Note that an engine core has failed, or that a call has changed the workers: one started again lacks that."""
         if event.name == ENGINE_FAILED.name:
-            self._losses.append(RankLoss(rank, f"data parallel rank {rank} failed: {event.fields['cause']}", True))
+            self._losses.append(RankLoss(rank, f"data parallel rank {rank} failed: {event.fields['cause']}"))
         elif event.name == WORKERS_CHANGED.name and self._restarts is not None:
             self._restarts.changed_by = str(event.fields["call"])
 

@@ -18,7 +18,7 @@ from vllm_ray_ascend import patches
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.observability.events import EVENTS
 from vllm_ray_ascend.observability.exporter import Exporter, prometheus_recorder, ray_recorder
-from vllm_ray_ascend.observability.metrics import REPORT_TIME, VALUES, Metric, Sample
+from vllm_ray_ascend.observability.metrics import REPORT_TIME, VALUES, Sample
 
 logger = get_logger(__name__)
 
@@ -28,6 +28,8 @@ REPORT_INTERVAL_S = 5.0
 """Between reports; an event causes one immediately."""
 
 _exporter = Exporter(prometheus_recorder)
+_hidden: set[tuple[str, str]] = set()
+"""Model and number of the engines that are gone, whose last reports may still arrive."""
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -104,12 +106,14 @@ def _start_reports(engine: Any) -> None:
 
 def show(samples: Iterable[Sample], model_name: str, engine: str) -> None:
     """Show values of one engine, the data parallel rank ``engine``, with vLLM's own in this process."""
+    _hidden.discard((model_name, engine))
     _exporter.export(samples, model_name, engine)
 
 
-def hide(metric: Metric, model_name: str, engine: str) -> None:
-    """Show a value no more of an engine that is gone."""
-    _exporter.remove(metric, model_name, engine)
+def hide(model_name: str, engine: str) -> None:
+    """Show the values no more of an engine that is gone, until `show` is called for one in its place."""
+    _hidden.add((model_name, engine))
+    _exporter.remove(model_name, engine)
 
 
 def _receiving(process: Callable[..., None]) -> Callable[..., None]:
@@ -127,6 +131,7 @@ def _show_report(values: Any) -> None:
     """Show a report. What is none, as of another version of this package, must not end the client's thread."""
     try:
         report = msgspec.convert(values, Report)
-        show(report.samples, report.model_name, report.engine)
+        if (report.model_name, report.engine) not in _hidden:
+            _exporter.export(report.samples, report.model_name, report.engine)
     except (msgspec.ValidationError, ValueError) as error:
         logger.debug("metrics of an engine core are not shown: %s", error)

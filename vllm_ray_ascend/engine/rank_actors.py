@@ -77,9 +77,9 @@ class ReplaceableActors(CoreEngineActorManager):
         config.instance_id += f"_start{self._starts}"
         if len(ranks) > 1:
             self._renew_meeting_points(config.parallel_config)
-        for rank in ranks:
-            self._set_actor(rank, self._launch(rank, config))
         try:
+            for rank in ranks:
+                self._set_actor(rank, self._launch(rank, config))
             self._wait_until_ready(ranks)
         except BaseException:  # Ctrl-C too: no actor may stay
             for rank in ranks:

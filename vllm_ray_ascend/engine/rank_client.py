@@ -116,7 +116,7 @@ def show_ranks(client: Any, before: int) -> None:
         _show(client, DP_RANK_UP, _rank(engine), 1.0)
         _show(client, DP_RANK_RESTARTS, _rank(engine), states.restarts[engine])
     for rank in range(len(client.core_engines), before):
-        _hide(client, DP_RANK_UP, rank)
+        _hide(client, rank)
 
 
 def mark_down(client: Any, status: RankStatus) -> None:
@@ -168,7 +168,7 @@ async def change_size(client: Any, status: SizeStatus) -> None:
     for engine in client.core_engines[status.ranks :]:
         states.down.pop(engine, None)
         states.lost.discard(engine)
-        _hide(client, DP_RANK_UP, _rank(engine))
+        _hide(client, _rank(engine))
     for name in ("core_engines", "lb_engines", "engine_ranks_managed"):
         setattr(client, name, getattr(client, name)[: status.ranks])
     config.data_parallel_size, config.data_parallel_size_local = status.ranks, status.local_ranks
@@ -411,11 +411,11 @@ def _show(client: Any, metric: Metric, rank: int, value: float) -> None:
         show([Sample(metric.name, (), value)], str(config.served_model_name or config.model), str(rank))
 
 
-def _hide(client: Any, metric: Metric, rank: int) -> None:
-    """Show a value of a rank no more."""
+def _hide(client: Any, rank: int) -> None:
+    """Show no value of a rank any more: an old one would look like a rank that hangs."""
     if client.client_index == 0 and load().metrics == "on":
         config = client.vllm_config.model_config
-        hide(metric, str(config.served_model_name or config.model), str(rank))
+        hide(str(config.served_model_name or config.model), str(rank))
 
 
 def _report(client: Any, rank: int, status: dict[str, str]) -> None:

@@ -6,6 +6,7 @@ those of a mixture of experts step together, so all of them are one.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -15,6 +16,7 @@ from typing import Any
 
 from vllm_ray_ascend.control.protocol import Extension
 from vllm_ray_ascend.engine.rank_status import RANK_DOWN, RANK_UP, RankStatus, StatusPublisher
+from vllm_ray_ascend.errors import PlacementError
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.observability.events import EVENTS, RANKS_LOST, RANKS_RESTORED
 from vllm_ray_ascend.settings import load
@@ -175,7 +177,11 @@ class RankRecovery:
         EVENTS.emit(RANKS_RESTORED, ranks=_format(started), seconds=round(time.monotonic() - lost_at, 3))
 
     def _start_until_it_succeeds(self, ranks: tuple[int, ...], cause: str) -> Sequence[int]:
-        """Start ranks, with growing delays between attempts. Return those that serve; none where that is given up."""
+        """Start ranks, with growing delays between attempts. Return those that serve; none where that is given up.
+
+        NPUs of a node that starts again, or is replaced, are waited for as workers are.
+        """
+        wait_until = time.monotonic() + (load().worker_limit_s or math.inf)
         attempts = 0
         while not self._stopped.wait(self._next_delay_s(ranks)):
             attempts += 1
@@ -184,13 +190,14 @@ class RankRecovery:
             except Exception as error:  # whatever it is: the others serve
                 if self._stopped.is_set():
                     return ()
+                has_to_wait = isinstance(error, PlacementError) and time.monotonic() < wait_until
                 logger.exception(
                     "VRA-145: data parallel ranks %s could not be restarted (attempt %d), and are tried again: %s",
                     _format(ranks),
                     attempts,
                     error,
                 )
-            if self._nothing_can_be_started(ranks):
+            if not has_to_wait and self._nothing_can_be_started(ranks):
                 self._give_up(cause)
                 return ()
         return ()

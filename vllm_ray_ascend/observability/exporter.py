@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 from vllm_ray_ascend.observability.metrics import COMMON_LABELS, METRICS, Metric, Sample
 
-Recorder = Callable[[Mapping[str, str], float | None], None]
-"""Sets a gauge with these labels to a value, or removes it (None); or adds an amount to a counter."""
+Labels = Mapping[str, str]
+
+
+class Recorder(NamedTuple):
+    """One metric in a library."""
+
+    record: Callable[[Labels, float], None]
+    """Sets a gauge with these labels to a value, or adds an amount to a counter."""
+    remove: Callable[[Labels], None] = lambda _: None
+    """Shows a gauge with these labels no more, where the library can do that."""
 
 
 class Exporter:
@@ -20,6 +29,7 @@ class Exporter:
         self._lock = threading.Lock()
         self._recorders: dict[str, Recorder] = {}
         self._counted: dict[tuple[str, tuple[str, ...]], float] = {}
+        self._gauges: set[tuple[str, tuple[str, ...]]] = set()
 
     def export(self, samples: Iterable[Sample], model_name: str, engine: str) -> None:
         """Show the values of one engine. Metrics of another version of this package, without a row, are left out."""
@@ -29,11 +39,13 @@ class Exporter:
                 if metric is not None and len(sample.labels) == len(metric.labels):
                     self._export(metric, (model_name, engine, *sample.labels), sample.value)
 
-    def remove(self, metric: Metric, model_name: str, engine: str) -> None:
-        """Show a gauge without further labels no more of an engine."""
+    def remove(self, model_name: str, engine: str) -> None:
+        """Show no gauge of an engine any more: it is gone, and what it said last is true no longer."""
         with self._lock:
-            if recorder := self._recorders.get(metric.name):
-                recorder(dict(zip(COMMON_LABELS, (model_name, engine), strict=True)), None)
+            gone = {(name, values) for name, values in self._gauges if values[:2] == (model_name, engine)}
+            self._gauges -= gone
+            for name, values in gone:
+                self._recorders[name].remove(dict(zip(label_names(METRICS[name]), values, strict=True)))
 
     def _export(self, metric: Metric, values: tuple[str, ...], value: float) -> None:
         if metric.name not in self._recorders:
@@ -42,7 +54,9 @@ class Exporter:
             counted = self._counted.get((metric.name, values), 0.0)
             self._counted[metric.name, values] = value
             value = value - counted if value >= counted else value
-        self._recorders[metric.name](dict(zip(label_names(metric), values, strict=True)), value)
+        else:
+            self._gauges.add((metric.name, values))
+        self._recorders[metric.name].record(dict(zip(label_names(metric), values, strict=True)), value)
 
 
 def label_names(metric: Metric) -> tuple[str, ...]:
@@ -56,16 +70,12 @@ def prometheus_recorder(metric: Metric) -> Recorder:
 
     if metric.kind == "counter":
         counter = Counter(metric.name, metric.help, label_names(metric))
-        return lambda labels, amount: counter.labels(**labels).inc(amount or 0)
+        return Recorder(lambda labels, amount: counter.labels(**labels).inc(amount))
     gauge = Gauge(metric.name, metric.help, label_names(metric), multiprocess_mode="mostrecent")
-
-    def set_or_remove(labels: Mapping[str, str], value: float | None) -> None:
-        if value is None:
-            gauge.remove(*(labels[name] for name in label_names(metric)))
-        else:
-            gauge.labels(**labels).set(value)
-
-    return set_or_remove
+    return Recorder(
+        lambda labels, value: gauge.labels(**labels).set(value),
+        lambda labels: gauge.remove(*(labels[name] for name in label_names(metric))),
+    )
 
 
 def ray_recorder(metric: Metric) -> Recorder:
@@ -74,7 +84,7 @@ def ray_recorder(metric: Metric) -> Recorder:
 
     if metric.kind == "gauge":
         gauge = Gauge(metric.name, description=metric.help, tag_keys=label_names(metric))
-        return lambda labels, value: gauge.set(value, tags=dict(labels))
+        return Recorder(lambda labels, value: gauge.set(value, tags=dict(labels)))
     counter = Counter(metric.name, description=metric.help, tag_keys=label_names(metric))
     # Ray refuses an increment by nothing.
-    return lambda labels, amount: counter.inc(amount, tags=dict(labels)) if amount else None
+    return Recorder(lambda labels, amount: counter.inc(amount, tags=dict(labels)) if amount else None)
