@@ -119,7 +119,7 @@ LATE: tuple[str, ...] = (
     "vllm_ray_ascend/elastic_ep/experts.py",
     "vllm_ray_ascend/elastic_ep/groups.py",
     "vllm_ray_ascend/elastic_ep/layers.py",
-    "vllm_ray_ascend/elastic_ep/meeting.py",
+    "vllm_ray_ascend/elastic_ep/rendezvous.py",
     "vllm_ray_ascend/elastic_ep/scaling.py",
     "vllm_ray_ascend/elastic_ep/worker.py",
     "vllm_ray_ascend/engine/actors.py",

@@ -908,7 +908,7 @@ PATCHES: tuple[Patch, ...] = (
         ("ElasticEPScalingState",),
         kind="subclass",
         by="engine/elastic_state.py",
-        what="GuardedScalingState: a preparation that fails is reported and can be given up",
+        what="GuardedScalingState: a preparation that fails is reported and can be rolled back",
         why="the exception comes out of the busy loop: the ranks that serve die minutes after a new one has",
         releases="vllm",
         removable="vLLM can give up a prepared scaling (vllm #53947)",

@@ -166,7 +166,7 @@ class Recital(NamedTuple):
 def recite(server: Server, rank: int, stop: threading.Event) -> list[Recital]:
     """Read the whole text from one rank, one stream after the other, until ``stop`` is set.
 
-    The server may refuse to begin one, as it does while it switches. A stream that has begun must not break.
+    The server may refuse to begin one, as it does while it commits. A stream that has begun must not break.
     """
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=LIMIT_S, max_retries=0)
     recitals: list[Recital] = []
@@ -191,8 +191,8 @@ def recite(server: Server, rank: int, stop: threading.Event) -> list[Recital]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2, 4), (2, 3), (4, 2)])
-def test_a_text_goes_on_across_the_switch(tmp_path: Path, sizes: tuple[int, int]) -> None:
-    """On each rank that stays one has begun before the switch and ended after it. None is broken."""
+def test_a_text_goes_on_across_the_commit(tmp_path: Path, sizes: tuple[int, int]) -> None:
+    """On each rank that stays one has begun before the commit and ended after it. None is broken."""
     before, after = sizes
     options = ("--data-parallel-size", str(before), "--no-enable-prefix-caching")
     with (
@@ -205,14 +205,14 @@ def test_a_text_goes_on_across_the_switch(tmp_path: Path, sizes: tuple[int, int]
         try:
             answer = pool.submit(request_scaling, server, after)
             wait_for_log(server, "Committing prepared reconfiguration")
-            switched = time.monotonic()
+            committing = time.monotonic()
             assert answer.result().status_code == 200, answer.result().text
         finally:
             stop.set()
         for reader in readers:
             recitals = reader.result()
             assert {recital.text for recital in recitals} == {zen_after(PROMPTS[0])}
-            assert any(recital.began < switched < recital.ended for recital in recitals), (switched, recitals)
+            assert any(recital.began < committing < recital.ended for recital in recitals), (committing, recitals)
         check_scaled(server, after)
 
 
@@ -256,7 +256,7 @@ def scaling(server: Server, size: int) -> Iterator[Future[httpx.Response]]:
 
 @contextmanager
 def draining_server(cluster: Cluster, folder: Path) -> Iterator[Server]:
-    """Start a server that finishes all requests between the preparation of a scaling and the switch."""
+    """Start a server that finishes all requests between the preparation of a scaling and the commit."""
     with elastic_server(cluster, folder, VLLM_ELASTIC_EP_DRAIN_REQUESTS="1") as server:
         yield server
 
@@ -276,14 +276,14 @@ def busy(server: Server) -> Iterator[threading.Event]:
 
 @pytest.mark.slow
 def test_a_new_rank_that_dies_after_it_was_ready_is_undone(tmp_path: Path) -> None:
-    """While the ranks that serve finish a request, before the switch."""
+    """While the ranks that serve finish a request, before the commit."""
     with temporary_cluster("e2e-elastic-ready", 1, 4) as cluster, draining_server(cluster, tmp_path) as server:
         before = opened_npus(cluster).keys()
         with busy(server) as stop_reading, scaling(server, 4) as answer:
             wait_for_log(server, "waiting for requests to drain before scaling")
             kill_new_worker(cluster, before)
             wait_for_log(server, r"event engine_failed engine=zen-moe/dp[23]")
-            time.sleep(2)  # until the driver knows it too: the switch would begin, and all would end
+            time.sleep(2)  # until the driver knows it too: the commit would begin, and all would end
             stop_reading.set()
         assert answer.result().status_code == 500 and "VRA-343" in answer.result().text, answer.result().text
         check_scaled(server, 2)
@@ -307,12 +307,12 @@ def keep_busy(server: Server, stop: threading.Event) -> None:
 
 
 @pytest.mark.slow
-def test_a_death_in_the_switch_ends_all(tmp_path: Path) -> None:
+def test_a_death_in_the_commit_ends_all(tmp_path: Path) -> None:
     """No rank knows then which experts the others have. The first cause is in the log, and nothing is left.
 
-    The new worker is stopped before the switch, which therefore cannot be over when it is killed.
+    The new worker is stopped before the commit, which therefore cannot be over when it is killed.
     """
-    with temporary_cluster("e2e-elastic-switch", 1, 4) as cluster, draining_server(cluster, tmp_path) as server:
+    with temporary_cluster("e2e-elastic-commit", 1, 4) as cluster, draining_server(cluster, tmp_path) as server:
         before = opened_npus(cluster).keys()
         with busy(server) as stop_reading, scaling(server, 4) as answer:
             wait_for_log(server, "waiting for requests to drain before scaling")
@@ -329,7 +329,7 @@ def test_a_death_in_the_switch_ends_all(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_death_of_a_rank_that_leaves_ends_all(tmp_path: Path) -> None:
-    """It is stopped before the switch, in which the others wait for its experts, and is then killed."""
+    """It is stopped before the commit, in which the others wait for its experts, and is then killed."""
     options = ("--data-parallel-size", "3")
     with (
         temporary_cluster("e2e-elastic-leave", 1, 3) as cluster,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,7 +100,8 @@ def test_a_model_that_does_not_exist(cluster: Cluster, tmp_path: Path) -> None:
 
 def test_a_handle_without_http(cluster: Cluster, tmp_path: Path) -> None:
     with started(cluster, tmp_path / "log", *serve("start")):
-        done = run_on_head(cluster, str(EXAMPLES / "serve/deployment.py"), str(DENSE))
+        packages = os.environ["PYTHONPATH"]
+        done = run_on_head(cluster, str(EXAMPLES / "serve/deployment.py"), str(DENSE), PYTHONPATH=packages)
         found = [line for line in done.stdout.splitlines() if line.startswith("answer: ")]
         assert found, done.stdout[-3000:] + done.stderr[-3000:]
         answer = ast.literal_eval(found[0].removeprefix("answer: "))

@@ -36,10 +36,10 @@ class Manager:
     def given_ranks(self) -> int:
         return 0
 
-    def begin_switch(self) -> None:
+    def begin_commit(self) -> None:
         self.calls.append("begin")
 
-    def end_switch(self, vllm_config: Any) -> None:
+    def end_commit(self, vllm_config: Any) -> None:
         self.calls.append("end")
 
     def scale_down_elastic_ep(self, present: int, size: int) -> None:
@@ -50,7 +50,7 @@ class Manager:
 
 
 def make_client(present: int, size: int) -> Any:
-    """Return a client in the middle of a scaling, before the switch."""
+    """Return a client in the middle of a scaling, before the commit."""
 
     class Client(SimpleNamespace):
         """One that is known by its identity, as upstream's."""
@@ -111,7 +111,7 @@ def test_ranks_that_leave_are_waited_for() -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 3])
-def test_a_rank_that_is_lost_in_the_switch_ends_all(rank: int) -> None:
+def test_a_rank_that_is_lost_in_the_commit_ends_all(rank: int) -> None:
     """One that leaves too: the others wait for its experts."""
     client = make_client(4, 2)
     with pytest.raises(ElasticEPError, match=f"VRA-347.*rank {rank} exited"):

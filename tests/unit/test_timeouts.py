@@ -8,7 +8,7 @@ from vllm_ray_ascend.control.timeouts import (
     DEVICE,
     MODEL,
     WORKERS,
-    is_switch,
+    is_commit,
     limit_variable,
     startup_limits,
     step_limit_s,
@@ -40,6 +40,6 @@ def test_pipeline_pairs_are_neighbours_in_one_order(size: int, pairs: list[tuple
 
 
 def test_only_the_switch_of_a_scaling_is_a_switch() -> None:
-    assert is_switch("elastic_ep_execute", ("commit_scale_up", True))
-    assert not is_switch("elastic_ep_execute", ("start_async", "prepare_reconfiguration"))
-    assert not is_switch("execute_model", ("commit_scale_up",)) and not is_switch(print, ())
+    assert is_commit("elastic_ep_execute", ("commit_scale_up", True))
+    assert not is_commit("elastic_ep_execute", ("start_async", "prepare_reconfiguration"))
+    assert not is_commit("execute_model", ("commit_scale_up",)) and not is_commit(print, ())

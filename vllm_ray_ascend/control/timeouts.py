@@ -29,8 +29,8 @@ def step_limit_s(hang_s: float, execute_s: float) -> float:
     return hang_s or min(0.8 * execute_s, WEEK_S)
 
 
-def is_switch(method: object, arguments: Sequence[object]) -> bool:
-    """Return whether a call of workers is their switch to another number of ranks: a failure of it ends the engine.
+def is_commit(method: object, arguments: Sequence[object]) -> bool:
+    """Return whether a call of workers commits another number of ranks: a failure of it ends the engine.
 
     It captures graphs again, so that the limit of the warm-up holds for it.
     """

@@ -21,13 +21,13 @@ from vllm.utils import is_moe_layer
 from vllm_ray_ascend.acl_graphs.release import release
 from vllm_ray_ascend.elastic_ep import groups, layers
 from vllm_ray_ascend.elastic_ep.groups import NpuStatelessGroup
-from vllm_ray_ascend.elastic_ep.meeting import wait_for_announcements
+from vllm_ray_ascend.elastic_ep.rendezvous import wait_for_announcements
 from vllm_ray_ascend.log import get_logger
 
 logger = get_logger(__name__)
 
-_GIVE_UP_S = 0.2
-"""How long giving up a preparation keeps a worker from serving, each time that it is asked for."""
+_ROLL_BACK_S = 0.2
+"""How long rolling a preparation back keeps a worker from serving, each time that it is asked for."""
 
 
 class NpuScalingExecutor(ElasticEPScalingExecutor):
@@ -43,7 +43,7 @@ class NpuScalingExecutor(ElasticEPScalingExecutor):
         super().__init__(worker)
         self._standby_mc2: NpuStatelessGroup | None = None
         self._retired_mc2: NpuStatelessGroup | None = None
-        self._given_up = threading.Event()
+        self._rolled_back = threading.Event()
 
     def load_model(self) -> None:
         """Load the model of a worker that joins."""
@@ -57,14 +57,14 @@ class NpuScalingExecutor(ElasticEPScalingExecutor):
             reconfig_request.new_data_parallel_size * config.world_size,
         )
         host, port = reconfig_request.new_data_parallel_master_ip, reconfig_request.coord_store_port
-        wait_for_announcements(host, port, "workers", joining, self._given_up)
+        wait_for_announcements(host, port, "workers", joining, self._rolled_back)
         super().prepare_reconfiguration(reconfig_request, use_all2all)
 
-    def give_up(self) -> bool:
+    def roll_back(self) -> bool:
         """Undo what was prepared. Return whether that is done; where not, it has to be called again."""
-        self._given_up.set()
+        self._rolled_back.set()
         future = self._async_future
-        if future is not None and wait([future], _GIVE_UP_S).not_done:
+        if future is not None and wait([future], _ROLL_BACK_S).not_done:
             return False
         if future is not None and (error := future.exception()) is not None:
             logger.info("the preparation of a scaling had ended with %s: %s", type(error).__name__, error)
@@ -74,7 +74,7 @@ class NpuScalingExecutor(ElasticEPScalingExecutor):
         standby = pop_standby_groups()
         mc2, self._standby_mc2 = self._standby_mc2, None
         self._start_group_cleanup((standby["dp"], standby["ep"], standby["world"], standby["eplb"], mc2))
-        self._given_up.clear()
+        self._rolled_back.clear()
         return True
 
     def transfer_weights(self, old_dp_size: int, new_dp_size: int) -> None:
@@ -84,7 +84,7 @@ class NpuScalingExecutor(ElasticEPScalingExecutor):
         """Receive nothing: see the class."""
 
     def warmup_new_worker(self) -> None:
-        """Do nothing: vllm-ascend's warm-up needs the other ranks, and is part of the switch."""
+        """Do nothing: vllm-ascend's warm-up needs the other ranks, and is part of the commit."""
 
     def switch_and_prepare(self) -> tuple[GroupCoordinator | None, ...]:
         """Switch to the prepared groups, and return those that were in use."""

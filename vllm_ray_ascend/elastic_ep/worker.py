@@ -14,7 +14,7 @@ from vllm_ascend.worker.worker import NPUWorker
 
 from vllm_ray_ascend import patches
 from vllm_ray_ascend.elastic_ep import block_tables, experts, groups, layers
-from vllm_ray_ascend.elastic_ep.meeting import announce
+from vllm_ray_ascend.elastic_ep.rendezvous import announce
 from vllm_ray_ascend.elastic_ep.scaling import NpuScalingExecutor
 
 _INIT_GROUPS = "vllm_ascend.worker.worker.NPUWorker._init_worker_distributed_environment"

@@ -84,7 +84,7 @@ class NodeLocalEngineCore:
     def _report_change(self, event: Event) -> None:
         """Let the driver know that a new engine core would lack what a call has changed: it then starts none.
 
-        And that this one has failed, which it may do long before it exits: while it waits for a scaling's switch.
+        And that this one has failed, which it may do long before it exits: while it waits for a scaling's commit.
         """
         if event.event in (WORKERS_CHANGED.name, ENGINE_FAILED.name) and self._control is not None:
             self._control.send(EventReported(event.event, event.fields))
@@ -139,7 +139,7 @@ class RayAscendDPMoEEngineCoreActor(NodeLocalEngineCore, DPMoEEngineCoreActor):
         """Create the data parallel group, as upstream; a rank that joins others tells them that it comes to do so."""
         config = vllm_config.parallel_config
         if getattr(config, "enable_elastic_ep", False):
-            from vllm_ray_ascend.elastic_ep.meeting import announce
+            from vllm_ray_ascend.elastic_ep.rendezvous import announce
             from vllm_ray_ascend.engine import elastic_state
 
             elastic_state.install()
@@ -148,8 +148,8 @@ class RayAscendDPMoEEngineCoreActor(NodeLocalEngineCore, DPMoEEngineCoreActor):
                 announce(host, port, "cores", config.data_parallel_rank)
         super()._init_data_parallel(vllm_config)
 
-    def give_up_elastic_ep(self) -> bool:
+    def roll_back_elastic_ep(self) -> bool:
         """Undo what was prepared for a scaling that has failed. Called by the API server."""
         from vllm_ray_ascend.engine import elastic_state
 
-        return elastic_state.give_up(self)
+        return elastic_state.roll_back(self)

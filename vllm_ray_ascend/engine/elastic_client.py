@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm_ray_ascend import patches
 from vllm_ray_ascend.elastic_ep.admission import check_ranks_up, check_size, weights_obstacle
-from vllm_ray_ascend.elastic_ep.meeting import FailureReports
+from vllm_ray_ascend.elastic_ep.rendezvous import FailureReports
 from vllm_ray_ascend.engine.calls import WEIGHT_CALLS
 from vllm_ray_ascend.engine.rank_client import describe_ranks_down, ranks_not_lost, show_ranks
 from vllm_ray_ascend.errors import ElasticEPError
@@ -23,13 +23,13 @@ logger = get_logger(__name__)
 
 _CLIENT = "vllm.v1.engine.core_client.DPLBAsyncMPClient"
 _POLL_S = 0.2
-_GIVE_UP_LIMIT_S = 300.0
+_ROLL_BACK_LIMIT_S = 300.0
 _UNWIND_S = 30.0
 """How long a preparation may take to end once everything that it waits for has ended."""
-_GIVE_UP_POLL_S = 1.0
-"""Between two requests to give up, in which the ranks serve."""
+_ROLL_BACK_POLL_S = 1.0
+"""Between two requests to roll back, in which the ranks serve."""
 _LEAVE_S = 30.0
-"""How long ranks that leave may take, after the switch, to say that they have."""
+"""How long ranks that leave may take, after the commit, to say that they have."""
 _SHUTDOWN_COMPLETE = "SHUTDOWN_COMPLETE"
 """Value of vLLM's EEPNotificationType: a rank that leaves needs the others no more."""
 _DRAIN_S = 120.0
@@ -67,7 +67,7 @@ def explain_failures(module: ModuleType) -> None:
 
 @dataclass
 class _Scaling:
-    """A scaling that has not reached the switch: what is restored when it is undone."""
+    """A scaling that has not reached the commit: what is restored when it is undone."""
 
     present: int
     size: int
@@ -82,7 +82,7 @@ class _RankLostError(Exception):
 
 
 def _with_rollback(scale: Method) -> Method:
-    """Return `_scale_elastic_ep`, which undoes a scaling that fails before the switch, and ends the answers with 503.
+    """Return `_scale_elastic_ep`, which undoes a scaling that fails before the commit, and ends the answers with 503.
 
     It lets the client know the limit for draining.
     """
@@ -99,7 +99,7 @@ def _with_rollback(scale: Method) -> Method:
             if (scaling := _unfinished(client)) is not None:
                 await asyncio.shield(asyncio.ensure_future(_abandon(client, scaling)))
             raise
-        except BaseException as error:  # a cancelled request too: the ranks that serve have to give up as well
+        except BaseException as error:  # a cancelled request too: the ranks that serve have to roll back as well
             set_scaling_elastic_ep(False)  # they serve meanwhile
             if (scaling := _unfinished(client)) is None:
                 raise
@@ -120,7 +120,7 @@ def _with_rollback(scale: Method) -> Method:
 
 
 def _unfinished(client: Any) -> _Scaling | None:
-    """Return the scaling that has begun and not reached the switch; None where upstream has refused to begin it."""
+    """Return the scaling that has begun and not reached the commit; None where upstream has refused to begin it."""
     scaling: _Scaling | None = getattr(client, "_vllm_ray_ascend_scaling", None)
     config = client.vllm_config.parallel_config
     begun = scaling is not None and config._coord_store_port != scaling.endpoints["_coord_store_port"]
@@ -158,7 +158,7 @@ def _watched(prepare: Method) -> Method:
                 "weights, start the server with them, and scale that; fewer ranks are possible now.",
             )
         manager.begin_scaling()
-        await _give_up(client, "see the answer to an earlier request")
+        await _roll_back_engines(client, "see the answer to an earlier request")
         config, present = client.vllm_config.parallel_config, len(client.core_engines)
         scaling = client._vllm_ray_ascend_scaling = _Scaling(
             present,
@@ -193,18 +193,18 @@ async def _first_failure(client: Any, task: asyncio.Future[Any], old_port: int) 
 
 
 async def _roll_back(client: Any, scaling: _Scaling, cause: str) -> None:
-    """End the ranks that were to join, have the others give up, and restore what the client has changed."""
+    """End the ranks that were to join, have the others roll back, and restore what the client has changed."""
     config, manager = client.vllm_config.parallel_config, client.resources.engine_manager
     port = config._coord_store_port
     try:
-        await asyncio.to_thread(manager.undo_scale_up)
+        await asyncio.to_thread(manager.roll_back_scale_up)
         reports = FailureReports(config.data_parallel_master_ip, port)
         reports.release(f"eep_ready/{rank}" for rank in range(scaling.size))
         if scaling.task is not None:
             await _end_task(client, scaling.task)
     finally:
         _restore(client, scaling)
-        await _give_up(client, cause)
+        await _roll_back_engines(client, cause)
 
 
 async def _abandon(client: Any, scaling: _Scaling) -> None:
@@ -212,7 +212,7 @@ async def _abandon(client: Any, scaling: _Scaling) -> None:
     if scaling.task is not None:
         scaling.task.cancel()
     try:
-        await asyncio.to_thread(client.resources.engine_manager.undo_scale_up)
+        await asyncio.to_thread(client.resources.engine_manager.roll_back_scale_up)
     finally:
         _restore(client, scaling)
 
@@ -236,15 +236,15 @@ async def _end_task(client: Any, task: asyncio.Future[Any]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def _give_up(client: Any, cause: str) -> None:
+async def _roll_back_engines(client: Any, cause: str) -> None:
     """Have every engine core undo what it has prepared, because of ``cause``.
 
     Raises ElasticEPError where one does not within the limit.
     """
-    deadline = time.monotonic() + _GIVE_UP_LIMIT_S
+    deadline = time.monotonic() + _ROLL_BACK_LIMIT_S
     pending = ranks_not_lost(client)
     while pending:
-        calls = (client._call_utility_async("give_up_elastic_ep", engine=engine) for engine in pending)
+        calls = (client._call_utility_async("roll_back_elastic_ep", engine=engine) for engine in pending)
         gathered = asyncio.gather(*calls, return_exceptions=True)
         while not await _is_done(client, gathered):
             pass
@@ -254,12 +254,12 @@ async def _give_up(client: Any, cause: str) -> None:
         if errors or (pending and time.monotonic() > deadline):
             raise ElasticEPError(
                 "VRA-344",
-                f"{len(pending)} engine cores have not undone a failed scaling within {_GIVE_UP_LIMIT_S:g} s "
+                f"{len(pending)} engine cores have not undone a failed scaling within {_ROLL_BACK_LIMIT_S:g} s "
                 f"({errors[0] if errors else 'a rank waits in gloo or HCCL'}). They continue; a further scaling is "
                 f"refused until they have. Restart the server to scale it before. The scaling failed because: {cause}",
             )
         if pending:
-            await asyncio.sleep(_GIVE_UP_POLL_S)
+            await asyncio.sleep(_ROLL_BACK_POLL_S)
 
 
 async def _is_done(
@@ -315,7 +315,7 @@ async def _drain(client: Any, new_data_parallel_size: int) -> None:
 def _closing_on_failure(commit: Method) -> Method:
     """Return `commit_elastic_ep`, after whose failure no engine continues: the ranks disagree about their number.
 
-    Where a rank was lost after it was ready, nothing is switched.
+    Where a rank was lost after it was ready, nothing is committed.
     """
 
     @functools.wraps(commit)
@@ -326,7 +326,7 @@ def _closing_on_failure(commit: Method) -> Method:
         if obstacle := _weights_obstacle(client, client._vllm_ray_ascend_scaling.size):
             raise _RankLostError(obstacle)
         scaling, client._vllm_ray_ascend_scaling = client._vllm_ray_ascend_scaling, None
-        manager.begin_switch()
+        manager.begin_commit()
         task = asyncio.ensure_future(commit(client))
         try:
             leaving = range(scaling.size, scaling.present)
@@ -334,10 +334,10 @@ def _closing_on_failure(commit: Method) -> Method:
                 pass
             await task
             await _let_ranks_leave(client, scaling, leaving)
-            manager.end_switch(client.vllm_config)
+            manager.end_commit(client.vllm_config)
             show_ranks(client, scaling.present)
         except BaseException as error:  # whatever it is, no rank knows which experts the others have
-            logger.error("VRA-346: the ranks failed while they switched to another number, which ends all: %s", error)
+            logger.error("VRA-346: the ranks failed while they committed another size, which ends all: %s", error)
             task.cancel()
             await asyncio.to_thread(manager.shutdown)
             raise

@@ -1,4 +1,4 @@
-"""An engine core's part in a scaling: a preparation that fails is reported and can be given up; the core serves on.
+"""An engine core's part in a scaling: a preparation that fails is reported and can be rolled back; the core serves on.
 
 vLLM's core dies of it, minutes later: the exception comes out of its busy loop.
 """
@@ -13,7 +13,7 @@ from vllm.distributed import stateless_destroy_torch_distributed_process_group
 from vllm.distributed.elastic_ep.elastic_state import ElasticEPScalingState
 
 from vllm_ray_ascend import patches
-from vllm_ray_ascend.elastic_ep.meeting import report_failure, wait_for_announcements
+from vllm_ray_ascend.elastic_ep.rendezvous import report_failure, wait_for_announcements
 from vllm_ray_ascend.errors import ElasticEPError
 from vllm_ray_ascend.log import get_logger
 
@@ -27,18 +27,18 @@ def install() -> None:
     patches.apply("vllm.distributed.elastic_ep.elastic_state.ElasticEPScalingState", GuardedScalingState)
 
 
-def give_up(core: Any) -> bool:
+def roll_back(core: Any) -> bool:
     """Undo what engine core ``core`` has prepared; return whether that is done, or there was nothing.
 
-    Where it is not, it has to be called again: the core serves meanwhile. Raises ElasticEPError where the switch has
+    Where it is not, it has to be called again: the core serves meanwhile. Raises ElasticEPError where the commit has
     begun.
     """
     state: GuardedScalingState | None = core.eep_scaling_state
     if state is None:
         return True
     if state.commit_requested:
-        raise ElasticEPError("VRA-341", "a scaling cannot be given up any more: the engine cores are switching")
-    if not state.give_up():
+        raise ElasticEPError("VRA-341", "a scaling cannot be rolled back any more: the engine cores are committing it")
+    if not state.roll_back():
         return False
     core.eep_scaling_state = None
     core.process_input_queue_block = True
@@ -46,11 +46,11 @@ def give_up(core: Any) -> bool:
 
 
 class GuardedScalingState(ElasticEPScalingState):
-    """vLLM's state of a scaling, in which a failure before the switch does not end the engine core."""
+    """vLLM's state of a scaling, in which a failure before the commit does not end the engine core."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._given_up = threading.Event()
+        self._rolled_back = threading.Event()
         self._has_failed = False
 
     def progress(self) -> bool:
@@ -75,11 +75,11 @@ class GuardedScalingState(ElasticEPScalingState):
             report_failure(config.data_parallel_master_ip, config._coord_store_port, self.engine_core.dp_rank, error)
             return False
 
-    def give_up(self) -> bool:
+    def roll_back(self) -> bool:
         """Undo what was prepared. Return whether that is done; where not, it has to be called again."""
-        self._given_up.set()
+        self._rolled_back.set()
         self._has_failed = True
-        if not all(self._collective_rpc("elastic_ep_execute", args=("give_up",))):
+        if not all(self._collective_rpc("elastic_ep_execute", args=("roll_back",))):
             return False
         future = self._prepare_future
         if future is not None and not future.done():
@@ -97,7 +97,7 @@ class GuardedScalingState(ElasticEPScalingState):
         config, present = self.new_parallel_config, self.vllm_config.parallel_config.data_parallel_size
         joining = range(present, config.data_parallel_size)
         wait_for_announcements(
-            config.data_parallel_master_ip, config._coord_store_port, "cores", joining, self._given_up
+            config.data_parallel_master_ip, config._coord_store_port, "cores", joining, self._rolled_back
         )
         group: tuple[Any, Any] = super()._init_new_dp_group()
         return group

@@ -89,7 +89,7 @@ class RayAscendEngineActorManager(ReplaceableActors):
 
     _ranks_before_scaling: int | None = None
     """While a scaling is prepared: how many ranks serve."""
-    _is_undone = False
+    _is_rolled_back = False
     """Whether the scale-up that was begun last was undone."""
 
     def __init__(self, vllm_config: Any, addresses: Any, *args: Any, **kwargs: Any) -> None:
@@ -182,7 +182,7 @@ class RayAscendEngineActorManager(ReplaceableActors):
         return len(self._given_groups)
 
     def begin_scaling(self) -> None:
-        """Note that a scaling begins: `lost_in_scaling` and `undo_scale_up` are about what happens from now on.
+        """Note that a scaling begins: `lost_in_scaling` and `roll_back_scale_up` are about what happens from now on.
 
         Raises ElasticEPError while a rank is being restarted.
         """
@@ -191,13 +191,13 @@ class RayAscendEngineActorManager(ReplaceableActors):
         self._losses.clear()
         self._ranks_before_scaling = len(self.placement_group_is_local)
 
-    def begin_switch(self) -> None:
+    def begin_commit(self) -> None:
         """Note that ranks which have joined are like all others from now on: the end of one ends all."""
         self._ranks_before_scaling = None
         if self._restarts is not None:
             self._restarts.set_domains(())
 
-    def end_switch(self, vllm_config: Any) -> None:
+    def end_commit(self, vllm_config: Any) -> None:
         """Note that the ranks of ``vllm_config`` serve: one that is lost from now on is restarted, where ranks are."""
         config = vllm_config.parallel_config
         size = config.data_parallel_size
@@ -205,7 +205,7 @@ class RayAscendEngineActorManager(ReplaceableActors):
         self._set_size(size, local, config.eplb_config.num_redundant_experts)
         if self._restarts is not None:
             self._restarts.set_domains(failure_domains(self._config))
-            for loss in self._losses:  # since the last look of the switch
+            for loss in self._losses:  # since the last look of the commit
                 self._restarts.lose(loss.rank, loss.text)
 
     def lost_in_scaling(self) -> list[RankLoss]:
@@ -227,7 +227,7 @@ class RayAscendEngineActorManager(ReplaceableActors):
         for thread in list(self._leaving.values()):
             thread.join()
         with self._starting:
-            self._is_undone = False
+            self._is_rolled_back = False
             before = len(self.placement_group_is_local)
             self.local_engine_actors = AppendedSlices(self.local_engine_actors)
             self.remote_engine_actors = AppendedSlices(self.remote_engine_actors)
@@ -237,14 +237,14 @@ class RayAscendEngineActorManager(ReplaceableActors):
                 self._end_ranks_from(before)
                 raise
 
-    def undo_scale_up(self) -> None:
+    def roll_back_scale_up(self) -> None:
         """Kill the engine cores started since `begin_scaling`, and release their NPUs. May be called again.
 
         A start that is in progress ends with them, or with the next free NPUs that it waits for.
         """
         if self._ranks_before_scaling is None:
             return
-        self._is_undone = True
+        self._is_rolled_back = True
         deadline = time.monotonic() + _UNDO_LIMIT_S
         has_ended = False
         while not has_ended and time.monotonic() < deadline:
@@ -401,7 +401,7 @@ class RayAscendEngineActorManager(ReplaceableActors):
             lambda: npu_wait_s(new_data_parallel_size * config.world_size, self._kind),
         )
         self._check_before_start(node for placement in added for node in placement.bundle_nodes)
-        if self._is_undone:
+        if self._is_rolled_back:
             raise ElasticEPError("VRA-349", "the scaling was undone while it waited for NPUs: no rank is started")
         groups = create_placement_groups(wanted_groups(old_vllm_config, added, self._kind), GRANT_LIMIT_S)
         EVENTS.emit(RANKS_ADDED, data_parallel_size=new_data_parallel_size)

@@ -76,7 +76,7 @@ class ReplaceableActors(CoreEngineActorManager):
         self._starts += 1
         config.instance_id += f"_start{self._starts}"
         if len(ranks) > 1:
-            self._renew_meeting_points(config.parallel_config)
+            self._renew_rendezvous(config.parallel_config)
         try:
             for rank in ranks:
                 self._set_actor(rank, self._launch(rank, config))
@@ -151,7 +151,7 @@ class ReplaceableActors(CoreEngineActorManager):
             for rank, each in enumerate(placements)
         ]
 
-    def _renew_meeting_points(self, config: Any) -> None:
+    def _renew_rendezvous(self, config: Any) -> None:
         """Let ranks that have a group meet elsewhere than their old ones, whose port may be taken, and store used."""
         config._data_parallel_master_port_list = get_open_ports_list(5)
         config.data_parallel_master_port = config._data_parallel_master_port_list.pop()

@@ -198,7 +198,7 @@ class RankRecovery:
                     error,
                 )
             if not has_to_wait and self._nothing_can_be_started(ranks):
-                self._give_up(cause)
+                self._end_without_ranks(cause)
                 return ()
         return ()
 
@@ -216,7 +216,7 @@ class RankRecovery:
         starts.append(time.monotonic())
         return restart_delay_s(starts, starts[-1])
 
-    def _give_up(self, cause: str) -> None:
+    def _end_without_ranks(self, cause: str) -> None:
         logger.error("VRA-149: no data parallel rank serves and none can be started, so all end: %s", cause)
         self._end(cause)
 

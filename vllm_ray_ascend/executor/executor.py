@@ -25,7 +25,7 @@ from vllm_ray_ascend.accelerators.choose import current_accelerator
 from vllm_ray_ascend.cluster.placement_groups import remove_placement_groups
 from vllm_ray_ascend.cluster.registry import EngineRecord, ignored_list_warning, publish_record, remove_record
 from vllm_ray_ascend.compat.versions import stack
-from vllm_ray_ascend.control.timeouts import PAIRS, STEPS, is_switch, step_limit_s
+from vllm_ray_ascend.control.timeouts import PAIRS, STEPS, is_commit, step_limit_s
 from vllm_ray_ascend.engine import fault_tolerance
 from vllm_ray_ascend.engine.metrics import report_values
 from vllm_ray_ascend.engine.process import driver_settings_value, node_id, node_local_variables, skip_final_gc
@@ -276,10 +276,10 @@ class RayAscendExecutor(RpcResyncExecutor, ReboundStartup):
             self._recovery.record_call(method, args, kwargs)
         call = super().collective_rpc
         phase = self._startup.current_phase
-        switches = is_switch(method, kwargs.get("args", ()))
-        if not phase and not switches and method not in STEPS:
+        commits = is_commit(method, kwargs.get("args", ()))
+        if not phase and not commits and method not in STEPS:
             return self._supervisor.health_check.track(lambda: call(method, timeout, *args, **kwargs))
-        limit_s = self._startup.limit_s(phase) if phase or switches else self._hang_s
+        limit_s = self._startup.limit_s(phase) if phase or commits else self._hang_s
         if timeout is not None:
             limit_s = timeout if limit_s is None else min(timeout, limit_s)
         fail = functools.partial(self._fail_call, str(method), phase, limit_s or 0.0)

@@ -1,7 +1,7 @@
 """How ranks that join meet those that serve: nobody waits in a rendezvous for a process that may never come.
 
-A rendezvous of gloo or HCCL cannot be given up, and its limits are many minutes. So a rank that joins announces that it
-is about to enter one, and the others, which can give up waiting for that, enter it then.
+A rendezvous of gloo or HCCL cannot be ended, and its limits are many minutes. So a rank that joins announces that it
+is about to enter one, and the others, which can stop waiting for that, enter it then.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def announce(host: str, port: int, place: Place, rank: int) -> None:
     _connect(host, port).set(_key(place, rank), b"1")
 
 
-def wait_for_announcements(host: str, port: int, place: Place, ranks: Iterable[int], given_up: threading.Event) -> None:
-    """Wait until all of ``ranks`` are about to enter a rendezvous. Raises ElasticEPError once ``given_up`` is set."""
+def wait_for_announcements(host: str, port: int, place: Place, ranks: Iterable[int], ended: threading.Event) -> None:
+    """Wait until all of ``ranks`` are about to enter a rendezvous. Raises ElasticEPError once ``ended`` is set."""
     keys = [_key(place, rank) for rank in ranks]
     store = _connect(host, port) if keys else None
     while store is not None and not store.check(keys):
-        if given_up.wait(_POLL_S):
-            raise ElasticEPError("VRA-340", f"the scaling was given up before these {place} came: {', '.join(keys)}")
+        if ended.wait(_POLL_S):
+            raise ElasticEPError("VRA-340", f"the scaling was rolled back before these {place} came: {', '.join(keys)}")
 
 
 def report_failure(host: str, port: int, rank: int, error: BaseException) -> None:
