@@ -40,8 +40,9 @@ def test_no_group_is_left_where_the_server_stops_while_a_rank_is_placed_again(mo
         manager_stopped=threading.Event(),
         created_placement_groups=["old"],
         addresses=SimpleNamespace(outputs=["tcp://127.0.0.1:1"]),
-        _config=SimpleNamespace(parallel_config=SimpleNamespace(world_size=1)),
+        _config=SimpleNamespace(parallel_config=SimpleNamespace(world_size=1, tensor_parallel_size=1)),
         _kind=NPU,
+        _placing=threading.Lock(),
     )
 
     def create(*_: Any) -> list[str]:
@@ -50,7 +51,7 @@ def test_no_group_is_left_where_the_server_stops_while_a_rank_is_placed_again(mo
 
     replaced = {
         "current_nodes": lambda kind: [],
-        "free_npus_per_node": lambda kind: [],
+        "free_npus_per_node": lambda kind, demand: [],
         "node_id": lambda: "here",
         "allowed_addresses": frozenset,
         "plan_replacement": lambda *_: RankPlacement(0, 0, ("here",), ("here",)),

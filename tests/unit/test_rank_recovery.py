@@ -67,7 +67,16 @@ def test_a_replacement_is_whole_and_takes_a_free_local_rank() -> None:
     assert (placed.dp_rank, placed.local_dp_rank, placed.node_ids) == (1, 1, ("B", "B"))
     crowd = [PlacedRank(rank, rank - 2, "B") for rank in (2, 3, 4)]
     assert plan_replacement(1, crowd, 1, "A", nodes).local_dp_rank == 1  # vLLM refuses one above the rank's own
-    with pytest.raises(ShortageError, match="data parallel rank 1 of 4 NPUs on another node"):
+    with pytest.raises(ShortageError, match="data parallel rank 1 of 4 NPUs on other nodes"):
         plan_replacement(1, others, 4, "A", nodes)
     with pytest.raises(ShortageError):
         plan_replacement(1, others, 2, "A", nodes, {"gone"})
+
+
+def test_a_rank_larger_than_a_node_is_placed_again_across_nodes() -> None:
+    """With its tensor parallel groups whole where possible (--data-parallel-placement span)."""
+    nodes = [NodeNpus("a", 0, 2, node_id="A"), NodeNpus("b", 2, 2, node_id="B"), NodeNpus("c", 2, 2, node_id="C")]
+    placed = plan_replacement(1, [PlacedRank(0, 0, "A")], 4, "A", nodes, group_size=2)
+    assert placed.node_ids == ("B", "B", "C", "C") and placed.local_dp_rank == 0 and placed.strategy == "PACK"
+    with pytest.raises(ShortageError, match="No node has room for it"):
+        plan_replacement(1, [PlacedRank(0, 0, "A")], 6, "A", nodes, group_size=2)

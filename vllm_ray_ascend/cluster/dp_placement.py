@@ -236,21 +236,27 @@ def plan_replacement(
     nodes: Sequence[NodeNpus],
     allowed_addresses: Collection[str] = frozenset(),
     kind: Kind = NPU,
+    group_size: int = 1,
 ) -> RankPlacement:
-    """Place a rank again whose node is lost or drains, beside the ``others``: whole on one node, the master's first.
+    """Place a rank again a node of which is lost or drains, beside the ``others``.
 
-    Nodes of ``allowed_addresses`` that are gone do not matter. Raises PlacementError.
+    Whole on one node, the master's first; one that is larger than any node across several, groups of ``group_size``
+    workers whole where possible. Nodes of ``allowed_addresses`` that are gone do not matter. Raises PlacementError.
     """
-    task = f"Cannot place data parallel rank {dp_rank} of {kind.format_count(world_size)} on another node"
+    task = f"Cannot place data parallel rank {dp_rank} of {kind.format_count(world_size)} on other nodes"
     allowed = frozenset(allowed_addresses) & {node.address for node in nodes} if allowed_addresses else frozenset()
     _validate_nodes(task, nodes, master, allowed, kind)
     usable = [node for node in nodes if not allowed_addresses or node.address in allowed or _is_at(node, master)]
-    places = _free_places(others, world_size, usable)
-    if not places:
+    placed = [node for node, _ in _free_places(others, world_size, usable)[:1] for _ in range(world_size)]
+    if not placed and world_size > max((node.total for node in usable), default=0):
+        by_key = {node.key: node for node in usable}
+        free = {node.key: node.free for node in usable}
+        placed = [by_key[key] for key in place_groups(free, group_size, world_size // group_size)]
+    if not placed:
         more = _free_more_npus(world_size, kind)
         raise ShortageError("VRA-154", _placement_message(task, nodes, kind, "No node has room for it", more))
-    node, local_dp_rank = places[0]
-    return _place_rank(dp_rank, min(local_dp_rank, dp_rank), [node] * world_size)  # vLLM refuses a greater one
+    local_dp_rank = next(_unused_local_ranks(others, placed[0]))
+    return _place_rank(dp_rank, min(local_dp_rank, dp_rank), placed)  # vLLM refuses a greater one
 
 
 def is_tied_by_mp_backend(
@@ -280,12 +286,17 @@ def _free_places(
     current: Sequence[PlacedRank], world_size: int, nodes: Sequence[NodeNpus]
 ) -> list[tuple[NodeNpus, int]]:
     """Return the places for further whole ranks, as node and local rank there, in the order of ``nodes``."""
-    taken = {(rank.node, rank.local_dp_rank) for rank in current}
     places: list[tuple[NodeNpus, int]] = []
     for node in nodes:
-        unused = (number for number in count() if not {(node.key, number), (node.address, number)} & taken)
+        unused = _unused_local_ranks(current, node)
         places += [(node, next(unused)) for _ in range(node.free // world_size)]
     return places
+
+
+def _unused_local_ranks(current: Sequence[PlacedRank], node: NodeNpus) -> Iterator[int]:
+    """Return the local ranks that no rank has on a node, in ascending order, without end."""
+    taken = {(rank.node, rank.local_dp_rank) for rank in current}
+    return (number for number in count() if not {(node.key, number), (node.address, number)} & taken)
 
 
 def _try_placement(request: DpRequest, nodes: Sequence[NodeNpus]) -> _Attempt:

@@ -29,7 +29,6 @@ from vllm_ray_ascend.cluster.dp_placement import (
 )
 from vllm_ray_ascend.cluster.growth import place_with_growth
 from vllm_ray_ascend.cluster.placement_groups import (
-    PlacementGroupSpec,
     create_placement_groups,
     free_npus_per_node,
     nodes_of_bundles,
@@ -429,14 +428,6 @@ class RayAscendEngineActorManager(ReplaceableActors):
     def _check_before_start(self, node_ids: Iterable[str]) -> None:
         if self._kind is NPU and (used := set(node_ids)):
             check_nodes(used)
-
-    def _demand(self, vllm_config: Any, demand: Collection[RankPlacementDemand]) -> list[PlacementGroupSpec]:
-        """Return the placement groups that ask an autoscaler for nodes."""
-        name = f"{vllm_config.instance_id}_demand"
-        return [
-            PlacementGroupSpec(f"{name}{number}", each.bundles(self._kind.key), each.strategy)
-            for number, each in enumerate(demand)
-        ]
 
     def _handle_server_error(self, error: Exception) -> None:
         """End the engine cores, which nobody could stop any more: each loses its connection. vLLM learns of that."""

@@ -12,7 +12,14 @@ from vllm.utils.network_utils import get_open_ports_list
 from vllm.v1.engine import core
 from vllm.v1.engine.utils import CoreEngineActorManager, _apply_dp_identity_suffix
 
-from vllm_ray_ascend.cluster.dp_placement import PlacedRank, RankPlacement, plan_replacement
+from vllm_ray_ascend.cluster.dp_placement import (
+    NodeNpus,
+    PlacedRank,
+    RankPlacement,
+    RankPlacementDemand,
+    plan_replacement,
+)
+from vllm_ray_ascend.cluster.growth import place_with_growth
 from vllm_ray_ascend.cluster.placement_groups import (
     PlacementGroupSpec,
     create_placement_groups,
@@ -99,8 +106,7 @@ class ReplaceableActors(CoreEngineActorManager):
         missing: dict[int, ShortageError] = {}
         for rank in ranks:
             try:
-                with self._placing:  # two ranks must not choose the same NPUs
-                    self._ensure_group(rank)
+                self._ensure_group(rank)
             except ShortageError as error:
                 missing[rank] = error
         if not missing:
@@ -258,6 +264,10 @@ class ReplaceableActors(CoreEngineActorManager):
             return
         if not self._missing_nodes(rank) and nodes_of_bundles(self.created_placement_groups[rank]):
             return
+        with self._placing:  # two ranks must not choose the same NPUs
+            self._replace_group(rank)
+
+    def _replace_group(self, rank: int) -> None:
         config = self._config.parallel_config
         remove_placement_groups([self.created_placement_groups[rank]])
         others = [
@@ -265,14 +275,39 @@ class ReplaceableActors(CoreEngineActorManager):
             for each in self.placements
             if each.dp_rank != rank
         ]
-        nodes = free_npus_per_node(self._kind)
-        if any(address.startswith("ipc://") for address in self.addresses.outputs):  # no other node reaches them
-            nodes = [node for node in nodes if node.key == node_id()]
-        placement = plan_replacement(rank, others, config.world_size, node_id(), nodes, allowed_addresses(), self._kind)
+        missing = [] if is_elastic(self._config) else [RankPlacementDemand(config.world_size, 1, "PACK")]
+        placement = place_with_growth(
+            lambda demand: plan_replacement(
+                rank,
+                others,
+                config.world_size,
+                node_id(),
+                self._reachable_nodes(demand),
+                allowed_addresses(),
+                self._kind,
+                config.tensor_parallel_size,
+            ),
+            lambda: self._demand(self._config, missing),
+            lambda: 0.0,  # whoever restarts ranks tries it again
+        )
         (group,) = create_placement_groups(wanted_groups(self._config, [placement], self._kind), GRANT_LIMIT_S)
         self.created_placement_groups[rank], self.placements[rank] = group, placement
         if self.manager_stopped.is_set():  # it has removed the groups that were there
             remove_placement_groups([group])
+
+    def _reachable_nodes(self, demand: Sequence[Any]) -> list[NodeNpus]:
+        """Return the nodes with their free NPUs where a new engine core reaches the API servers."""
+        nodes = free_npus_per_node(self._kind, demand)
+        is_local = any(address.startswith("ipc://") for address in self.addresses.outputs)
+        return [node for node in nodes if node.key == node_id()] if is_local else nodes
+
+    def _demand(self, vllm_config: Any, demand: Collection[RankPlacementDemand]) -> list[PlacementGroupSpec]:
+        """Return the placement groups that ask an autoscaler for nodes."""
+        name = f"{vllm_config.instance_id}_demand"
+        return [
+            PlacementGroupSpec(f"{name}{number}", each.bundles(self._kind.key), each.strategy)
+            for number, each in enumerate(demand)
+        ]
 
 
 def redundant_experts(experts: int, redundant: int, ranks: int, new_ranks: int) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 from vllm_ray_ascend.control.protocol import Extension
 from vllm_ray_ascend.engine.rank_status import RANK_DOWN, RANK_UP, RankStatus, StatusPublisher
-from vllm_ray_ascend.errors import PlacementError
+from vllm_ray_ascend.errors import ClusterResourceError, PlacementError
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.observability.events import EVENTS, RANKS_LOST, RANKS_RESTORED
 from vllm_ray_ascend.settings import load
@@ -190,7 +190,7 @@ class RankRecovery:
             except Exception as error:  # whatever it is: the others serve
                 if self._stopped.is_set():
                     return ()
-                has_to_wait = isinstance(error, PlacementError) and time.monotonic() < wait_until
+                has_to_wait = isinstance(error, PlacementError | ClusterResourceError) and time.monotonic() < wait_until
                 logger.exception(
                     "VRA-145: data parallel ranks %s could not be restarted (attempt %d), and are tried again: %s",
                     _format(ranks),
