@@ -136,6 +136,14 @@ def test_ranks_of_which_none_serves_wait_for_the_npus_of_a_node_that_starts_agai
     assert late.ended.wait(30), "the time in which they are waited for is over"
 
 
+def test_upstream_takes_the_new_engine_cores_of_a_list_that_got_none() -> None:
+    """It takes the last n of each list, n being 0 for one of them: all of it, for which it waits without end."""
+    remote = manager.AppendedSlices(["old"])
+    assert remote[-0:] == [] and remote[0] == "old" and [*remote] == ["old"]
+    remote.append("new")
+    assert remote[-1:] == remote[-0:] == ["new"] and len(remote) == 2
+
+
 def elastic_ranks(lost: Collection[int], redundant: int = 8) -> ReplaceableActors:
     """Return four ranks of a model of 8 experts, of which those ``lost`` can be placed nowhere."""
     ranks = object.__new__(ReplaceableActors)
