@@ -10,7 +10,7 @@ ARG BASE
 FROM ${BASE}
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends g++ git iproute2 make procps util-linux \
+    && apt-get install -y --no-install-recommends g++ git iproute2 make procps util-linux wget \
     && rm -rf /var/lib/apt/lists/*
 ARG VLLM=0.30.0
 ARG VLLM_ASCEND=0.30.0rc2
@@ -18,7 +18,8 @@ ARG RAY=2.60.0
 # Only what the image lacks: its torch, torch_npu, vLLM and vllm-ascend fit each other and its CANN.
 RUN python3 -c 'import importlib.util as u, sys; sys.exit(any(u.find_spec(n) is None for n in ("vllm", "vllm_ascend")))' \
     || VLLM_TARGET_DEVICE=empty python3 -m pip install --no-cache-dir "vllm==${VLLM}" "vllm-ascend==${VLLM_ASCEND}"
-RUN python3 -c 'import ray' || python3 -m pip install --no-cache-dir "ray==${RAY}"
+# Always this Ray: vllm-ascend's images have 2.48, without what its dashboard, Serve LLM and Data LLM need.
+RUN python3 -m pip install --no-cache-dir "ray[default,serve,data]==${RAY}" jsonref==1.1.0
 WORKDIR /src
 COPY . .
 RUN python3 -m pip install --no-cache-dir --no-deps -r requirements/test.txt \

@@ -131,10 +131,10 @@ def test_what_a_configuration_asks_of_the_cluster() -> None:
     assert found["decode"]["backend"] == "MooncakeBackend"
     ports = {name: each["kv_port"] for name, each in found.items() if "kv_port" in each}
     assert ports == {
-        "decode": 25000,
-        "fifth replica of prefill": 20008,
-        "second rank": 20002,
-        "first rank of a second group": 20004,
+        "decode": 38000,
+        "fifth replica of prefill": 36008,
+        "second rank": 36002,
+        "first rank of a second group": 36004,
         "given": 21001,
     }, "each with room for the ports that Mooncake adds for its data parallel rank"
     assert all(found[name]["engine_id"].endswith(f"-{port}") for name, port in ports.items())
@@ -142,7 +142,7 @@ def test_what_a_configuration_asks_of_the_cluster() -> None:
     assert found["both"].startswith("VRA-161: kv_role='kv_both'") and "kv_producer in prefill" in found["both"]
     assert found["no sizes"].startswith("VRA-162") and "lacks those of prefill and decode" in found["no sizes"]
     ours, other = found["one of several"]["kv_connector_extra_config"]["connectors"]
-    assert ours["kv_port"] == 20000 and ours["engine_id"].endswith("-20000") and "kv_port" not in other
+    assert ours["kv_port"] == 36000 and ours["engine_id"].endswith("-36000") and "kv_port" not in other
 
 
 def test_switched_off_ray_is_as_it_was() -> None:
