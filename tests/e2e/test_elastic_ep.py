@@ -38,7 +38,7 @@ ELASTIC = (
 GRAPHS = ("--no-enforce-eager", "--compilation-config", json.dumps({"cudagraph_capture_sizes": [1, 2, 4]}))
 VARIABLES = {"VLLM_RAY_ASCEND_ELASTIC_EP": "1", "VLLM_SERVER_DEV_MODE": "1"}
 LIMIT_S = 1200.0
-EXPERTS_OF_A_RANK = 4
+EXPERTS, EXPERTS_OF_A_RANK = 8, 4
 
 
 @contextmanager
@@ -194,7 +194,11 @@ def recite(server: Server, rank: int, stop: threading.Event) -> list[Recital]:
 def test_a_text_goes_on_across_the_commit(tmp_path: Path, sizes: tuple[int, int]) -> None:
     """On each rank that stays one has begun before the commit and ended after it. None is broken."""
     before, after = sizes
-    options = ("--data-parallel-size", str(before), "--no-enable-prefix-caching")
+    redundant = before * EXPERTS_OF_A_RANK - EXPERTS  # so that every expert fits on fewer ranks
+    options = (
+        *("--data-parallel-size", str(before), "--eplb-config.num_redundant_experts", str(redundant)),
+        "--no-enable-prefix-caching",
+    )
     with (
         temporary_cluster("e2e-elastic-text", 1, 4) as cluster,
         elastic_server(cluster, tmp_path, *options) as server,
@@ -204,7 +208,7 @@ def test_a_text_goes_on_across_the_commit(tmp_path: Path, sizes: tuple[int, int]
         readers = [pool.submit(recite, server, rank, stop) for rank in (0, 1)]
         try:
             answer = pool.submit(request_scaling, server, after)
-            wait_for_log(server, "Committing prepared reconfiguration")
+            wait_for_log(server, "Committing prepared reconfiguration", answer)
             committing = time.monotonic()
             assert answer.result().status_code == 200, answer.result().text
         finally:
@@ -239,10 +243,12 @@ def kill_new_worker(cluster: Cluster, before: Collection[tuple[str, int]] = ()) 
     send_signal(cluster, 1, min(new)[1])
 
 
-def wait_for_log(server: Server, pattern: str, limit_s: float = LIMIT_S) -> None:
-    deadline = time.monotonic() + limit_s
+def wait_for_log(server: Server, pattern: str, answer: Future[httpx.Response] | None = None) -> None:
+    """Wait until the log has ``pattern``. Fails where the request to scale is answered, with ``answer``, before."""
+    deadline = time.monotonic() + LIMIT_S
     while not re.search(pattern, server._text()):
         server.check()
+        assert answer is None or not answer.done(), answer.result().text
         assert time.monotonic() < deadline, f"not in the log: {pattern}"
         time.sleep(0.05)
 
@@ -280,7 +286,7 @@ def test_a_new_rank_that_dies_after_it_was_ready_is_undone(tmp_path: Path) -> No
     with temporary_cluster("e2e-elastic-ready", 1, 4) as cluster, draining_server(cluster, tmp_path) as server:
         before = opened_npus(cluster).keys()
         with busy(server) as stop_reading, scaling(server, 4) as answer:
-            wait_for_log(server, "waiting for requests to drain before scaling")
+            wait_for_log(server, "waiting for requests to drain before scaling", answer)
             kill_new_worker(cluster, before)
             wait_for_log(server, r"event engine_failed engine=zen-moe/dp[23]")
             time.sleep(2)  # until the driver knows it too: the commit would begin, and all would end
@@ -315,11 +321,11 @@ def test_a_death_in_the_commit_ends_all(tmp_path: Path) -> None:
     with temporary_cluster("e2e-elastic-commit", 1, 4) as cluster, draining_server(cluster, tmp_path) as server:
         before = opened_npus(cluster).keys()
         with busy(server) as stop_reading, scaling(server, 4) as answer:
-            wait_for_log(server, "waiting for requests to drain before scaling")
+            wait_for_log(server, "waiting for requests to drain before scaling", answer)
             victim = min(opened_npus(cluster).keys() - before)[1]
             send_signal(cluster, 1, victim, signal.SIGSTOP)
             stop_reading.set()
-            wait_for_log(server, "Committing prepared reconfiguration")
+            wait_for_log(server, "Committing prepared reconfiguration", answer)
             send_signal(cluster, 1, victim)
             wait_for_server_exit(server)
         assert isinstance(answer.exception(), httpx.HTTPError) or answer.result().status_code == 500
@@ -330,7 +336,7 @@ def test_a_death_in_the_commit_ends_all(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_death_of_a_rank_that_leaves_ends_all(tmp_path: Path) -> None:
     """It is stopped before the commit, in which the others wait for its experts, and is then killed."""
-    options = ("--data-parallel-size", "3")
+    options = ("--data-parallel-size", "3", "--eplb-config.num_redundant_experts", str(3 * EXPERTS_OF_A_RANK - EXPERTS))
     with (
         temporary_cluster("e2e-elastic-leave", 1, 3) as cluster,
         elastic_server(cluster, tmp_path, *options) as server,
@@ -338,7 +344,7 @@ def test_a_death_of_a_rank_that_leaves_ends_all(tmp_path: Path) -> None:
         worker = next(pid for (_, pid), npus in opened_npus(cluster).items() if npus == [2])
         send_signal(cluster, 1, worker, signal.SIGSTOP)
         with scaling(server, 2) as answer:
-            wait_for_log(server, "Committing prepared reconfiguration")
+            wait_for_log(server, "Committing prepared reconfiguration", answer)
             send_signal(cluster, 1, worker)
             wait_for_server_exit(server)
         assert isinstance(answer.exception(), httpx.HTTPError) or answer.result().status_code == 500
