@@ -409,7 +409,7 @@ def test_ranks_of_two_npus_each(tmp_path: Path) -> None:
 def test_more_ranks_than_npus(tmp_path: Path) -> None:
     with temporary_cluster("e2e-elastic-npus", 1, 3) as cluster, elastic_server(cluster, tmp_path) as server:
         answer = request_scaling(server, 4)
-        assert answer.status_code == 500 and "PlacementError" in answer.text, answer.text
+        assert answer.status_code == 500 and "VRA-230" in answer.text, answer.text
         assert request_scaling(server, 5).status_code == 400
         assert request_scaling(server, 1).status_code == 400
         check_scaled(server, 2)
