@@ -25,14 +25,15 @@ MISSING = namespaces.missing_requirement()
 needs_namespaces = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 PLACES = """
-import json, os, socket, ray
+import json, os, shutil, socket, ray
 ray.init(log_to_driver=False)
 @ray.remote(resources={"NPU": 1}, num_cpus=0)
 class Place:
     def locate(self):
         name = socket.gethostname()
         visible = os.environ["ASCEND_RT_VISIBLE_DEVICES"]
-        return [ray.util.get_node_ip_address(), name, socket.gethostbyname(name), visible]
+        has_programs = shutil.which("ray") is not None
+        return [ray.util.get_node_ip_address(), name, socket.gethostbyname(name), visible, has_programs]
 actors = [Place.remote() for _ in range(4)]
 places = sorted(ray.get([actor.locate.remote() for actor in actors]))
 print(json.dumps({"driver": ray.util.get_node_ip_address(), "places": places}))
@@ -50,7 +51,12 @@ os.kill(os.getpid(), 9)
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    made, created = manager.up(NAME, Shape(npus_per_node=2, cpus_per_node=1))
+    """Made where the environment's programs are not in PATH, as without its activation."""
+    programs = str(Path(sys.executable).parent)
+    path = os.pathsep.join(each for each in os.environ["PATH"].split(os.pathsep) if each != programs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", path)
+        made, created = manager.up(NAME, Shape(npus_per_node=2, cpus_per_node=1))
     assert created
     yield made
     manager.down(NAME)
@@ -99,7 +105,7 @@ def test_actors_are_spread_over_nodes_that_know_their_own_names(cluster: Cluster
     head, other = cluster.nodes
     assert found["driver"] == other.address, "a driver belongs to the node on which it was started"
     assert found["places"] == [
-        [node.address, node.hostname, node.address, npu] for node in (head, other) for npu in ("0", "1")
+        [node.address, node.hostname, node.address, npu, True] for node in (head, other) for npu in ("0", "1")
     ]
 
 

@@ -165,11 +165,15 @@ def node_command(cluster: Cluster, index: int, command: list[str]) -> list[str]:
 
 def command_environment(cluster: Cluster, index: int, base: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of a command on node ``index``: software NPUs, RAY_ADDRESS, this Python in PATH."""
-    result = node_environment(cluster, cluster.node(index), make_environment(base))
-    programs = str(Path(sys.executable).parent)
-    if programs not in result.get("PATH", "").split(os.pathsep):
-        result["PATH"] = os.pathsep.join(filter(None, [programs, result.get("PATH", "")]))
-    return result
+    return _with_programs(node_environment(cluster, cluster.node(index), make_environment(base)))
+
+
+def _with_programs(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment in whose PATH the programs beside this Python are: `ray`, `vllm`."""
+    programs, path = str(Path(sys.executable).parent), environment.get("PATH", "")
+    if programs in path.split(os.pathsep):
+        return dict(environment)
+    return {**environment, "PATH": os.pathsep.join(filter(None, [programs, path]))}
 
 
 def _plan_cluster(name: str, shape: Shape, subnet: str | None) -> Cluster:
@@ -211,7 +215,7 @@ def _start_ray(cluster: Cluster, group: list[Node], base: Mapping[str, str], set
     starting = []
     for node in group:
         command = ray_start_command([sys.executable, "-m", "ray.scripts.scripts"], cluster, node)
-        variables = {**node_environment(cluster, node, base), **settings.get(node.index, {})}
+        variables = {**_with_programs(node_environment(cluster, node, base)), **settings.get(node.index, {})}
         del variables["RAY_ADDRESS"]  # `ray start` takes it for the cluster to join
         path = Path(cluster.directory) / f"{node.hostname}.ray.log"
         with path.open("wb") as log:
