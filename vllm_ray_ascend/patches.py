@@ -536,6 +536,17 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         "vllm.v1.engine.core",
+        ("make_zmq_socket",),
+        kind="wrap",
+        by="engine/shutdown.py",
+        what="an engine core removes the files of the sockets to its server where that was killed",
+        why="they stay in /tmp: three for each server, or replica of Ray Serve, that was killed",
+        releases="vllm",
+        removable="as above",
+        applied="import of vllm.v1.engine.core",
+    ),
+    Patch(
+        "vllm.v1.engine.core",
         (
             "EngineCore.step",
             "EngineCore.step_with_batch_queue",

@@ -220,7 +220,9 @@ def _patch_engine_utils(module: ModuleType) -> None:
 
 def _patch_engine_core(module: ModuleType) -> None:
     from vllm_ray_ascend.engine import actors
+    from vllm_ray_ascend.engine.shutdown import record_server_sockets
 
+    record_server_sockets()
     patches.apply("vllm.v1.engine.core.EngineCoreActor", actors.RayAscendEngineCoreActor)
     patches.apply("vllm.v1.engine.core.DPMoEEngineCoreActor", actors.RayAscendDPMoEEngineCoreActor)
     _select_device_ids(module)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import subprocess
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -157,6 +160,25 @@ def test_the_driver_is_killed(two_nodes_of_one: Cluster, tmp_path: Path) -> None
         send_signal(two_nodes_of_one, 1, engine["pid"])
         wait_for_server_exit(server)
     check_no_leftovers(two_nodes_of_one)
+
+
+@pytest.mark.slow
+def test_the_server_is_killed(two_nodes_of_one: Cluster, tmp_path: Path) -> None:
+    """SIGKILL of the process above the engine core, as of a replica of Ray Serve: the engine ends, without a trace."""
+    with tempfile.TemporaryDirectory() as sockets:
+        with running_server(two_nodes_of_one, tmp_path, *ONE_EACH, VLLM_RPC_BASE_PATH=sockets) as server:
+            (engine,) = read_topology(two_nodes_of_one)["engines"]
+            command = manager.node_command(two_nodes_of_one, 1, ["ps", "-o", "ppid=", "-p", str(engine["pid"])])
+            parent = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+            assert os.listdir(sockets), "there is something to remove"
+            send_signal(two_nodes_of_one, 1, int(parent.stdout))
+            assert server._process.wait(LIMIT_S) == 128 + signal.SIGKILL
+            deadline = time.monotonic() + LIMIT_S
+            while opened_npus(two_nodes_of_one) or read_topology(two_nodes_of_one)["engines"]:
+                assert time.monotonic() < deadline, read_topology(two_nodes_of_one)
+                time.sleep(0.5)
+        check_no_leftovers(two_nodes_of_one)
+        assert os.listdir(sockets) == []
 
 
 @pytest.mark.slow

@@ -17,8 +17,8 @@ from ray.llm._internal.serve.engines.vllm.kv_transfer.base import BaseConnectorB
 from vllm_ray_ascend.errors import SettingError
 
 _FIRST_PORTS: Mapping[str, int] = {"kv_producer": 36000, "kv_consumer": 38000}
-"""Each worker listens at a port of its own from the first one on. Prefill and decode may be on one node. Mooncake itself
-takes ports at random from 20000 on, 1000 for each NPU of a node, of which there are 16 at most."""
+"""Each worker listens at a port of its own from the first one on. Prefill and decode may be on one node. Mooncake
+itself takes ports at random from 20000 on, 1000 for each NPU of a node, of which there are 16 at most."""
 
 
 class MooncakeBackend(DefaultPDProtocolMixin, BaseConnectorBackend):  # type: ignore[misc]

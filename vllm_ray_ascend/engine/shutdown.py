@@ -26,6 +26,10 @@ from vllm_ray_ascend.settings import load
 
 logger = get_logger(__name__)
 
+_IPC = "ipc://"
+_server_sockets: set[str] = set()
+"""Files of the sockets by which this process, an engine core's, is connected to its server."""
+
 
 def extend_shutdown_timeout(utils: ModuleType) -> None:
     """Let an engine core's process shut down by itself, where vLLM would kill it immediately.
@@ -74,9 +78,25 @@ def exit_with_parent(ranks: int) -> None:
 def _exit_after(server: Any, ranks: int) -> None:
     server.join()
     logger.error("VRA-308: the server, process %d, has died: its engine shuts down", server.pid)
+    remove_files(_server_sockets)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(engine_exit_s(load().stop_grace_s, ranks))
     os._exit(1)
+
+
+def record_server_sockets() -> None:
+    """Have the engine core of this process record its sockets' files, which a server that is killed does not remove."""
+    patches.wrap("vllm.v1.engine.core.make_zmq_socket", _recording_file)
+
+
+def _recording_file(make_socket: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(make_socket)
+    def make_and_record(context: Any, path: str, *args: Any, **kwargs: Any) -> Any:
+        if path.startswith(_IPC):
+            _server_sockets.add(path.removeprefix(_IPC))
+        return make_socket(context, path, *args, **kwargs)
+
+    return make_and_record
 
 
 def end_waits_for_engine_core() -> None:
@@ -127,7 +147,7 @@ def remove_ipc_sockets() -> None:
     def record_path(open_path: Callable[[], str]) -> Callable[[], str]:
         def recorded_ipc_path() -> str:
             address = open_path()
-            paths.append(address.removeprefix("ipc://"))
+            paths.append(address.removeprefix(_IPC))
             return address
 
         return recorded_ipc_path
