@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
-from ray import serve
+import ray.serve
 from ray.llm._internal.serve.engines.vllm.kv_transfer.base import BaseConnectorBackend, DefaultPDProtocolMixin
 
 from vllm_ray_ascend.errors import SettingError
@@ -32,7 +32,7 @@ class MooncakeBackend(DefaultPDProtocolMixin, BaseConnectorBackend):  # type: ig
         check_given(self.kv_transfer_config)
         address = str(ray.util.get_node_ip_address())
         os.environ.setdefault("VLLM_HOST_IP", address)
-        rank = serve.get_replica_context().rank.rank
+        rank = ray.serve.get_replica_context().rank.rank
         offset = port_offset(rank, self.llm_config.engine_kwargs)
         self.kv_transfer_config.update(
             settings_of_replica(self.kv_transfer_config, address, offset, self._get_unique_suffix())

@@ -171,7 +171,8 @@ def _with_mooncake(get_class: Callable[..., Any]) -> staticmethod[..., Any]:
 
 def _keep_settings_of_connectors(_: ModuleType) -> None:
     """Let a MultiConnector of _MULTI_CONNECTOR use what our backend sets: Ray sets it in a copy that it drops."""
-    _wrap(f"{_MULTI_CONNECTOR}.MultiConnectorBackend.setup", _keeping_settings, _NO_PORTS)
+    if hasattr(import_module(_KV_TRANSFER), "DefaultConnectorBackend"):
+        _wrap(f"{_MULTI_CONNECTOR}.MultiConnectorBackend.setup", _keeping_settings, _NO_PORTS)
 
 
 def _keeping_settings(setup: Callable[..., None]) -> Callable[..., None]:
