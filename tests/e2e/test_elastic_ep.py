@@ -334,20 +334,23 @@ def test_a_death_in_the_commit_ends_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_death_of_a_rank_that_leaves_ends_all(tmp_path: Path) -> None:
-    """It is stopped before the commit, in which the others wait for its experts, and is then killed."""
+def test_a_death_of_a_rank_that_leaves_ends_all_or_nothing(tmp_path: Path) -> None:
+    """All, where the others still need its experts; else it has only died before it has exited by itself."""
     options = ("--data-parallel-size", "3", "--eplb-config.num_redundant_experts", str(3 * EXPERTS_OF_A_RANK - EXPERTS))
     with (
         temporary_cluster("e2e-elastic-leave", 1, 3) as cluster,
         elastic_server(cluster, tmp_path, *options) as server,
     ):
         worker = next(pid for (_, pid), npus in opened_npus(cluster).items() if npus == [2])
-        send_signal(cluster, 1, worker, signal.SIGSTOP)
         with scaling(server, 2) as answer:
             wait_for_log(server, "Committing prepared reconfiguration", answer)
             send_signal(cluster, 1, worker)
-            wait_for_server_exit(server)
-        assert isinstance(answer.exception(), httpx.HTTPError) or answer.result().status_code == 500
+        if answer.exception() is None and answer.result().status_code == 200:
+            check_scaled(server, 2)
+            wait_for_npus(cluster, 1, [0, 1])
+            scale(server, 3)
+            return
+        wait_for_server_exit(server)
         assert "VRA-346" in server._text() and "data parallel rank 2" in server._text()
         check_no_leftovers(cluster)
 
