@@ -125,6 +125,19 @@ def kill(cluster: Cluster, rank: Mapping[str, Any]) -> None:
     send_signal(cluster, node, rank["pid"], signal.SIGKILL)
 
 
+def kill_parent(cluster: Cluster, engine: Mapping[str, Any]) -> None:
+    """Kill the process above an engine core of the topology."""
+    node = next(node.index for node in cluster.nodes if node.address == engine["address"])
+    command = manager.node_command(cluster, node, ["ps", "-o", "ppid=", "-p", str(engine["pid"])])
+    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    send_signal(cluster, node, int(found.stdout), signal.SIGKILL)
+
+
+def socket_files() -> set[Path]:
+    """Return the files of vLLM's sockets, which the nodes have in one folder."""
+    return {path for path in Path("/tmp").glob("*-*-*-*-*") if path.is_socket()}
+
+
 def check_answers(cluster: Cluster) -> None:
     """Check the model's name, a text that is streamed, and those of many simultaneous requests."""
     done = run_on_head(cluster, "-m", "tests.e2e.serve_client")
@@ -191,6 +204,15 @@ def test_replicas_on_npus_of_their_own_and_one_that_is_killed(cluster: Cluster, 
         actors = {each["actor"] for engine in now for each in engine["ranks"]}
         assert rank["actor"] not in actors and engines[1]["ranks"][0]["actor"] in actors
         assert len(used_npus(now)) == 2
+
+        sockets = socket_files()
+        kill_parent(cluster, engines[1])  # of the engine core: the replica itself
+        wait_for_engines(4, process, log)
+        wait_until(lambda: len(read_topology(cluster)["engines"]) == 2, process, log)
+        check_answers(cluster)
+        left = sockets & socket_files()
+        assert len(used_npus(check_topology(cluster))) == 2
+    assert not left & socket_files(), "of the replica that was killed"
 
 
 @pytest.mark.slow

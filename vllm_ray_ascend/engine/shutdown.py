@@ -18,6 +18,8 @@ from concurrent.futures import Future
 from types import ModuleType
 from typing import Any
 
+import zmq
+
 from vllm_ray_ascend import patches
 from vllm_ray_ascend.control.timeouts import engine_exit_s
 from vllm_ray_ascend.ipc.shared_memory import remove_files
@@ -158,4 +160,19 @@ def remove_ipc_sockets() -> None:
 
     patches.wrap("vllm.v1.engine.utils.get_open_zmq_ipc_path", record_path)
     patches.wrap("vllm.v1.utils.get_open_zmq_ipc_path", record_path)
+    patches.wrap("vllm.v1.engine.utils.wait_for_engine_startup", _removing_handshake)
     atexit.register(remove_socket_files)
+
+
+def _removing_handshake(wait: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `wait_for_engine_startup`, after which nobody needs the file of the socket that it has used."""
+
+    @functools.wraps(wait)
+    def wait_and_remove(handshake_socket: Any, *args: Any, **kwargs: Any) -> Any:
+        started = wait(handshake_socket, *args, **kwargs)
+        address: str = handshake_socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        if address.startswith(_IPC):
+            remove_files([address.removeprefix(_IPC)])
+        return started
+
+    return wait_and_remove
