@@ -107,6 +107,18 @@ def test_the_server_takes_reports_out_of_the_results_of_calls(registry: promethe
     assert registry.get_sample_value(metrics.RANKS.name, {"model_name": "model", "engine": "0"}) == 4
 
 
+def test_a_new_engine_core_does_not_change_what_the_api_server_counts(
+    registry: prometheus_client.CollectorRegistry,
+) -> None:
+    """It reports each of its counters from 0 on, and the restarts of its rank are none of them."""
+    exporter = Exporter(prometheus_recorder)
+    for restarts in range(3):
+        exporter.export([Sample(metrics.DP_RANK_RESTARTS.name, (), restarts)], "model", "1")
+        exporter.export([Sample(counter.name, (), 0) for counter in metrics.COUNTERS], "model", "1")
+    labels = {"model_name": "model", "engine": "1"}
+    assert registry.get_sample_value(metrics.DP_RANK_RESTARTS.name, labels) == 2
+
+
 def test_the_last_report_of_an_engine_that_is_gone_does_not_bring_it_back(
     registry: prometheus_client.CollectorRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:

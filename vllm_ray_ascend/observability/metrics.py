@@ -98,7 +98,8 @@ METRICS: Mapping[str, Metric] = {
     metric.name: metric for metric in list(globals().values()) if isinstance(metric, Metric)
 }
 
-COUNTERS = tuple(metric for metric in METRICS.values() if metric.kind == "counter")
+COUNTERS = tuple(metric for metric in METRICS.values() if metric.kind == "counter" and metric is not DP_RANK_RESTARTS)
+"""Those that arise in an engine core's process; the API server counts restarts of the engine cores themselves."""
 
 
 class Sample(NamedTuple):
