@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import tempfile
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
@@ -83,3 +85,12 @@ def test_calls_of_a_server_end_too(client: Any) -> None:
             await asyncio.wait_for(call, 30)
 
     asyncio.run(wait_for_call())
+
+
+def test_the_files_of_its_sockets_are_gone_before_its_process_is(client: Any) -> None:
+    """Ray ends a replica of Serve in a way by which Python never gets to the end."""
+    with tempfile.TemporaryDirectory() as folder:
+        client.resources.output_socket.bind(f"ipc://{folder}/output")
+        assert os.listdir(folder) == ["output"]
+        client.shutdown()
+        assert os.listdir(folder) == []

@@ -106,6 +106,8 @@ def end_waits_for_engine_core() -> None:
 
     It does so when the engine core's process has died. The client of `LLM` only ends the thread that reads the answers:
     `LLM.generate` hangs. And no client ends calls that wait for a result, such as `sleep` or `collective_rpc`.
+
+    The files of its sockets are removed then: a replica of Ray Serve never gets to the end of its process.
     """
     patches.wrap("vllm.v1.engine.core_client.MPClient.shutdown", _ending_waits)
 
@@ -115,9 +117,11 @@ def _ending_waits(shut_down: Callable[..., None]) -> Callable[..., None]:
     def shut_down_and_end_waits(client: Any, *args: Any, **kwargs: Any) -> None:
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        files = _bound_files(client.resources.input_socket, client.resources.output_socket)
         try:
             shut_down(client, *args, **kwargs)
         finally:
+            remove_files(files)
             outputs = getattr(client, "outputs_queue", None)
             if isinstance(outputs, queue.Queue):  # into asyncio's vLLM puts the error
                 outputs.put_nowait(EngineDeadError())
@@ -125,6 +129,13 @@ def _ending_waits(shut_down: Callable[..., None]) -> Callable[..., None]:
                 _fail(result, EngineDeadError())
 
     return shut_down_and_end_waits
+
+
+def _bound_files(*sockets: Any) -> list[str]:
+    """Return the files of those of the ZeroMQ ``sockets`` that are open and have one."""
+    opened = [socket for socket in sockets if socket is not None and not socket.closed]
+    addresses = [socket.getsockopt_string(zmq.LAST_ENDPOINT) for socket in opened]
+    return [address.removeprefix(_IPC) for address in addresses if address.startswith(_IPC)]
 
 
 def _fail(result: Future[Any] | asyncio.Future[Any], error: Exception) -> None:
@@ -170,9 +181,7 @@ def _removing_handshake(wait: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(wait)
     def wait_and_remove(handshake_socket: Any, *args: Any, **kwargs: Any) -> Any:
         started = wait(handshake_socket, *args, **kwargs)
-        address: str = handshake_socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        if address.startswith(_IPC):
-            remove_files([address.removeprefix(_IPC)])
+        remove_files(_bound_files(handshake_socket))
         return started
 
     return wait_and_remove
