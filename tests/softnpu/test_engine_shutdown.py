@@ -90,7 +90,8 @@ def test_calls_of_a_server_end_too(client: Any) -> None:
 def test_the_files_of_its_sockets_are_gone_before_its_process_is(client: Any) -> None:
     """Ray ends a replica of Serve in a way by which Python never gets to the end."""
     with tempfile.TemporaryDirectory() as folder:
-        client.resources.output_socket.bind(f"ipc://{folder}/output")
-        assert os.listdir(folder) == ["output"]
+        client.resources.input_socket = client.ctx.socket(zmq.ROUTER)
+        client.resources.input_socket.bind(f"ipc://{folder}/input")
+        assert os.listdir(folder) == ["input"]
         client.shutdown()
         assert os.listdir(folder) == []
