@@ -75,7 +75,7 @@ class Machine:
         """Return what is collected on this machine, on a host where all is well."""
         address = f"10.0.0.{self.host}"
         dies = tuple(parse_npu_smi(self.run(LIST).text))
-        outputs = {line: self.run(line) for line in command_lines(dies, QUERIES)}
+        outputs = {line: self.run(line) for line in [LIST, *command_lines(dies, QUERIES)]}
         outputs |= {name: self.run(line) for line, name in second_command_lines(dies, QUERIES)}
         count = len(dies) or 8
         return NodeRecord(

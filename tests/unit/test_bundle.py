@@ -8,14 +8,28 @@ import os
 import stat
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ray_ascend.cli.bundle import _folder_names, _write_archive, add_parser
+from vllm_ray_ascend.cli.bundle import (
+    _attempt,
+    _common_files,
+    _folder_names,
+    _part,
+    _pids_on,
+    _redact,
+    _topology_files,
+    _write_archive,
+    add_parser,
+)
+from vllm_ray_ascend.cluster.topology import Topology
+from vllm_ray_ascend.doctor import bundle
 from vllm_ray_ascend.doctor.bundle import collect_from, decode_files, plog_folder
-from vllm_ray_ascend.environment.redact import HIDDEN, redact_text, secrets_of
+from vllm_ray_ascend.doctor.records import Snapshot
+from vllm_ray_ascend.environment.redact import HIDDEN, hide_known, redact_json, redact_text, secrets_of
 from vllm_ray_ascend.errors import DoctorError
 
 pytestmark = pytest.mark.unit
@@ -39,10 +53,90 @@ PLANTED = "Pl4nted-s3cret"
         ("jwt eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0.c2lnbmF0dXJl end", "jwt *** end"),
         ("aws AKIAIOSFODNN7EXAMPLE", "aws ***"),
         ("max_tokens: 512, node 10.0.0.1, me@example.org", "max_tokens: 512, node 10.0.0.1, me@example.org"),
+        # JSON in strings of JSON, at any depth
+        (r'{"cause": "of {\"token\": \"abc\"}"}', r'{"cause": "of {\"token\": ***}"}'),
+        (r'"{\"b\": \"{\\\"token\\\": \\\"abc\\\"}\"}"', r'"{\"b\": \"{\\\"token\\\": ***}\"}"'),
+        (r"token=\"abc\" next", "token=*** next"),
+        ('{"password": "a\\"b", "size": 3}', '{"password": ***, "size": 3}'),
+        # brackets, calls, prefixes of strings
+        ("api_key: ['a','b'] next", "api_key: *** next"),
+        ("api_keys = [\n  'a',\n  'b'\n]\nnext", "api_keys = ***\nnext"),
+        ("api_key=SecretStr('x') next", "api_key=*** next"),
+        ("token=b'x' next", "token=*** next"),
+        ("api_key: ['a\nnext", "api_key: ***\nnext"),
+        ("password='a b'c next", "password=*** next"),
+        ("password: don't next", "password: *** next"),
+        ("password: 'never closed\nnext", "password: ***\nnext"),
+        ("os.environ['HF_TOKEN'] = 'x'", "os.environ['HF_TOKEN'] = ***"),
+        ("['serve', '--api-key', 'abc', '--port', '1']", "['serve', '--api-key', ***, '--port', '1']"),
+        ("(b'x-api-key', b'abc')", "(b'x-api-key', ***)"),
+        ('{"mode": "token", "size": 3}', '{"mode": "token", "size": 3}'),
+        # other names
+        ("OPENAI_KEY=x next", "OPENAI_KEY=*** next"),
+        ("pwd=x next", "pwd=*** next"),
+        ('{"auths": {"r": {"auth": "dXNlcg=="}}}', '{"auths": {"r": {"auth": ***}}}'),
+        ("get /a?X-Amz-Signature=x&b=1&sig=y", "get /a?X-Amz-Signature=***&b=1&sig=***"),
+        ("get /a?key=x&b=1", "get /a?key=***&b=1"),
+        ("curl -u me:pw http://host", "curl -u *** http://host"),
+        ("curl --user='me:pw' http://host", "curl --user='***' http://host"),
+        ("function signature mismatch, PWD is /root", "function signature mismatch, PWD is /root"),
+        # values that are names, headers with several values
+        ("password: token abc next", "password: *** next"),
+        ("Cookie: a=b; c=d\nnext", "Cookie: ***\nnext"),
+        ('Authorization: Digest username="me", response="abc"\nnext', "Authorization: ***\nnext"),
+        ("RAY_AUTH_MODE=token\nRAY_ADDRESS=auto", "RAY_AUTH_MODE=token\nRAY_ADDRESS=auto"),
+        ("http://me:p@ss@host/x", "http://***@host/x"),
+        # the end of a private key
+        ("MIIabc\nxyz==\n-----END RSA PRIVATE KEY-----\nb", "***\nb"),
+        ("no end -----END CERTIFICATE----- here", "no end -----END CERTIFICATE----- here"),
     ],
 )
 def test_what_looks_like_a_secret_is_hidden(text: str, expected: str) -> None:
     assert redact_text(text) == expected
+
+
+def test_of_a_log_with_the_end_of_a_key_the_rest_is_kept() -> None:
+    log = "line\n" * 10000
+    redacted = redact_text(f"{log}MIIabc\n-----END PRIVATE KEY-----\nnext")
+    assert "MIIabc" not in redacted and redacted.endswith("***\nnext") and len(redacted) > len(log) // 2
+
+
+@given(st.text("token=[({'\"\\ \n,:]})b-u", max_size=60))
+def test_any_text_can_be_redacted_twice(text: str) -> None:
+    assert isinstance(redact_text(redact_text(text)), str)
+
+
+SECRETIVE = st.recursive(
+    st.just(PLANTED) | st.text(max_size=5) | st.integers() | st.none(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(SECRETIVE, st.integers(0, 3))
+def test_what_a_key_of_json_hides_is_hidden_at_any_depth(value: Any, depth: int) -> None:
+    """As a value of JSON, and as JSON in a string of it."""
+    text = json.dumps({"cause": "x", "api_key": value})
+    for _ in range(depth):
+        text = json.dumps({"cause": f"of {text}", "rank": 0})
+    assert PLANTED not in redact_json(text) and PLANTED not in redact_text(text)
+    assert PLANTED not in redact_text(repr({"cause": "x", "api_key": value, "rank": 0}))
+
+
+def test_json_stays_json() -> None:
+    text = json.dumps({"cause": 'of {"token": "abc"}', "token": {"a": 1}, "pids": [47001], "none": None, "port": 8000})
+    assert json.loads(redact_json(text, {"47001"})) == {
+        "cause": 'of {"token": ***}',
+        "token": "***",
+        "pids": ["***"],
+        "none": None,
+        "port": 8000,
+    }
+    assert redact_json('cut off", "token": "abc"}') == 'cut off", "token": ***}'
+
+
+def test_a_known_secret_is_hidden_as_json_writes_it() -> None:
+    assert hide_known(json.dumps({"cause": 'a"b\\c'}), {'a"b\\c'}) == '{"cause": "***"}'
 
 
 def test_known_secrets_are_hidden_wherever_they_stand() -> None:
@@ -72,7 +166,8 @@ def make_node(folder: Path) -> tuple[Path, Path]:
     (logs / "raylet.out").write_text("a raylet\n")
     (logs / "other.log").write_text("of nobody\n")
     (logs / "worker-link").symlink_to("/etc/passwd")
-    record = {"code": "VRA-322", "ranks": [{"rank": 0, "pid": 4700}]}
+    cause = f'asked for {{"api_key": "{PLANTED}-2"}}'
+    record = {"code": "VRA-322", "cause": cause, "ranks": [{"rank": 0, "pid": 4700}]}
     (logs / "vllm_ray_ascend" / "failure-1.000.json").write_text(json.dumps(record, indent=2))
     for pid in (4700, 4800, 4900):
         (plog / "run" / "plog" / f"plog-{pid}_20260101000000.log").write_text(f"[ERROR] HCCL({pid}) {PLANTED}\n")
@@ -91,7 +186,11 @@ def test_logs_records_and_plog_of_our_processes_are_collected_without_secrets(tm
     ]
     assert not any(PLANTED in text for text in texts.values())
     assert "opened with ***" in texts["ray/worker-a-01000000-4700.err"]
-    assert json.loads(texts["failures/failure-1.000.json"])["code"] == "VRA-322"
+    assert json.loads(texts["failures/failure-1.000.json"]) == {
+        "code": "VRA-322",
+        "cause": 'asked for {"api_key": ***}',
+        "ranks": [{"rank": 0, "pid": 4700}],
+    }
 
 
 def test_the_ends_of_the_newest_files_are_taken_with_whole_lines(tmp_path: Path) -> None:
@@ -111,6 +210,45 @@ def test_nothing_to_collect_is_no_error(tmp_path: Path) -> None:
 def test_plog_is_where_cann_writes_it() -> None:
     assert plog_folder({"ASCEND_PROCESS_LOG_PATH": "/logs"}) == Path("/logs")
     assert plog_folder({"HOME": "/home/me"}) == Path("/home/me/ascend/log")
+
+
+def test_secrets_of_ray_and_of_this_process_are_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable may differ: a job's runtime_env sets it."""
+    (tmp_path / "worker-a.err").write_text("took of-the-job, of-the-node\n")
+    monkeypatch.setenv("HF_TOKEN", "of-the-job")
+    monkeypatch.setattr(bundle, "raylet_environment", lambda: {"HF_TOKEN": "of-the-node"})
+    monkeypatch.setattr(bundle, "session_log_folder", lambda: tmp_path)
+    assert decode_files(bundle.collect_files(1000)) == {"ray/worker-a.err": "took ***, ***\n"}
+
+
+def test_what_nodes_have_redacted_is_not_searched_again() -> None:
+    """Patterns take seconds for the logs of many nodes; what is known costs nothing."""
+    assert _redact("nodes/10.0.0.1/ray/raylet.out", "token: abc, of-this-process", {"of-this-process"}) == (
+        "token: abc, ***"
+    )
+    assert _redact("environment.txt", "A=--token abc", set()) == "A=--token ***"
+    assert _redact("doctor.json", '{"text": "--token abc"}', set()) == '{\n  "text": "--token ***"\n}\n'
+
+
+def test_a_part_that_fails_does_not_cost_the_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Topology:
+        raise RuntimeError("Ray's table is gone")
+
+    topology = _attempt(fail)
+    files = _part("topology.txt", topology, _topology_files)
+    assert list(files) == ["topology.txt"] and "RuntimeError: Ray's table is gone" in files["topology.txt"]
+    assert _pids_on(topology, "a") == []
+    monkeypatch.setenv("VLLM_RAY_ASCEND_STOP_GRACE_S", "soon")
+    snapshot = Snapshot(version="0.1.0", time=0.0, level="full", nodes=[])
+    common = _common_files(snapshot)
+    assert "VLLM_RAY_ASCEND_STOP_GRACE_S" in common["environment.txt"] and {"doctor.txt", "doctor.json"} <= set(common)
+
+
+def test_bytes_that_are_no_text_are_written(tmp_path: Path) -> None:
+    _write_archive(tmp_path / "bundle.tar.gz", {"environment.txt": os.fsdecode(b"A=\xff")})
+    with tarfile.open(tmp_path / "bundle.tar.gz") as archive:
+        file = archive.extractfile("bundle/environment.txt")
+        assert file is not None and file.read() == b"A=?"
 
 
 def test_the_archive_is_its_owner_s_alone(tmp_path: Path) -> None:

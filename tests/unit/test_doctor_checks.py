@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -11,9 +12,20 @@ from msgspec.structs import replace
 
 from tests.doctor.machine import MACHINES, Machine
 from vllm_ray_ascend.cluster.findings import Finding
+from vllm_ray_ascend.cluster.node_facts import STUCK
 from vllm_ray_ascend.doctor.checks import CHECKS
 from vllm_ray_ascend.doctor.judge import choose_checks, find, status_of
-from vllm_ray_ascend.doctor.queries import device_addresses, ping_lines
+from vllm_ray_ascend.doctor.queries import (
+    ADDRESS,
+    GATEWAY,
+    HCCS,
+    HEALTH,
+    LINK,
+    SUPER_POD,
+    Query,
+    device_addresses,
+    ping_lines,
+)
 from vllm_ray_ascend.doctor.records import (
     DeviceFile,
     Failure,
@@ -95,6 +107,20 @@ def versions(**values: str) -> Change:
     return lambda each: replace(each, versions={**each.versions, **values})
 
 
+def files(**values: str) -> Change:
+    return lambda each: replace(each, files={**each.files, **values})
+
+
+def answering(query: Query, text: str) -> Change:
+    """Every NPU answers a query with ``text``, in which {i} is its number."""
+
+    def change(each: NodeRecord) -> NodeRecord:
+        said = {query.line(die): Output(0, text.replace("{i}", str(die.physical_id))) for die in each.facts.dies}
+        return replace(each, outputs={**each.outputs, **said})
+
+    return change
+
+
 def blind(text: str) -> Change:
     """No CANN, no device files: as in a container without the driver."""
     return all_of(
@@ -103,8 +129,15 @@ def blind(text: str) -> Change:
     )
 
 
-OUR_STRANGER = {207795: Holder(name="VLLMEngineCor", command="python -m vllm", of_ray=True)}
-THEIR_STRANGER = {207795: Holder(name="VLLMEngineCor", command="python other.py", of_ray=False)}
+OUR_STRANGER = {207795: Holder(name="VLLM::EngineCor", command="python -m vllm", of_ray=True)}
+THEIR_STRANGER = {207795: Holder(name="VLLM::EngineCor", command="python other.py", of_ray=False)}
+LEFTOVER = {207795: Holder(name="VLLM::EngineCor", command="VLLM::EngineCore", of_ray=False, leftover=True)}
+DRIVER = """Version=26.0.0
+Innerversion=V100R001C29SPC001B217
+compatible_version=[{}],[V100R001C29]
+compatible_version_fw=[7.0.0,8.9.9]
+"""
+NO_ADDRESS = "Get ipconf failed, because no ip was preset there!\n"
 CLOSED = {"davinci3": DeviceFile(mode=0o660, uid=1000, gid=1000, error="EPERM")}
 OWNED = {"davinci3": DeviceFile(mode=0o660, uid=1000, gid=1001, error="EACCES")}
 
@@ -151,12 +184,33 @@ FAULTS = [
     Case("firmware", "VRA-611", "error", "old-firmware", says="firmware 6.4.12.1.241 does not fit driver 25.5.1"),
     Case("board", "VRA-612", "error", "board", npus=(2,), remedy="`npu-smi info -t board -i 2`"),
     Case("cann", "VRA-613", "error", change=blind(""), says="CANN is not found"),
-    Case("driver-cann", "VRA-614", "warning", "old-driver", says="driver 23.0.rc3 (V100R001C13) is older than"),
+    Case(
+        "driver-cann",
+        "VRA-614",
+        "warning",
+        "old-driver",
+        says="driver 23.0.rc3 (V100R001C13) is older than",
+        remedy="install the driver",
+    ),
+    Case(
+        "driver-cann",
+        "VRA-614",
+        "info",
+        change=files(driver=DRIVER.format("V100R001C27")),
+        says="driver 26.0.0 (V100R001C29) is newer than the releases that CANN 8.5.1",
+    ),
     Case("nnal", "VRA-615", "warning", change=record(nnal=[])),
     Case("same-driver", "VRA-616", "warning", "old-driver", says="driver 23.0.rc3 there, 25.5.1 on node 10.0.0.1"),
     Case("same-cann", "VRA-617", "error", "other-cann", says="CANN 8.3.RC2 there (/usr/local/Ascend/cann), 8.5.1 on"),
     Case("same-packages", "VRA-618", "error", change=versions(ray="2.55.0"), remedy="`pip install ray==2.60.0` there."),
     Case("same-packages", "VRA-618", "error", change=versions(Python="3.12.1"), says="Python 3.12 there, 3.11 on"),
+    Case(
+        "same-packages",
+        "VRA-618",
+        "error",
+        change=versions(vllm="0.30.1+empty"),
+        remedy="`VLLM_TARGET_DEVICE=empty pip install --no-deps --force-reinstall --no-binary vllm vllm==0.30.0` there",
+    ),
     Case(
         "package-set",
         "VRA-619",
@@ -165,10 +219,35 @@ FAULTS = [
         says="torch-npu 2.9.0 is not made for",
     ),
     Case(
+        "package-set",
+        "VRA-619",
+        "error",
+        change=versions(**{"vllm-ascend": "0.29.0rc1"}),
+        says="vllm-ascend 0.29.0rc1 is not made for vllm 0.30.0+empty",
+        remedy="`pip install --pre 'vllm-ascend==0.30.*'`",
+    ),
+    Case(
+        "package-set",
+        "VRA-619",
+        "error",
+        change=record(pins={"torch": "2.9.1", "torch-npu": "2.10.0.post9"}),
+        says="vllm-ascend 0.30.0rc2 is not made for torch 2.10.0",
+        remedy="`pip install torch==2.9.1` there",
+    ),
+    Case(
         "cuda-packages", "VRA-620", "error", change=record(cuda_packages=["flashinfer-python"]), says="build for CUDA"
     ),
     Case("serve-llm", "VRA-621", "info", change=record(serve_llm_lacks=["vllm.a.b"]), says="which has no vllm.a.b"),
     Case("device-files", "VRA-630", "error", change=blind(""), npus=(None,) * 3, says="is not there, without which"),
+    Case(
+        "device-files",
+        "VRA-629",
+        "error",
+        change=all_of(
+            facts(device_files=()), record(devices={"davinci_manager": DeviceFile(mode=0o660, uid=0, gid=0)})
+        ),
+        says="CANN counts 8 NPUs, and none of their files",
+    ),
     Case("device-access", "VRA-631", "error", change=record(devices=CLOSED), remedy="`--device /dev/davinci3`"),
     Case(
         "device-access",
@@ -202,9 +281,28 @@ FAULTS = [
         "(python other.py)",
         "`kill 207795`",
     ),
+    Case(
+        "strangers",
+        "VRA-643",
+        "error",
+        "stranger",
+        all_of(record(holders=LEFTOVER), ray(free_npus=4)),
+        (1,),
+        "(VLLM::EngineCore) has 55436 MB of its HBM and is left of an earlier Ray",
+        "`kill 207795`",
+    ),
     Case("hbm", "VRA-644", "warning", "hbm", npus=(6,), says="84 % of its HBM"),
-    Case("roce-link", "VRA-650", "error", "link-down", npus=(3,), remedy="`hccn_tool -i 3 -link -g` there"),
-    Case("roce-address", "VRA-651", "error", "no-address", npus=(5,), remedy="`hccn_tool -i 5 -ip -s address"),
+    Case("roce-link", "VRA-650", "error", "link-down", npus=(3,), remedy="`sudo hccn_tool -i 3 -link -g` there"),
+    Case("roce-address", "VRA-651", "error", "no-address", npus=(5,), remedy="`sudo hccn_tool -i 5 -ip -s address"),
+    Case(
+        "hccn-conf",
+        "VRA-627",
+        "warning",
+        change=files(**{"hccn.conf": "address_0=192.168.2.10\naddress_4=192.168.9.14\n"}),
+        npus=(4,),
+        says="the address 192.168.2.14, and 192.168.9.14 in /etc/hccn.conf",
+        remedy="`sudo hccn_tool -i 4 -ip -s address ADDRESS netmask 255.255.0.0`",
+    ),
     Case(
         "unique-addresses", "VRA-652", "error", "twin-address", npus=(6,), says="192.168.1.10 of NPU 0 of node 10.0.0.1"
     ),
@@ -214,7 +312,7 @@ FAULTS = [
         "warning",
         "no-gateway",
         npus=tuple(range(8)),
-        says="in 172.16.2.0/24 without a gateway, ports of other nodes are in 192.168.0.0/16",
+        says="in 172.16.2.0/24 without a gateway, that of NPU",
     ),
     Case("net-health", "VRA-654", "error", "net-health", npus=(2,), says="'Unreachable'"),
     Case("net-health", "VRA-654", "warning", "net-init", npus=(2,), says="'Init'"),
@@ -291,8 +389,33 @@ FAULTS = [
         change=environment(HCCL_BUFFSIZE="400"),
         says="HCCL_BUFFSIZE is '400' where Ray was started there, not set on node 10.0.0.1",
     ),
+    Case(
+        "same-variables",
+        "VRA-678",
+        "warning",
+        change=environment(HCCL_CONNECT_TIMEOUT="600"),
+        says="not set on node 10.0.0.1: ranks behave differently.",
+    ),
     Case("whitelist", "VRA-679", "warning", change=environment(HCCL_WHITELIST_DISABLE="0")),
-    Case("same-auth", "VRA-680", "error", change=environment(RAY_AUTH_MODE="token"), remedy="`unset RAY_AUTH_MODE`"),
+    Case(
+        "whitelist",
+        "VRA-626",
+        "warning",
+        change=all_of(
+            environment(HCCL_WHITELIST_DISABLE="0", HCCL_WHITELIST_FILE="/etc/list.json"),
+            record(missing_files=["HCCL_WHITELIST_FILE"]),
+        ),
+        says="HCCL_WHITELIST_FILE=/etc/list.json is not there",
+    ),
+    Case("overcommit", "VRA-628", "info", change=files(overcommit_memory="2\n"), remedy="`sudo sysctl "),
+    Case(
+        "same-auth",
+        "VRA-680",
+        "error",
+        change=environment(RAY_AUTH_MODE="token"),
+        says="RAY_AUTH_MODE is 'token' there, 'disabled' on node 10.0.0.1.",
+        remedy="`export RAY_AUTH_MODE=disabled`",
+    ),
     Case("same-mtu", "VRA-681", "warning", change=record(mtu=9000), says="an MTU of 9000, that of node 10.0.0.1 1500"),
 ]
 A3_FAULTS = [
@@ -311,7 +434,7 @@ A3_FAULTS = [
         "error",
         "a3-sdid",
         npus=(2,),
-        says="its SDID 1000 is that of NPU 0 of node 10.0.0.1 too",
+        says="its SDID 1000 is that of NPU 0 of node 10.0.0.1 too, in super pod 2.",
     ),
     Case("super-pod", "VRA-647", "error", "a3-sdid", says="different Server Indexes: 2, 7"),
     Case("roce-address", "VRA-651", "warning", "a3-no-address", npus=(5,)),
@@ -393,9 +516,12 @@ SOURCES: dict[str, Change] = {
     "device-access": record(devices=BUSY),
     "shared-memory": record(shared_memory=None),
     "hccl-ports": record(listening_ports=None),
+    "same-mtu": record(mtu=None),
+    "health": answering(HEALTH, "Health Status : NA\n"),
     "firmware": lambda each: replace(each, files={**each.files, "firmware": None}, outputs=_without_board(each)),
     "firmware ": lambda each: replace(each, files={**each.files, "driver": DRIVER_WITHOUT_RANGES}),
-    "driver-cann": lambda each: replace(each, files={**each.files, "cann": "version=8.5.1\n"}),
+    "driver-cann": files(cann="version=8.5.1\n"),
+    "driver-cann ": files(cann="runtime_running_version=[7.1.0.3.220:8.5.1]\n"),
 }
 
 
@@ -420,6 +546,145 @@ def test_npu_smi_that_is_missing_makes_every_check_of_npus_unknown() -> None:
 def test_roce_does_not_matter_on_a_single_node() -> None:
     assert findings(Machine("link-down").record()) == []
     assert find(snapshot(Machine("a2-container").record()), choose_checks("quick")) == []
+
+
+def alone(*names: str, change: Change = lambda each: each) -> list[Finding]:
+    """Return what `doctor --local` finds, without its note of what it does not judge."""
+    made = replace(snapshot(change(replace(Machine(*names).record(), ray=None))), head_address="")
+    note, *others = sorted(find(made, EVERY_CHECK), key=lambda each: each.code != "VRA-624")
+    assert note.severity == "info" and {"tls", "npus-declared", "roce-ping"} <= set(words(note.text)), note
+    return others
+
+
+def words(text: str) -> list[str]:
+    return text.replace(":", "").replace(",", "").split()
+
+
+def test_a_node_that_is_looked_at_alone_may_be_one_of_several() -> None:
+    """Which is when nobody else looks: the cluster does not start."""
+    assert alone("a2") == [] == alone("a3")
+    found = alone("link-down", "net-health")
+    assert [(each.code, each.severity, each.physical_id) for each in found] == [
+        ("VRA-650", "error", 3),
+        ("VRA-654", "error", 2),
+    ]
+    assert [(each.code, each.physical_id) for each in alone("slow-port", "no-address")] == [
+        ("VRA-651", 5),
+        ("VRA-657", 1),
+    ]
+    unread = alone("a2-container")
+    assert {each.severity for each in unread} == {"unknown"} and "roce-link" in {each.check for each in unread}
+
+
+def test_a_node_alone_whose_ports_have_no_addresses() -> None:
+    without = answering(ADDRESS, NO_ADDRESS)
+    (note,) = alone("link-down", change=without)
+    assert (note.code, note.severity) == ("VRA-625", "info")
+    assert {"roce-link", "net-health", "flapping"} <= set(words(note.text)) and "vnic" not in words(note.text)
+    meant = all_of(without, files(**{"hccn.conf": "address_0=192.168.1.10\n"}))
+    assert {each.code for each in alone("link-down", change=meant)} == {"VRA-650", "VRA-651"}
+
+
+def test_nodes_that_were_left_out_count() -> None:
+    made = replace(snapshot(Machine("link-down").record()), left_out=[SECOND])
+    assert [each.code for each in find(replace(made, left_out_npus=8), EVERY_CHECK)] == ["VRA-650", "VRA-623"]
+    assert [each.code for each in find(made, EVERY_CHECK)] == ["VRA-623"], "a head without NPUs"
+    head = all_of(facts(cann_devices=None, device_files=(), dies=()), ray(npus=0, free_npus=0), record(started=40.0))
+    late = replace(made, nodes=[head(Machine("a2").record())], left_out_npus=8)
+    assert [each.check for each in find(late, choose_checks("quick", ["clock"]))] == ["clock"]
+
+
+def test_without_ray_who_may_have_an_npu_is_not_known() -> None:
+    for change in (record(holders={}), record(holders=THEIR_STRANGER)):
+        (found,) = alone("stranger", change=change)
+        assert (found.code, found.severity, found.physical_id) == ("VRA-643", "info", 1)
+        assert found.text.endswith("has 55436 MB of its HBM; without Ray it is not known whose it is.")
+    assert alone("stranger", change=record(holders=OUR_STRANGER)) == []
+    assert [each.severity for each in alone("stranger", change=record(holders=LEFTOVER))] == ["error"]
+    assert alone("hbm", change=record(listening_ports=[61000])) == []
+
+
+def test_a_driver_that_names_cann_is_newer_and_fits() -> None:
+    first, second = pair()
+    newer = files(driver=DRIVER.format("V100R001C25"))
+    assert {each.check for each in findings(first, newer(second))} == {"same-driver"}
+
+
+def test_authentication_that_is_not_set_is_disabled() -> None:
+    first, second = pair()
+    for mode in ("disabled", "Disabled", ""):
+        assert findings(first, environment(RAY_AUTH_MODE=mode)(second)) == []
+
+
+def test_a_network_for_each_number_needs_no_gateway() -> None:
+    no_gateway = answering(GATEWAY, "Get gateway failed, because no gateway was preset there!\n")
+    nodes = [
+        all_of(answering(ADDRESS, f"ipaddr:10.{{i}}.0.{host}\nnetmask:255.255.255.0\n"), no_gateway)(
+            Machine("a2", host=host).record()
+        )
+        for host in (1, 2, 3)
+    ]
+    assert find(snapshot(*nodes), choose_checks("full", ["gateway"])) == []
+
+
+def in_pod(pod: str, server: int) -> Change:
+    return answering(SUPER_POD, f"SDID : 70{{i}}\nSuper Pod Size : 384\n{pod}Server Index : {server}\n")
+
+
+def test_two_super_pods_may_have_the_same_numbers() -> None:
+    def found(*pods: str) -> list[Finding]:
+        nodes = [in_pod(pod, host)(Machine("a3", host=host).record()) for host, pod in enumerate(pods, 1)]
+        return find(snapshot(*nodes), choose_checks("full", ["super-pod"]))
+
+    assert found("Super Pod ID : 1\n", "Super Pod ID : 2\n") == []
+    assert {each.severity for each in found("Super Pod ID : 1\n", "Super Pod ID : 1\n")} == {"error"}
+    assert {each.severity for each in found("", "")} == {"warning"}, "which pods they are is not known"
+
+
+def test_hccs_that_has_no_state_is_unknown() -> None:
+    first, second = pair("a3", "a3")
+    found = findings(first, answering(HCCS, "hccs health status             : NA\n")(second))
+    assert {(each.check, each.severity, each.code) for each in found} == {("hccs", "unknown", "VRA-601")}
+
+
+def test_a_link_of_two_ports_is_down_where_one_is() -> None:
+    first, second = pair()
+    found = findings(first, answering(LINK, "[port 0] link status : UP\n[port 1] link status : DOWN\n")(second))
+    assert {each.code for each in found} == {"VRA-650"}
+
+
+def test_the_release_of_cann_is_that_of_its_version_cfg_where_nothing_else_is() -> None:
+    first, second = pair()
+    found = findings(first, files(cann="toolkit_running_version=[7.1.0.3.220:8.0.RC1]\n")(second))
+    assert [each.text for each in found if each.check == "same-cann"] == [
+        "CANN 8.0.RC1 there (/usr/local/Ascend/cann), 8.5.1 on node 10.0.0.1."
+    ]
+
+
+def test_a_driver_that_hangs_is_said() -> None:
+    first, second = pair()
+    stuck = Output(None, f"npu-smi {STUCK}")
+    hung = replace(facts(dies=(), npu_smi=None)(second), outputs=dict.fromkeys(second.outputs, stuck))
+    found = [each for each in findings(first, hung) if each.check == "npu-smi"]
+    assert [each.severity for each in found] == ["unknown"] and STUCK in found[0].text and "reboot" in found[0].remedy
+
+
+def test_npu_smi_needs_its_library_in_a_container() -> None:
+    first, second = pair()
+    gone = {line: Output(None, "npu-smi is not there") for line in second.outputs}
+    found = findings(first, replace(facts(dies=(), npu_smi=None)(second), outputs=gone))
+    assert all("-v /usr/local/dcmi:/usr/local/dcmi" in each.remedy for each in found)
+
+
+def test_commands_that_need_root_say_so() -> None:
+    records = [pair(case.machine, "a3" if case in A3_FAULTS else "a2") for case in FAULTS + A3_FAULTS]
+    remedies = [
+        each.remedy
+        for case, (first, second) in zip(FAULTS + A3_FAULTS, records, strict=True)
+        for each in findings(first, case.change(second))
+    ]
+    needs_root = re.compile(r"`(hccn_tool|usermod|chronyc|timedatectl|ip link set|npu-smi set|dmesg|fuser)\b")
+    assert [remedy for remedy in remedies if needs_root.search(remedy)] == []
 
 
 def test_a_process_of_ray_is_no_stranger() -> None:

@@ -5,18 +5,25 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.doctor.machine import Machine
+from vllm_ray_ascend.cli.doctor import _demand
+from vllm_ray_ascend.cluster.node_facts import STUCK
 from vllm_ray_ascend.doctor import collect
+from vllm_ray_ascend.doctor.checks import CHECKS
 from vllm_ray_ascend.doctor.collect import collect_as_dict, collect_record, decode_record, run_command
-from vllm_ray_ascend.doctor.queries import ADDRESS, ERRORS, HEALTH, LINK, LIST, PROCESSES
-from vllm_ray_ascend.doctor.records import Output
+from vllm_ray_ascend.doctor.queries import ADDRESS, ERRORS, HEALTH, LINK, LIST, PROCESSES, SERVE_LLM
+from vllm_ray_ascend.doctor.records import Holder, Output
 
 pytestmark = pytest.mark.unit
 
@@ -80,6 +87,75 @@ def test_tools_that_are_missing_or_hang(tmp_path: Path, monkeypatch: pytest.Monk
     assert run_command("npu-smi info", tmp_path, time.monotonic() + 30).code is None
 
 
+@pytest.fixture
+def undead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder on PATH for programs that write their ids to ``pids`` there, and that nobody can kill until the end."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(subprocess.Popen, "kill", lambda process: None)
+    yield tmp_path
+    for pid in (tmp_path / "pids").read_text().split():
+        os.kill(int(pid), signal.SIGKILL)
+
+
+def test_a_program_that_waits_in_the_driver_is_left_there(undead: Path) -> None:
+    program(undead, "npu-smi", f"echo $$ >> {undead}/pids; echo some; exec sleep 60")
+    started = time.monotonic()
+    assert run_command("npu-smi info -m", undead, started + 1) == Output(None, f"npu-smi {STUCK}")
+    found = collect_record("127.0.0.1", [HEALTH.command], limit_s=1)
+    assert time.monotonic() - started < 30
+    assert found.outputs == {LIST: Output(None, f"npu-smi {STUCK}")} and found.limits and found.mtu
+
+
+def test_a_program_whose_child_keeps_its_output_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    program(tmp_path, "npu-smi", f"sleep 60 & echo $! > {tmp_path}/pid; wait")
+    found = run_command("npu-smi info -m", tmp_path, time.monotonic() + 1)
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    assert found == Output(None, "npu-smi gave no answer in time")
+
+
+def test_nothing_is_started_when_no_time_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would wait for its own end."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    program(tmp_path, "npu-smi", f"touch {tmp_path}/started")
+    found = run_command("npu-smi info -m", tmp_path, time.monotonic() - 1)
+    assert found == Output(None, "npu-smi was not run, since no time was left") and not (tmp_path / "started").exists()
+
+
+def test_a_device_that_does_not_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/davinci0").write_text("")
+    answered = threading.Event()
+    monkeypatch.setattr(collect, "_open_error", lambda path: answered.wait() and "")
+    try:
+        found = collect_record("127.0.0.1", [], limit_s=2, root=tmp_path)
+    finally:
+        answered.set()
+    assert found.devices["davinci0"].error == "no answer in time" and found.mtu
+
+
+def test_npu_smi_lists_the_npus_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    program(tmp_path, "npu-smi", f'echo "$*" >> {tmp_path}/calls; echo failed >&2; exit 3')
+    assert collect_record("127.0.0.1", []).outputs == {LIST: Output(3, "failed\n")}
+    assert (tmp_path / "calls").read_text() == "info -m\n"
+
+
+def test_what_serve_llm_imports_is_read_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect, "names_missing_here", lambda: ["vllm.a.b"])
+    assert collect_record("127.0.0.1", []).serve_llm_lacks == [], "before each start of an engine"
+    _, commands = _demand([CHECKS["serve-llm"]])
+    assert commands == [SERVE_LLM]
+    assert collect_record("127.0.0.1", commands).serve_llm_lacks == ["vllm.a.b"]
+
+
+def test_files_that_variables_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HCCL_WHITELIST_FILE", str(tmp_path / "list.json"))
+    assert collect_record("127.0.0.1", []).missing_files == ["HCCL_WHITELIST_FILE"]
+    (tmp_path / "list.json").write_text("{}")
+    assert collect_record("127.0.0.1", []).missing_files == []
+
+
 def test_a_resolver_that_does_not_answer_costs_the_own_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
     answered = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answered.wait() and [])
@@ -133,7 +209,7 @@ def test_why_a_device_cannot_be_opened(code: int, tmp_path: Path, monkeypatch: p
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "open", refuse)
-    assert collect._device_files(tmp_path)["davinci0"].error == errno.errorcode[code]
+    assert collect._device_files(tmp_path, collect._open_error)["davinci0"].error == errno.errorcode[code]
 
 
 def test_secrets_are_not_collected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +231,36 @@ def test_processes_that_have_an_npu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert collect._holder(2**22 + 1) is None
 
 
+@pytest.fixture
+def raylet(tmp_path: Path) -> Iterator[int]:
+    """The id of a process by the name of a raylet."""
+    (tmp_path / "raylet").symlink_to("/bin/sleep")
+    with subprocess.Popen([str(tmp_path / "raylet"), "60"]) as process:
+        yield process.pid
+        process.kill()
+
+
+def holder_started_by(raylet: int) -> Holder:
+    """Return what is collected of a process that this raylet started, and that is nobody's child any more."""
+    with subprocess.Popen(
+        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, env={"RAY_RAYLET_PID": str(raylet)}
+    ) as child:
+        found = collect._holder(child.pid)
+        child.kill()
+    assert found is not None
+    return found
+
+
+def test_what_an_earlier_ray_left_is_not_of_ray(raylet: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_RAYLET_PID", raising=False)
+    living, dead, another = (holder_started_by(pid) for pid in (raylet, 2**22 + 1, os.getpid()))
+    assert (living.of_ray, living.leftover) == (True, False)
+    assert (dead.of_ray, dead.leftover) == (False, True)
+    assert (another.of_ray, another.leftover) == (False, True), "its id is that of another process now"
+    monkeypatch.setenv("RAY_RAYLET_PID", "12345")
+    assert holder_started_by(12345).of_ray, "this node's own"
+
+
 def test_peers_that_cannot_be_reached() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         reachable = f"127.0.0.1:{listener.getsockname()[1]}"
@@ -168,3 +274,11 @@ def test_packages_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert collect._cuda_requirements() == ["flashinfer-python==0.6", "nvidia-cutlass-dsl>=4"]
     monkeypatch.setattr(collect, "requires", lambda package: None)
     assert collect._cuda_requirements() == []
+
+
+def test_versions_that_vllm_ascend_requires(monkeypatch: pytest.MonkeyPatch) -> None:
+    required = ["torch==2.10.0", "torch_npu (==2.10.0.post4)", "torchvision==0.25.0", "vllm>=1"]
+    monkeypatch.setattr(collect, "requires", lambda package: required)
+    assert collect._pins() == {"torch": "2.10.0", "torch-npu": "2.10.0.post4"}
+    monkeypatch.setattr(collect, "requires", lambda package: None)
+    assert collect._pins() == {}

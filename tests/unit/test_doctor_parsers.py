@@ -33,6 +33,8 @@ PROCESSES = """
         (parsers.parse_health, "\tHealth Status                  : OK\n\tError Code : NA\n", ("OK", ())),
         (parsers.parse_health, "Health : Warning\n\n Error Code : 80E01801 80E18402\n", ("Warning", CODES)),
         (parsers.parse_health, "Invalid card id.\n", None),
+        (parsers.parse_health, "\tHealth Status : NA\n", None),
+        (parsers.parse_health, "\tHealth : -\n", None),
         (parsers.parse_ecc, "\tDDR Double Bit Error Count : 5\n\tHBM Double Bit Error Count : 0\n", (0, 0)),
         (parsers.parse_ecc, ECC, (4, 2)),
         (parsers.parse_processes, "\tNo process in device.\n\tChip ID : 0\n", []),
@@ -48,15 +50,22 @@ PROCESSES = """
         (parsers.parse_compatibility, "\tCompatibility                  : OK\n", "OK"),
         (parsers.parse_hccs, "\thccs health status             : NOK\n", "NOK"),
         (parsers.parse_hccs, "HCCS Health Status: Healthy\n", "Healthy"),
-        (parsers.parse_super_pod, "SDID : 16777216\nSuper Pod Size : 384\nServer Index : 4\n", (16777216, 384, 4)),
+        (parsers.parse_hccs, "hccs health status             : NA\n", None),
+        (parsers.parse_compatibility, "Compatibility : NA\n", None),
+        (parsers.parse_super_pod, "SDID : 16777216\nSuper Pod Size : 384\nServer Index : 4\n", (1 << 24, 384, 4, None)),
+        (parsers.parse_super_pod, "SDID : 7\nSuper Pod Size : 2\nSuper Pod ID : 5\nServer Index : 4\n", (7, 2, 4, 5)),
         (parsers.parse_link, "link status: UP\n", "UP"),
         (parsers.parse_link, "[port 0] link status : DOWN\n", "DOWN"),
         (parsers.parse_link, "vnic link status: UP\n", "UP"),
+        (parsers.parse_link, "[port 0] link status : UP\n[port 1] link status : DOWN\n", "DOWN"),
+        (parsers.parse_link, "[port 0] link status : UP\n[port 1] link status : UP\n", "UP"),
         (parsers.parse_device_address, "ipaddr:11.12.165.7\nnetmask:255.255.255.0\n", ("11.12.165.7", "255.255.255.0")),
         (parsers.parse_device_address, "Get ipconf failed, because no ip was preset there!\n", ("", "")),
         (parsers.parse_gateway, "default gateway:11.12.165.1, Iface:eth0\n", "11.12.165.1"),
         (parsers.parse_gateway, "Get gateway failed, because no gateway was preset there!\n", ""),
         (parsers.parse_net_health, "net health status: Receive timeout\n", "Receive timeout"),
+        (parsers.parse_net_health, "[port 0] net health status: Success\n[port 1] net health status: Fault\n", "Fault"),
+        (parsers.parse_net_health, "net health status: \n", None),
         (parsers.parse_detected_address, "netdetect address: 11.12.165.1\n", "11.12.165.1"),
         (parsers.parse_detected_address, "netdetect addr:11.12.165.1\n", "11.12.165.1"),
         (parsers.parse_tls, "dev_id:0, tls switch[0](0:disable, 1:enable), tls preconfigured[1]\n", False),
@@ -88,6 +97,26 @@ def test_versions_and_ranges() -> None:
     ):
         assert parsers.is_in_ranges(version, ranges) is expected
     assert parsers.inner_release("V100R001C23SPC002B212") == "V100R001C23" and parsers.inner_release("8.5") == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "release"),
+    [
+        ("package_name=Ascend-cann-toolkit\nversion=8.5.1\n", "8.5.1"),
+        ("Version=7.0.0\n", "7.0.0"),
+        ("# version: 1.0\nruntime_running_version=[7.1.0.3.220:8.0.RC1]\n", "8.0.RC1"),
+        ("runtime_running_version=[1:8.0]\ntoolkit_running_version=[1:8.5.1]\n", "8.5.1"),
+        ("runtime_running_version=[]\n", ""),
+        ("", ""),
+    ],
+)
+def test_the_release_of_cann(text: str, release: str) -> None:
+    assert parsers.parse_cann_version(parsers.parse_properties(text)) == release
+
+
+def test_addresses_of_hccn_conf() -> None:
+    text = "address_0=192.168.1.10\nnetmask_0=255.255.0.0\naddress_11 = 192.168.1.21\n#address_2=1\n"
+    assert parsers.parse_configured_addresses(text) == {0: "192.168.1.10", 11: "192.168.1.21"}
 
 
 def test_limits() -> None:
@@ -135,6 +164,7 @@ PARSERS = [
     *dict.fromkeys(query.parse for query in QUERIES.values()),
     parsers.parse_loss,
     parsers.parse_properties,
+    parsers.parse_configured_addresses,
     parsers.parse_ranges,
     parsers.parse_limits,
     parsers.parse_listening,

@@ -64,7 +64,7 @@ def test_findings_name_node_npu_and_remedy() -> None:
 def test_what_is_wrong_with_every_npu_is_said_once() -> None:
     made = text(report("a2", "tls-on"))
     assert made.count("VRA-656") == 1 and "10.0.0.2, NPU 0, 1, 2, 3, 4, 5, 6, 7: its RoCE port has TLS" in made
-    assert "`for i in 0 1 2 3 4 5 6 7; do hccn_tool -i $i -tls -s enable 0; done` there" in made
+    assert "`for i in 0 1 2 3 4 5 6 7; do sudo hccn_tool -i $i -tls -s enable 0; done` there" in made
     assert made.endswith("CRITICAL: 8 errors")
 
 
@@ -93,6 +93,7 @@ def test_comparisons_that_leave_out_nodes_are_noted() -> None:
     made = make_report(replace(snapshot("a2"), left_out=["10.0.0.2"]), choose_checks("quick", only=["tls"]))
     (note,) = made.findings
     assert (note.code, made.exit_code) == ("VRA-623", 0) and note.text.startswith("tls compare nodes")
+    assert "\n\nINFO VRA-623\n  tls compare nodes" in text(made) and text(made).endswith("\n\nOK: 1 note")
 
 
 def test_no_check_at_all_is_refused() -> None:

@@ -56,7 +56,7 @@ def test_the_pair_of_this_environment_fits() -> None:
 
 def test_it_is_a_note_and_no_warning() -> None:
     record = replace(Machine("a2").record(), serve_llm_lacks=["vllm.a.b"])
-    snapshot = Snapshot(version="0.1.0", time=0.0, level="quick", nodes=[record])
+    snapshot = Snapshot(version="0.1.0", time=0.0, level="quick", head_address="10.0.0.1:6379", nodes=[record])
     report = make_report(snapshot, choose_checks("quick"))
     (finding,) = report.findings
     assert (finding.severity, finding.code, report.status) == ("info", "VRA-621", "ok")

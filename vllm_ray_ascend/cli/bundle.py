@@ -8,9 +8,10 @@ import os
 import sys
 import tarfile
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -23,14 +24,23 @@ from vllm_ray_ascend.cluster.probe import live_node_addresses, run_on_nodes
 from vllm_ray_ascend.cluster.topology import Topology, format_lines
 from vllm_ray_ascend.doctor.bundle import collect_files, decode_files
 from vllm_ray_ascend.doctor.judge import choose_checks, make_report
-from vllm_ray_ascend.doctor.records import Snapshot
+from vllm_ray_ascend.doctor.records import Report, Snapshot
 from vllm_ray_ascend.doctor.text import format_report
-from vllm_ray_ascend.environment.redact import redact_text, secrets_of
+from vllm_ray_ascend.environment.redact import hide_known, redact_json, redact_text, secrets_of
 from vllm_ray_ascend.errors import DoctorError
 from vllm_ray_ascend.settings import list_switches
 
+T = TypeVar("T")
+
 _MEGABYTES = 5
 _LIMIT_S = 120.0
+_NODES = "nodes/"
+
+
+class _Failed(NamedTuple):
+    """Why a part of the bundle is missing: what is broken is what a bundle is made for."""
+
+    traceback: str
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -54,8 +64,7 @@ def run(args: argparse.Namespace) -> int:
     path = args.output or Path(time.strftime("vllm-ray-ascend-bundle-%Y%m%d-%H%M%S.tar.gz"))
     files = _collect_local(args) if args.local else _collect_cluster(args)
     secrets = secrets_of(os.environ)
-    # What nodes have sent is without their secrets; this process's own may be others.
-    texts = {name: redact_text(text, secrets) for name, text in files.items()}
+    texts = {name: _redact(name, text, secrets) for name, text in files.items()}
     _write_archive(path, texts)
     print(f"{path}: {len(texts)} files, {path.stat().st_size >> 10} KiB. README.txt in it says what each file is.")
     print(
@@ -63,6 +72,13 @@ def run(args: argparse.Namespace) -> int:
     )
     print("through it before you send it (`tar xzf`).")
     return 0
+
+
+def _redact(name: str, text: str, secrets: Collection[str]) -> str:
+    """Return a file without secrets. Logs of nodes come without their own; this process's may be others."""
+    if name.endswith(".json"):
+        return redact_json(text, secrets)
+    return hide_known(text, secrets) if name.startswith(_NODES) else redact_text(text, secrets)
 
 
 def _collect_local(args: argparse.Namespace) -> dict[str, str]:
@@ -77,7 +93,7 @@ def _collect_cluster(args: argparse.Namespace) -> dict[str, str]:
 
     try:
         snapshot = snapshot_of_joined_cluster(choose_checks("full"), args.nodes, args.timeout)
-        topology = collect_topology()
+        topology = _attempt(collect_topology)
         wanted = {record.address for record in snapshot.nodes} | {failure.address for failure in snapshot.failures}
         arguments = {
             node_id: (args.megabytes << 20, _pids_on(topology, node_id))
@@ -88,20 +104,35 @@ def _collect_cluster(args: argparse.Namespace) -> dict[str, str]:
         found = run_on_nodes(collect_files, decode_files, arguments, args.timeout)
     finally:
         ray.shutdown()
-    files = _common_files(snapshot) | {
-        "topology.txt": "\n".join(format_lines(topology)) + "\n",
-        "topology.json": _as_json(topology),
-    }
+    files = _common_files(snapshot) | _part("topology.txt", topology, _topology_files)
     for node_id, answer in found.answers.items():
         files |= _node_files(names[node_id], answer.value)
     for node_id, reason in found.failures.items():
         print(f"node {names[node_id]} sent nothing: {reason}", file=sys.stderr)
-        files[f"nodes/{names[node_id]}/missing.txt"] = f"{reason}\n"
+        files[f"{_NODES}{names[node_id]}/missing.txt"] = redact_text(f"{reason}\n")
     return files
 
 
-def _pids_on(topology: Topology, node_id: str) -> list[int]:
+def _attempt(make: Callable[[], T]) -> T | _Failed:
+    try:
+        return make()
+    except Exception:  # noqa: BLE001  whatever fails, the rest of the bundle is wanted all the more
+        return _Failed(traceback.format_exc())
+
+
+def _part(name: str, made: T | _Failed, files_of: Callable[[T], dict[str, str]]) -> dict[str, str]:
+    """Return the files of a part of the bundle; where it failed, ``name`` alone, which says why."""
+    return {name: made.traceback} if isinstance(made, _Failed) else files_of(made)
+
+
+def _topology_files(topology: Topology) -> dict[str, str]:
+    return {"topology.txt": "\n".join(format_lines(topology)) + "\n", "topology.json": _as_json(topology)}
+
+
+def _pids_on(topology: Topology | _Failed, node_id: str) -> list[int]:
     """Return the processes of engines on a node: workers, and the engine core or driver."""
+    if isinstance(topology, _Failed):
+        return []
     ranks = [rank.pid for engine in topology.engines for rank in engine.ranks if rank.node_id == node_id]
     return ranks + [engine.pid for engine in topology.engines if engine.node_id == node_id]
 
@@ -116,25 +147,30 @@ def _folder_names(addresses: Mapping[str, str]) -> dict[str, str]:
 
 
 def _node_files(folder: str, texts: Mapping[str, str]) -> dict[str, str]:
-    return {f"nodes/{folder}/{name}": text for name, text in texts.items()}
+    return {f"{_NODES}{folder}/{name}": text for name, text in texts.items()}
 
 
 def _common_files(snapshot: Snapshot) -> dict[str, str]:
     """Return what is there once: doctor's report and data, switches and variables of this process, versions."""
-    report = make_report(snapshot, choose_checks("full"))
+    return {
+        "README.txt": _README.format(version=__version__, time=time.strftime("%Y-%m-%d %H:%M:%S %z")),
+        "snapshot.json": _as_json(snapshot),
+        "versions.json": _as_json({node.address: node.versions for node in snapshot.nodes}),
+        **_part("doctor.txt", _attempt(lambda: make_report(snapshot, choose_checks("full"))), _report_files),
+        **_part("environment.txt", _attempt(_environment), lambda text: {"environment.txt": text}),
+    }
+
+
+def _report_files(report: Report) -> dict[str, str]:
+    return {"doctor.txt": "\n".join(format_report(report)) + "\n", "doctor.json": _as_json(report)}
+
+
+def _environment() -> str:
     switches = "\n".join(f"{each.variable}={each.value}" for each in list_switches())
     variables = "\n".join(
         f"{each.variable}={each.value}" for each in list_variables(os.environ) if each.value is not None
     )
-    versions = {node.address: node.versions for node in snapshot.nodes}
-    return {
-        "README.txt": _README.format(version=__version__, time=time.strftime("%Y-%m-%d %H:%M:%S %z")),
-        "doctor.txt": "\n".join(format_report(report)) + "\n",
-        "doctor.json": _as_json(report),
-        "snapshot.json": _as_json(snapshot),
-        "versions.json": _as_json(versions),
-        "environment.txt": f"# switches of this plugin\n{switches}\n\n# known variables of this process\n{variables}\n",
-    }
+    return f"# switches of this plugin\n{switches}\n\n# known variables of this process\n{variables}\n"
 
 
 def _as_json(values: Any) -> str:
@@ -148,7 +184,7 @@ def _write_archive(path: Path, files: Mapping[str, str]) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "wb") as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
             for name, text in sorted(files.items()):
-                content = text.encode()
+                content = text.encode(errors="replace")  # bytes of a variable may be no text
                 entry = tarfile.TarInfo(f"{folder}/{name}")
                 entry.size, entry.mtime = len(content), int(time.time())
                 archive.addfile(entry, io.BytesIO(content))
@@ -168,5 +204,6 @@ nodes/ADDRESS/plog         ends of CANN's logs of the engines' processes, if the
 nodes/ADDRESS/failures     records of the last failures: first cause, what each rank said last; none without failures
 nodes/ADDRESS/missing.txt  why a node sent nothing
 
-Three asterisks stand for a secret. Names and addresses of hosts, and paths, are not hidden.
+A part that could not be made has a file that says why. Three asterisks stand for what may be a secret.
+Names and addresses of hosts, and paths, are not hidden.
 """

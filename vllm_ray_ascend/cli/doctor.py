@@ -129,9 +129,10 @@ def snapshot_of_joined_cluster(
 
 
 def _demand(checks: Sequence[Check]) -> tuple[Level, list[str]]:
-    """Return the level of ``checks``, and the commands that they need."""
+    """Return the level of ``checks``, and the commands that they need, with what else is collected on demand."""
     level: Level = "full" if any(check.level == "full" for check in checks) else "quick"
-    return level, list(dict.fromkeys(query.command for check in checks for query in check.queries))
+    demanded = (name for check in checks for name in (*(query.command for query in check.queries), *check.also))
+    return level, list(dict.fromkeys(demanded))
 
 
 def read_snapshot(path: Path) -> Snapshot:

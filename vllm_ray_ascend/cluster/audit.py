@@ -9,7 +9,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from vllm_ray_ascend.addresses import is_same, split_host_port
-from vllm_ray_ascend.cluster.findings import Finding, Severity
+from vllm_ray_ascend.cluster.findings import Finding, Severity, format_count, join
 from vllm_ray_ascend.cluster.node_facts import NOSET, NodeFacts
 from vllm_ray_ascend.devices.visible import (
     VISIBLE_DEVICES,
@@ -85,7 +85,7 @@ def audit_node(
         "npus-declared": [_none_declared(node), _cann_missing(node), _too_many_declared(node), _npus_left_idle(node)],
         "plugin": [*_switched_off(node, driver), *_versions_differ(node, driver)],
         "visible-devices": [_list_cut_short(node), _list_rejected_by_new_cann(node), _noset_not_boolean(node)],
-        "npu-counts": [*_counts_disagree(node)],
+        "npu-counts": [*find_unequal_counts(facts)],
     }
     return [replace(finding, check=check) for check, findings in found.items() for finding in findings if finding]
 
@@ -129,15 +129,15 @@ def _none_declared(node: _Node) -> Finding | None:
     if node.declared_gpus:
         return node.error(
             "VRA-201",
-            f"it declares {_format_count(node.declared_gpus, 'GPU')} and none of its "
-            f"{_format_count(node.usable, 'NPU')} to Ray: with --num-gpus Ray may or may not detect NPUs.",
+            f"it declares {format_count(node.declared_gpus, 'GPU')} and none of its "
+            f"{format_count(node.usable, 'NPU')} to Ray: with --num-gpus Ray may or may not detect NPUs.",
             f"{_restart_commands(node)}, without --num-gpus.",
         )
     cause = "" if node.can_detect_npus() else _NOT_DETECTED
     prepare = _SET_ENV if node.facts.cann_devices is None else ""
     restart = _restart_commands(node, prepare, resources=node.usable)  # even where Ray could detect them: it did not
     return node.error(
-        "VRA-202", f"it declares none of its {_format_count(node.usable, 'NPU')} to Ray{cause}.", f"{restart}."
+        "VRA-202", f"it declares none of its {format_count(node.usable, 'NPU')} to Ray{cause}.", f"{restart}."
     )
 
 
@@ -146,7 +146,7 @@ def _cann_missing(node: _Node) -> Finding | None:
         return None
     return node.error(
         "VRA-203",
-        f"it declares {_format_count(node.declared_npus, 'NPU')} to Ray, but CANN counts none "
+        f"it declares {format_count(node.declared_npus, 'NPU')} to Ray, but CANN counts none "
         f"({node.facts.cann_error}): workers inherit the environment of `ray start`.",
         f"{_restart_commands(node, _SET_ENV)}.",
     )
@@ -157,7 +157,7 @@ def _too_many_declared(node: _Node) -> Finding | None:
     if node.facts.cann_devices is None or (node.declared_npus <= node.usable and not all_hidden):
         return None
     counts = (
-        f"it declares {_format_count(node.declared_npus, 'NPU')} to Ray, but {node.usable} of {node.present} are usable"
+        f"it declares {format_count(node.declared_npus, 'NPU')} to Ray, but {node.usable} of {node.present} are usable"
     )
     current_list = f"{VISIBLE_DEVICES}={node.facts.visible_devices}"
     if node.list_error:
@@ -210,7 +210,7 @@ def _npus_left_idle(node: _Node) -> Finding | None:
         return None
     return node.warning(
         "VRA-211",
-        f"it declares {node.declared_npus:g} of its {_format_count(node.usable, 'NPU')} to Ray: the others stay idle.",
+        f"it declares {node.declared_npus:g} of its {format_count(node.usable, 'NPU')} to Ray: the others stay idle.",
         f"To use them: {_restart_commands(node)}{_BY_DETECTION}.",
     )
 
@@ -227,15 +227,18 @@ def _noset_not_boolean(node: _Node) -> Finding | None:
     )
 
 
-def _counts_disagree(node: _Node) -> list[Finding]:
-    cann_count, file_count = node.facts.cann_devices, len(node.facts.device_files)
+def find_unequal_counts(facts: NodeFacts) -> list[Finding]:
+    """Return a warning for each other count of a node's NPUs than CANN's, whatever Ray has of it."""
+    cann_count, file_count = facts.cann_devices, len(facts.device_files)
     if cann_count is None:
         return []
-    others = {"/dev/davinci* are": file_count or None, "`npu-smi info -m` lists": node.facts.npu_smi}
+    others = {"/dev/davinci* are": file_count or None, "`npu-smi info -m` lists": facts.npu_smi}
     return [
-        node.warning(
+        Finding(
+            facts.address,
+            "warning",
             "VRA-213",
-            f"CANN counts {_format_count(cann_count, 'NPU')}, but {other} {number}. In a container with some of the "
+            f"CANN counts {format_count(cann_count, 'NPU')}, but {other} {number}. In a container with some of the "
             f"node's NPUs this is expected, and {VISIBLE_DEVICES} there takes CANN's numbers, from 0.",
             "Elsewhere `npu-smi info` shows which NPU is unhealthy.",
         )
@@ -285,10 +288,6 @@ def _restart_commands(node: _Node, prepare: str = "", resources: int = 0) -> str
     return ", then ".join(steps) + rejoin
 
 
-def _format_count(number: float, thing: str) -> str:
-    return f"{number:g} {thing}{'' if number == 1 else 's'}"
-
-
 def _format_range(numbers: tuple[int, ...]) -> str:
     contiguous = numbers == tuple(range(numbers[0], numbers[-1] + 1))
-    return f"{numbers[0]} to {numbers[-1]}" if contiguous and len(numbers) > 1 else ", ".join(map(str, numbers))
+    return f"{numbers[0]} to {numbers[-1]}" if contiguous and len(numbers) > 1 else join(numbers)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import msgspec
 
 Severity = Literal["error", "warning", "info", "unknown"]
 """An error makes an engine fail, a warning may. ``unknown``: the source of a check is missing, which is never ok."""
+WORST_FIRST: tuple[Severity, ...] = ("error", "warning", "unknown", "info")
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -32,3 +34,13 @@ class Finding(msgspec.Struct, frozen=True):
         npu = "" if self.physical_id is None else f", NPU {self.physical_id}"
         place = f"node {self.address}{npu}: " if self.address else ""
         return f"{self.code}: {place}{' '.join(filter(None, [self.text, self.remedy]))}"
+
+
+def format_count(number: float, thing: str) -> str:
+    """Return a number of things in words: "2 NPUs"."""
+    return f"{number:g} {thing}{'' if number == 1 else 's'}"
+
+
+def join(values: Iterable[object]) -> str:
+    """Return values as a list in a text."""
+    return ", ".join(map(str, values))

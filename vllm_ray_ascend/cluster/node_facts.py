@@ -11,10 +11,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_ray_ascend import __version__
 from vllm_ray_ascend.compat.versions import installed
@@ -27,6 +27,10 @@ SWITCHES = (PREFIX, "VLLM_PLUGINS")
 
 LIMIT_S = 10.0
 """Seconds that CANN's count may take: without it an engine does not start."""
+LATE = "no answer in time"
+STUCK = "does not end, not even when it is killed: the NPU's driver hangs"
+_AFTER_KILL_S = 1.0
+"""For a process to be gone. One that waits inside the driver stays, whoever waits for it."""
 _COUNT, _FAILED, _ACL = "npus=", "failed=", "acl=yes"  # prefixes, because CANN may log to standard output
 _COUNT_SCRIPT = f"""
 import ctypes
@@ -37,6 +41,14 @@ import acl
 acl.rt.get_device_count
 print("{_ACL}")
 """
+
+
+class ProgramOutput(NamedTuple):
+    """What a program wrote, and its exit code: None where it did not end in time, and ``stderr`` says that alone."""
+
+    code: int | None
+    stdout: str
+    stderr: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,15 +92,24 @@ def collect_node_facts(address: str = "", limit_s: float = LIMIT_S) -> NodeFacts
 
     What cannot be determined is None: nothing is raised.
     """
+    return collect_facts_and_list(address, limit_s)[0]
+
+
+def collect_facts_and_list(address: str, limit_s: float) -> tuple[NodeFacts, ProgramOutput | None]:
+    """Return these facts, and what `npu-smi info -m` wrote; None without npu-smi."""
     deadline = time.monotonic() + limit_s
     started = raylet_environment()
     unlimited = {name: value for name, value in os.environ.items() if name != VISIBLE_DEVICES}
-    cann = _start_process([sys.executable, "-c", _COUNT_SCRIPT], unlimited)  # in parallel: each can take long
-    smi = _start_process(["npu-smi", "info", "-m"], unlimited)
-    stdout, stderr = _wait_for_output(cann, deadline)
-    dies = tuple(parse_npu_smi(_wait_for_output(smi, deadline)[0]))
-    cann_devices, cann_error, acl_importable = parse_cann_output(stdout, stderr)
-    return NodeFacts(
+    cann = start_program([sys.executable, "-c", _COUNT_SCRIPT], unlimited)  # in parallel: each can take long
+    try:
+        smi = start_program(["npu-smi", "info", "-m"], unlimited, subprocess.STDOUT)
+    except OSError:
+        smi = None
+    counted = wait_for_output(cann, deadline)
+    listed = wait_for_output(smi, deadline) if smi else None
+    dies = tuple(parse_npu_smi(listed.stdout)) if listed else ()
+    cann_devices, cann_error, acl_importable = parse_cann_output(counted.stdout, counted.stderr)
+    facts = NodeFacts(
         address=address,
         hostname=socket.gethostname(),
         visible_devices=started.get(VISIBLE_DEVICES),
@@ -102,6 +123,7 @@ def collect_node_facts(address: str = "", limit_s: float = LIMIT_S) -> NodeFacts
         switches={name: started[name] for name in SWITCHES if name in started},
         versions={"vllm-ray-ascend": __version__, "vllm-ascend": installed("vllm-ascend")},
     )
+    return facts, listed
 
 
 def raylet_environment() -> Mapping[str, str]:
@@ -132,28 +154,32 @@ def _device_file_numbers() -> tuple[int, ...]:
     return tuple(sorted(int(number) for number in numbers if number.isdecimal()))
 
 
-def _start_process(command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[str] | None:
+def start_program(
+    command: Sequence[str], environment: Mapping[str, str] | None = None, stderr: int = subprocess.PIPE
+) -> subprocess.Popen[str]:
+    """Start a program for `wait_for_output`. Raise OSError where it is not there, or cannot be run."""
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        errors="replace",
+    )
+
+
+def wait_for_output(process: subprocess.Popen[str], deadline: float) -> ProgramOutput:
+    """Return what a program wrote. At the deadline it is killed, and left alone where it stays all the same."""
     try:
-        return subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-        )
-    except OSError:
-        return None
-
-
-def _wait_for_output(process: subprocess.Popen[str] | None, deadline: float) -> tuple[str, str]:
-    """Return what the process wrote to standard output and error; it is killed at the deadline."""
-    if process is None:
-        return "", "it could not be started"
-    with process:
-        try:
-            return process.communicate(timeout=max(deadline - time.monotonic(), 0.1))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return process.communicate()[0], "no answer in time"
+        stdout, stderr = process.communicate(timeout=max(deadline - time.monotonic(), 0.1))
+        return ProgramOutput(process.returncode, stdout, stderr or "")
+    except subprocess.TimeoutExpired:
+        process.kill()
+    try:
+        return ProgramOutput(None, process.communicate(timeout=_AFTER_KILL_S)[0], LATE)
+    except subprocess.TimeoutExpired as late:  # `with process` would wait for it without a limit
+        for pipe in filter(None, (process.stdout, process.stderr)):
+            pipe.close()
+        written = (late.output or b"").decode(errors="replace")
+        return ProgramOutput(None, written, LATE if process.poll() is not None else f"it {STUCK}")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
 from vllm_ray_ascend.cluster.device_users import DeviceUser
-from vllm_ray_ascend.cluster.findings import Finding, Severity
+from vllm_ray_ascend.cluster.findings import WORST_FIRST, Finding
 from vllm_ray_ascend.cluster.registry import EngineRecord, RankRecord, engine_names
 from vllm_ray_ascend.cluster.topology import NodeTopology, Npu, NpuOwner, Topology
 
@@ -17,7 +17,6 @@ Engines = Mapping[tuple[str, int], tuple[int, EngineRecord, str]]
 _GOLDEN_ANGLE = 137.5
 """Degrees between the hues of neighbours: those of any count of engines or stages are far apart."""
 _FIRST_HUE = 210
-_WORST_FIRST: tuple[Severity, ...] = ("error", "warning", "unknown", "info")
 _ENGINE_COLUMNS = ("engine", "ranks", "TP", "PP", "nodes", "since", "driver", "placement group")
 _LINK_COLUMNS = ("engine", "traffic", "from", "to", "doctor on these NPUs and nodes")
 _SYMBOLS = {"error": "✖", "warning": "▲", "unknown": "?", "info": "i", "ok": "✔"}
@@ -180,7 +179,7 @@ def _is_about(finding: Finding, ranks: Sequence[RankRecord]) -> bool:
 
 def _finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
     yield "<h2>Findings of doctor</h2>"
-    for finding in sorted(findings, key=lambda each: _WORST_FIRST.index(each.severity)):
+    for finding in sorted(findings, key=lambda each: WORST_FIRST.index(each.severity)):
         yield _finding_line(finding)
     if not findings:
         yield "<p>none</p>"
@@ -207,7 +206,7 @@ def _mark(severity: str) -> str:
 
 def _worst(findings: Sequence[Finding]) -> str:
     severities = {finding.severity for finding in findings if finding.severity != "info"}
-    return next((severity for severity in _WORST_FIRST if severity in severities), "ok")
+    return next((severity for severity in WORST_FIRST if severity in severities), "ok")
 
 
 def _format_time(seconds: float) -> str:

@@ -15,7 +15,7 @@ import msgspec
 
 from vllm_ray_ascend.cluster.node_facts import raylet_environment
 from vllm_ray_ascend.compat.ray_processes import session_log_folder
-from vllm_ray_ascend.environment.redact import redact_text, secrets_of
+from vllm_ray_ascend.environment.redact import redact_json, redact_text, secrets_of
 
 
 class _Rank(msgspec.Struct):
@@ -41,9 +41,10 @@ def collect_files(limit_bytes: int, pids: Collection[int] = ()) -> Files:
 
     ``pids`` are the processes of engines on this node whose plog is wanted; those of recorded failures are added.
     """
-    environment = {**os.environ, **raylet_environment()}
+    started = raylet_environment()
+    secrets = secrets_of(started) | secrets_of(os.environ)  # of one name the two may have different ones
     logs = session_log_folder() or _LATEST_SESSION
-    return collect_from(logs, plog_folder(environment), secrets_of(environment), limit_bytes, pids)
+    return collect_from(logs, plog_folder({**os.environ, **started}), secrets, limit_bytes, pids)
 
 
 def collect_from(
@@ -57,7 +58,10 @@ def collect_from(
     plogs = _newest(path for path in plog.glob(_PLOG) if path.name.removeprefix("plog-").partition("_")[0] in wanted)
     texts |= {f"ray/{path.name}": text for path, text in _ends(ray_logs, limit_bytes)}
     texts |= {f"plog/{path.relative_to(plog)}": text for path, text in _ends(plogs, limit_bytes)}
-    return {name: zlib.compress(redact_text(text, secrets).encode()) for name, text in texts.items()}
+    return {
+        name: zlib.compress((redact_json if name in records else redact_text)(text, secrets).encode())
+        for name, text in texts.items()
+    }
 
 
 def plog_folder(environment: Mapping[str, str]) -> Path:

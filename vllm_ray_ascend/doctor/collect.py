@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import pwd
+import re
 import shutil
 import socket
 import subprocess
@@ -23,11 +24,29 @@ from typing import Any, TypeVar
 import msgspec
 
 from vllm_ray_ascend.addresses import split_host_port
-from vllm_ray_ascend.cluster.node_facts import LIMIT_S, NodeFacts, collect_node_facts, raylet_environment
+from vllm_ray_ascend.cluster.node_facts import (
+    LATE,
+    LIMIT_S,
+    STUCK,
+    NodeFacts,
+    ProgramOutput,
+    collect_facts_and_list,
+    raylet_environment,
+    start_program,
+    wait_for_output,
+)
 from vllm_ray_ascend.compat.versions import installed
 from vllm_ray_ascend.devices.cards import Die
 from vllm_ray_ascend.doctor import parsers
-from vllm_ray_ascend.doctor.queries import HCCN_TOOL, PROCESSES, command_lines, second_command_lines
+from vllm_ray_ascend.doctor.queries import (
+    HCCN_TOOL,
+    LIST,
+    NPU_SMI,
+    PROCESSES,
+    SERVE_LLM,
+    command_lines,
+    second_command_lines,
+)
 from vllm_ray_ascend.doctor.records import (
     DeviceFile,
     Holder,
@@ -50,9 +69,15 @@ Run = Callable[[str], Output]
 """Runs a command line and returns its output."""
 
 PACKAGES = ("vllm", "vllm-ascend", "vllm-ray-ascend", "ray", "torch", "torch-npu")
+_RAYLET = "RAY_RAYLET_PID"
+"""Set by each raylet for what it starts."""
 _ALSO = ("RAY_AUTH_MODE", "RAY_ADDRESS")
 _AT_ONCE = 8
 _CONNECT_S = 3.0
+_LITTLE_S = 1.0
+"""For /proc, after the deadline as well: only what waits inside the driver is not read at once."""
+_NAMED_FILES = ("HCCL_WHITELIST_FILE",)
+_PINNED = re.compile(r"(torch|torch[-_]npu) ?\(?== ?([\w.+]+)")
 _CUDA_ONLY = ("nvidia-", "flashinfer", "xformers")
 _DRIVER, _ASCEND = "usr/local/Ascend/driver", "usr/local/Ascend"
 _TOOLKIT_INFO = ("ascend_toolkit_install.info", "*-linux/ascend_toolkit_install.info", "version.cfg")
@@ -75,39 +100,43 @@ def collect_record(
     peers: Sequence[str] = (),
     limit_s: float = 20.0,
     root: Path = Path("/"),
-    run: Run | None = None,
 ) -> NodeRecord:
     """Return what the checks need of this node, whose address for Ray is ``address``, within ``limit_s`` seconds.
 
-    ``commands`` are those of queries, ``peers`` HOST:PORT of the other nodes' raylets. Files are read below ``root``,
-    commands are given to ``run``.
+    ``commands`` are those of queries, and SERVE_LLM; ``peers`` HOST:PORT of the other nodes' raylets. Files are read
+    below ``root``.
     """
     started, deadline = time.time(), time.monotonic() + limit_s
-    pool = ThreadPoolExecutor(2)  # what waits for the network does so meanwhile
+    pool = ThreadPoolExecutor(4)  # what waits for the network, or for a driver that hangs, does so meanwhile
     environment = raylet_environment()
     unreachable, own_addresses = pool.submit(_unreachable, peers), pool.submit(_own_addresses, environment)
-    facts = collect_node_facts(address, min(limit_s, max(LIMIT_S, limit_s / 2)))
+    devices = pool.submit(_device_files, root, _open_error)
+    facts, listed = collect_facts_and_list(address, min(limit_s, max(LIMIT_S, limit_s / 2)))
     listening_ports, first_port = _listening_ports(), read_first_port()
     driver = _driver_folder(environment, root)
-    outputs = _run_commands(run or partial(run_command, driver=driver, deadline=deadline), facts.dies, commands)
+    listing = {LIST: _as_output(NPU_SMI, listed) if listed else Output(None, f"{NPU_SMI} is not there")}
+    outputs = listing | _run_commands(partial(run_command, driver=driver, deadline=deadline), facts.dies, commands)
     cann = _cann_home(environment, root)
+    holders = pool.submit(_holders, outputs, facts)
     return NodeRecord(
         address=address,
         facts=facts,
         root=os.geteuid() == 0,
         outputs=outputs,
         files=_read_files(driver, cann, root),
-        devices=_device_files(root),
+        devices=_result(devices, deadline, {}) or _device_files(root, lambda path: LATE),
         environment=_known_variables(environment),
         versions={**{package: installed(package) for package in PACKAGES}, "Python": python_version()},
         cuda_packages=_cuda_requirements(),
-        serve_llm_lacks=names_missing_here(),
+        pins=_pins(),
+        missing_files=[name for name in _NAMED_FILES if (path := environment.get(name)) and not Path(path).is_file()],
+        serve_llm_lacks=names_missing_here() if SERVE_LLM in commands else [],
         cann_home=str(cann or ""),
         nnal=[str(path) for path in sorted((root / _ASCEND).glob("nnal/atb/*/version.info"))],
         limits=_raylet_limits(),
         user=_user(),
         shared_memory=_shared_memory(),
-        holders=_holders(outputs, facts),
+        holders=_result(holders, max(deadline, time.monotonic() + _LITTLE_S), {}),
         listening_ports=listening_ports,
         port_holders=_port_holders({port for port in listening_ports or () if port >= first_port}),
         first_port=first_port,
@@ -141,23 +170,19 @@ def run_command(line: str, driver: Path, deadline: float) -> Output:
     program = shutil.which(name) or (shutil.which(driver / "tools" / name) if name == HCCN_TOOL else None)
     if program is None:
         return Output(None, f"{name} is not there")
-    left_s = deadline - time.monotonic()
+    if time.monotonic() >= deadline:
+        return Output(None, f"{name} was not run, since no time was left")
     try:
-        done = subprocess.run(
-            [program, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=max(left_s, 0.1),
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return Output(None, f"{name} gave no answer in time")
+        process = start_program([program, *arguments], stderr=subprocess.STDOUT)
     except OSError as error:
         return Output(None, f"{name} could not be run ({error.strerror})")
-    return Output(done.returncode, done.stdout)
+    return _as_output(name, wait_for_output(process, deadline))
+
+
+def _as_output(name: str, written: ProgramOutput) -> Output:
+    if written.code is not None:
+        return Output(written.code, written.stdout)
+    return Output(None, f"{name} {STUCK if STUCK in written.stderr else f'gave {LATE}'}")
 
 
 def _run_commands(run: Run, dies: Sequence[Die], commands: Sequence[str]) -> dict[str, Output]:
@@ -212,18 +237,18 @@ def _read(path: Path) -> str | None:
 _DEVICE_FILES = ("davinci[0-9]*", "davinci_manager", "devmm_svm", "hisi_hdc")
 
 
-def _device_files(root: Path) -> dict[str, DeviceFile]:
+def _device_files(root: Path, open_error: Callable[[Path], str]) -> dict[str, DeviceFile]:
     folder = root / "dev"
     paths = (path for pattern in _DEVICE_FILES for path in sorted(folder.glob(pattern)))
-    return {path.name: found for path in paths if (found := _device_file(path))}
+    return {path.name: found for path in paths if (found := _device_file(path, open_error))}
 
 
-def _device_file(path: Path) -> DeviceFile | None:
+def _device_file(path: Path, open_error: Callable[[Path], str]) -> DeviceFile | None:
     try:
         status = path.stat()
     except OSError:
         return None
-    return DeviceFile(mode=status.st_mode & 0o777, uid=status.st_uid, gid=status.st_gid, error=_open_error(path))
+    return DeviceFile(mode=status.st_mode & 0o777, uid=status.st_uid, gid=status.st_gid, error=open_error(path))
 
 
 def _open_error(path: Path) -> str:
@@ -254,8 +279,17 @@ def _cuda_requirements() -> list[str]:
     )
 
 
+def _pins() -> dict[str, str]:
+    """Return the versions of torch and torch-npu with which vllm-ascend was built, as its metadata names them."""
+    try:
+        required = requires("vllm-ascend") or []
+    except PackageNotFoundError:
+        return {}
+    return {found[1].replace("_", "-"): found[2] for each in required if (found := _PINNED.match(each))}
+
+
 def _raylet_limits() -> dict[str, Limit]:
-    text = _read(Path("/proc") / os.environ.get("RAY_RAYLET_PID", "self") / "limits") or ""
+    text = _read(Path("/proc") / os.environ.get(_RAYLET, "self") / "limits") or ""
     return {name: Limit(*limits) for name, limits in parsers.parse_limits(text).items()}
 
 
@@ -287,13 +321,29 @@ def _holder(pid: int) -> Holder | None:
 
     try:
         process = psutil.Process(pid)
-        above = {parent.pid for parent in process.parents()}
-        of_ray = os.environ.get("RAY_RAYLET_PID", "") in map(str, above) or "RAY_RAYLET_PID" in process.environ()
+        above = {str(parent.pid) for parent in process.parents()}
+        raylet, own = _raylet_of(process), os.environ.get(_RAYLET, "")
+        of_ray = own in above or (raylet != "" and (raylet == own or _is_raylet(raylet)))
         name = _process_name(pid)
         command = redact_value("", " ".join(process.cmdline())) or name
-        return Holder(name=name, command=command, of_ray=of_ray)
     except (psutil.Error, OSError):
         return None
+    return Holder(name=name, command=command, of_ray=of_ray, leftover=raylet != "" and not of_ray)
+
+
+def _raylet_of(process: Any) -> str:
+    """Return the id of the raylet that started a process, or one above it; empty where it does not say."""
+    import psutil
+
+    try:
+        return str(process.environ().get(_RAYLET, ""))
+    except psutil.AccessDenied:  # another user's: not started by this Ray
+        return ""
+
+
+def _is_raylet(pid: str) -> bool:
+    """Return whether a raylet lives that has this id, which another process may have by now."""
+    return pid.isdigit() and _process_name(int(pid)) == "raylet"
 
 
 def _listening_ports() -> list[int] | None:
@@ -322,7 +372,7 @@ def _process_name(pid: int) -> str:
 
 
 def _worker_ports() -> tuple[int, int] | None:
-    command = _read(Path("/proc") / os.environ.get("RAY_RAYLET_PID", "self") / "cmdline") or ""
+    command = _read(Path("/proc") / os.environ.get(_RAYLET, "self") / "cmdline") or ""
     return parsers.parse_worker_ports(command.replace("\0", " "))
 
 

@@ -49,8 +49,9 @@ def snapshot_of_cluster(
     _require_all_found(only, [rows[node.node_id] for node in nodes], rows.values())
     snapshot = snapshot_of_nodes(nodes, list(rows), level, commands, limit_s, with_pings=with_pings)
     asked = {node.node_id for node in nodes}
-    left_out = [node.address for node in everywhere if node.node_id not in asked]
-    return replace(snapshot, left_out=sorted(left_out))
+    left_out = [node for node in everywhere if node.node_id not in asked]
+    npus = sum(node.npus for node in left_out)
+    return replace(snapshot, left_out=sorted(node.address for node in left_out), left_out_npus=npus)
 
 
 def snapshot_of_nodes(

@@ -7,17 +7,16 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from msgspec.structs import replace
 
 from vllm_ray_ascend.cluster.audit import UNANSWERED, Driver, unreachable_finding
-from vllm_ray_ascend.cluster.findings import Finding, Severity
+from vllm_ray_ascend.cluster.findings import WORST_FIRST, Finding, Severity, join
 from vllm_ray_ascend.doctor.checks import CHECKS
 from vllm_ray_ascend.doctor.compare import changes_between
 from vllm_ray_ascend.doctor.links import judge_links
 from vllm_ray_ascend.doctor.records import ExitCode, Level, NodeRecord, NodeSummary, Report, Snapshot, Status
-from vllm_ray_ascend.doctor.views import Check, NodeView, has_npus
+from vllm_ray_ascend.doctor.views import Check, NodeView, has_npus, with_roce
 from vllm_ray_ascend.errors import DoctorError
 
 EXIT_CODES: Mapping[Status, ExitCode] = {"ok": 0, "warning": 1, "critical": 2, "unknown": 3}
 """As monitoring systems take them from plugins of Nagios."""
-_WORST_FIRST = ("error", "warning", "unknown", "info")
 
 
 def choose_checks(level: Level, only: Collection[str] = (), skipped: Collection[str] = ()) -> list[Check]:
@@ -39,7 +38,7 @@ def checks_of_full_level(made: Collection[str]) -> list[str]:
 def make_report(snapshot: Snapshot, checks: Sequence[Check], before: Snapshot | None = None) -> Report:
     """Return the report of a snapshot; with what has changed since the one ``before``."""
     found = map(_of_command, find(snapshot, checks))
-    findings = sorted(found, key=lambda finding: _WORST_FIRST.index(finding.severity))
+    findings = sorted(found, key=lambda finding: WORST_FIRST.index(finding.severity))
     status = status_of(findings)
     return Report(
         version=snapshot.version,
@@ -70,10 +69,11 @@ def find(snapshot: Snapshot, checks: Sequence[Check]) -> list[Finding]:
         unreachable_finding(failure.address, failure.npus, failure.reason, snapshot.version)
         for failure in snapshot.failures
     ]
-    if not failures and not any(node.has_npus for node in nodes):
+    if not failures and not snapshot.left_out_npus and not any(node.has_npus for node in nodes):
         return [_no_npus()]
     checked = [replace(finding, check=check.name) for check in checks for finding in _run(check, nodes)]
-    return [*failures, *checked, *judge_links(snapshot.links, snapshot.busy), *_not_compared(snapshot, checks)]
+    notes = [*_not_compared(snapshot, checks), *_not_made(nodes, checks)]
+    return [*failures, *checked, *judge_links(snapshot.links, snapshot.busy), *notes]
 
 
 def _of_command(finding: Finding) -> Finding:
@@ -91,9 +91,33 @@ def _not_compared(snapshot: Snapshot, checks: Sequence[Check]) -> Iterator[Findi
             "",
             "info",
             "VRA-623",
-            f"{', '.join(names)} compare nodes, and have left out {', '.join(snapshot.left_out)}.",
+            f"{join(names)} compare nodes, and have left out {join(snapshot.left_out)}.",
             "Without --nodes they compare all.",
         )
+
+
+def _not_made(nodes: Iterable[NodeView], checks: Sequence[Check]) -> Iterator[Finding]:
+    """Yield notes of what is not judged of a node that was looked at alone."""
+    for node in nodes:
+        if node.several is not None:
+            continue
+        if names := [check.name for check in checks if check.of_cluster or check.of_ray]:
+            yield node.finding(
+                "info",
+                "VRA-624",
+                "this node was looked at alone: what Ray has of it, and what other nodes have, is left out of "
+                f"{join(names)}.",
+                "`vllm-ray-ascend doctor` without --local, once Ray runs.",
+            )
+        roce = [check.name for check in checks if check.applies is with_roce]
+        if node.has_npus and not node.has_roce and roce:
+            yield node.finding(
+                "info",
+                "VRA-625",
+                f"its RoCE ports have no addresses, and {join(roce)} were left out.",
+                "Where it is to work with other nodes, give each port one, `sudo hccn_tool -i NPU -ip -s address "
+                "ADDRESS netmask NETMASK`, then `vllm-ray-ascend doctor --local` again.",
+            )
 
 
 def _run(check: Check, nodes: Sequence[NodeView]) -> Iterator[Finding]:
@@ -110,7 +134,8 @@ def _run(check: Check, nodes: Sequence[NodeView]) -> Iterator[Finding]:
 
 def _views(snapshot: Snapshot) -> list[NodeView]:
     driver = Driver(snapshot.versions, snapshot.switches)
-    several = sum(map(has_npus, snapshot.nodes)) + len(snapshot.failures) > 1
+    others = len(snapshot.failures) + (snapshot.left_out_npus > 0)
+    several = sum(map(has_npus, snapshot.nodes)) + others > 1 if snapshot.head_address else None
     return [
         NodeView(record, several=several, head_address=snapshot.head_address, driver=driver)
         for record in snapshot.nodes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Collection, Iterator, Sequence
 
-from vllm_ray_ascend.cluster.findings import Finding
+from vllm_ray_ascend.cluster.findings import Finding, Severity
 from vllm_ray_ascend.doctor.records import Link
 
 SLOW_FACTOR = 3.0
@@ -61,11 +61,11 @@ def _slow(links: Sequence[Link]) -> Iterator[Finding]:
                     f"HCCL's {name.removesuffix('_s').replace('_', '-')} with NPU {link.second_physical_id} of "
                     f"{link.second} takes {seconds * 1000:.1f} ms, of {len(timed)} pairs the median is "
                     f"{median * 1000:.1f} ms.",
-                    f"`hccn_tool -i {link.first_physical_id} -speed -g`, `-stat -g` and `-lldp -g` show port, errors "
-                    "and switch; compare with another node.",
+                    f"`sudo hccn_tool -i {link.first_physical_id} -speed -g`, `-stat -g` and `-lldp -g` show port, "
+                    "errors and switch; compare with another node.",
                 )
 
 
-def _finding(link: Link, severity: str, code: str, text: str, remedy: str) -> Finding:
+def _finding(link: Link, severity: Severity, code: str, text: str, remedy: str) -> Finding:
     values = {"second": link.second, "second_physical_id": link.second_physical_id}
-    return Finding(link.first, severity, code, text, remedy, link.first_physical_id, _CHECK, values)  # type: ignore[arg-type]
+    return Finding(link.first, severity, code, text, remedy, link.first_physical_id, _CHECK, values)

@@ -7,6 +7,7 @@ line anywhere.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 Bounds = tuple[tuple[int, ...], tuple[int, ...]]
@@ -42,11 +43,12 @@ class DeviceAddress(NamedTuple):
 
 
 class SuperPod(NamedTuple):
-    """Where an NPU of Atlas A3 stands in its super pod."""
+    """Where an NPU of Atlas A3 stands in its super pod. ``pod``: which one; None where the tool does not say."""
 
     sdid: int
     size: int
     server_index: int
+    pod: int | None = None
 
 
 class LinkHistory(NamedTuple):
@@ -56,10 +58,28 @@ class LinkHistory(NamedTuple):
     downs: int
 
 
+def fields(text: str, name: str) -> list[str]:
+    """Return the values of all lines `name : value`, whatever their case; lines may begin with a `[devid 0]`."""
+    line = rf"^[^\S\n]*(?:\[[^\]\n]*\])?[^\S\n]*{name}[^\S\n]*:[^\S\n]*(\S.*?)?[^\S\n]*$"
+    return [found[1] or "" for found in re.finditer(line, text, re.I | re.M)]
+
+
 def field(text: str, name: str) -> str | None:
-    """Return the value of the first line `name : value`, whatever its case; lines may begin with a `[devid 0]`."""
-    found = re.search(rf"^[^\S\n]*(?:\[[^\]\n]*\])?[^\S\n]*{name}[^\S\n]*:[^\S\n]*(\S.*?)?[^\S\n]*$", text, re.I | re.M)
-    return None if found is None else found[1] or ""
+    """Return the value of the first such line."""
+    return next(iter(fields(text, name)), None)
+
+
+_NOTHING = ("", "-", "NA", "N/A")
+
+
+def states(text: str, name: str) -> list[str]:
+    """Return the values of these lines, without those by which the tool says that it has none."""
+    return [value for value in fields(text, name) if value.upper() not in _NOTHING]
+
+
+def state(text: str, name: str) -> str | None:
+    """Return the first of these values."""
+    return next(iter(states(text, name)), None)
 
 
 def number(text: str, name: str) -> int | None:
@@ -70,9 +90,9 @@ def number(text: str, name: str) -> int | None:
 
 def parse_health(text: str) -> Health | None:
     """Return the state in `npu-smi info -t health`. An alarm may have several codes, with blank lines between."""
-    state = field(text, r"health(?: status)?")
+    health = state(text, r"health(?: status)?")
     codes = dict.fromkeys(re.findall(r"\b(?:0x)?[0-9A-F]{8}\b", text))
-    return Health(state, tuple(codes)) if state else None
+    return Health(health, tuple(codes)) if health else None
 
 
 def parse_ecc(text: str) -> EccErrors | None:
@@ -107,12 +127,12 @@ def parse_temperature(text: str) -> int | None:
 
 def parse_compatibility(text: str) -> str | None:
     """Return whether driver and firmware fit, as `npu-smi info -t board` says: "OK", "NOK" or "Unknown"."""
-    return field(text, "compatibility")
+    return state(text, "compatibility")
 
 
 def parse_hccs(text: str) -> str | None:
     """Return the state of a die's HCCS links in `npu-smi info -t hccs`."""
-    return field(text, "hccs health status")
+    return state(text, "hccs health status")
 
 
 def parse_super_pod(text: str) -> SuperPod | None:
@@ -120,20 +140,20 @@ def parse_super_pod(text: str) -> SuperPod | None:
     sdid, server = number(text, "sdid"), number(text, "server index")
     if sdid is None or server is None:
         return None
-    return SuperPod(sdid, number(text, "super pod size") or 0, server)
+    return SuperPod(sdid, number(text, "super pod size") or 0, server, number(text, "super pod id"))
 
 
 def parse_link(text: str) -> str | None:
-    """Return UP or DOWN in `hccn_tool -link -g`, or `-vnic -g`."""
-    found = re.search(r"link status *: *(up|down)\b", text, re.I)
-    return found[1].upper() if found else None
+    """Return UP or DOWN in `hccn_tool -link -g`, or `-vnic -g`; DOWN if any of several ports is."""
+    states = {found.upper() for found in re.findall(r"link status *: *(up|down)\b", text, re.I)}
+    return "DOWN" if "DOWN" in states else next(iter(states), None)
 
 
 def parse_device_address(text: str) -> DeviceAddress | None:
     """Return the address in `hccn_tool -ip -g`; "no ip was preset there" is one without."""
     if "no ip was preset" in text:
         return DeviceAddress("", "")
-    address = field(text, "ipaddr(?:ess)?")
+    address = state(text, "ipaddr(?:ess)?")
     return DeviceAddress(address, field(text, "netmask") or "") if address else None
 
 
@@ -146,8 +166,12 @@ def parse_gateway(text: str) -> str | None:
 
 
 def parse_net_health(text: str) -> str | None:
-    """Return the state in `hccn_tool -net_health -g`: Success, Init, Socket fail, Receive timeout and others."""
-    return field(text, "net health status") or None
+    """Return the state in `hccn_tool -net_health -g`: Success, Init, Socket fail, Receive timeout and others.
+
+    Of several ports it is that of the first one that is no success.
+    """
+    found = states(text, "net health status")
+    return next((each for each in found if each.lower() != "success"), next(iter(found), None))
 
 
 def parse_detected_address(text: str) -> str | None:
@@ -198,6 +222,21 @@ def parse_properties(text: str) -> dict[str, str]:
     """Return the `name=value` lines of a version.info, or of an install.info."""
     pairs = (line.partition("=") for line in text.splitlines() if "=" in line)
     return {name.strip(): value.strip().strip('"') for name, _, value in pairs}
+
+
+def parse_cann_version(properties: Mapping[str, str]) -> str:
+    """Return CANN's release in the properties of its install.info, or of its version.cfg; empty where there is none.
+
+    A version.cfg has lines such as `toolkit_running_version=[7.1.0.3.220:8.0.RC1]`.
+    """
+    running = (properties.get(f"{part}_running_version", "") for part in ("toolkit", "runtime", "compiler"))
+    releases = (each.strip("[] ").rpartition(":")[2] for each in running)
+    return properties.get("version") or properties.get("Version") or next(filter(None, releases), "")
+
+
+def parse_configured_addresses(text: str) -> dict[int, str]:
+    """Return the addresses of RoCE ports by NPU in /etc/hccn.conf, lines such as `address_0=192.168.1.10`."""
+    return {int(npu): address for npu, address in re.findall(r"^address_(\d{1,4}) *= *(\S+)", text, re.M | re.ASCII)}
 
 
 def parse_ranges(text: str) -> list[Bounds]:

@@ -64,6 +64,9 @@ LINK_HISTORY = _hccn("-link_stat", parsers.parse_link_history)
 ERRORS = _hccn("-stat", parsers.parse_errors, twice=True)
 VNIC = _hccn("-vnic", parsers.parse_link, only_a3=True)
 
+SERVE_LLM = "serve-llm"
+"""No command: asks for what Ray Serve LLM imports, for which files of Ray and vLLM are read."""
+
 QUERIES = {
     query.command: query
     for query in (
@@ -81,8 +84,7 @@ def is_a3(dies: Sequence[Die]) -> bool:
 
 def command_lines(dies: Sequence[Die], commands: Iterable[str]) -> list[str]:
     """Return every command line that asks these NPUs the queries with these commands, each once."""
-    lines = [LIST, *(query.line(die) for query in _queries_of(dies, commands) for die in dies)]
-    return list(dict.fromkeys(lines))
+    return list(dict.fromkeys(query.line(die) for query in _queries_of(dies, commands) for die in dies))
 
 
 def second_command_lines(dies: Sequence[Die], commands: Iterable[str]) -> list[tuple[str, str]]:

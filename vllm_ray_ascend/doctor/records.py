@@ -21,7 +21,10 @@ class Output(msgspec.Struct, frozen=True):
 
 
 class DeviceFile(msgspec.Struct, frozen=True, kw_only=True):
-    """A device file, and what opening it for reading and writing says: the name of an error, such as EACCES, or ""."""
+    """A device file, and what opening it for reading and writing says: the name of an error, such as EACCES, or "".
+
+    "no answer in time" where that did not end.
+    """
 
     mode: int
     uid: int
@@ -45,12 +48,14 @@ class User(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Holder(msgspec.Struct, frozen=True, kw_only=True):
-    """A process of this node that npu-smi names. ``of_ray``: it descends from this node's raylet."""
+    """A process of this node that npu-smi names. ``of_ray``: it descends from this node's raylet, or one that lives."""
 
     name: str
     """The kernel's short name."""
     command: str
     of_ray: bool
+    leftover: bool = False
+    """A raylet started it that has ended."""
 
 
 class SharedMemory(msgspec.Struct, frozen=True):
@@ -92,8 +97,12 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Versions of packages, and of Python; None where not installed."""
     cuda_packages: list[str] = []
     """Packages that only vLLM's build for CUDA requires, as its metadata lists them."""
+    pins: dict[str, str] = {}
+    """Versions of torch and torch-npu that vllm-ascend requires, as its metadata names them."""
+    missing_files: list[str] = []
+    """Variables that name a file that is not there."""
     serve_llm_lacks: list[str] = []
-    """MODULE.NAME of what Ray Serve LLM imports of vLLM and vLLM does not have."""
+    """MODULE.NAME of what Ray Serve LLM imports of vLLM and vLLM does not have; collected on demand."""
     cann_home: str = ""
     """Where CANN was found; empty where it was not."""
     nnal: list[str] = []
@@ -165,6 +174,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     failures: list[Failure] = []
     left_out: list[str] = []
     """Addresses of live nodes that `--nodes` does not name."""
+    left_out_npus: float = 0
+    """NPUs that these declare to Ray."""
     links: list[Link] = []
     """Of `--deep`."""
     busy: list[str] = []

@@ -8,7 +8,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
-from vllm_ray_ascend.cluster.findings import Finding, Severity
+from vllm_ray_ascend.cluster.findings import WORST_FIRST, Finding, Severity, format_count, join
 from vllm_ray_ascend.doctor.records import Link, NodeSummary, Report
 
 Painter = Callable[[str, str], str]
@@ -16,9 +16,9 @@ Painter = Callable[[str, str], str]
 _COLOURS = {"error": "31", "warning": "33", "unknown": "35", "info": "36", "ok": "32", "critical": "31"}
 _WIDTH = 110
 _ENDLESS = 1 << 20
-_FOR_AN_NPU = re.compile(r"`(hccn_tool -i )(\d+)\b([^`]*)`")
+_FOR_AN_NPU = re.compile(r"`((?:sudo )?hccn_tool -i )(\d+)\b([^`]*)`")
 """A command to which the NPU's physical id is given; npu-smi takes that of a card."""
-_PLURAL: dict[Severity, str] = {"error": "errors", "warning": "warnings", "unknown": "unknown", "info": "notes"}
+_NOUNS: dict[Severity, str] = {"error": "error", "warning": "warning", "info": "note"}
 
 
 def format_report(
@@ -39,8 +39,8 @@ def format_report(
     missing = f" of {len(report.nodes) + len(report.unanswered)}" if report.unanswered else ""
     yield (
         f"vllm-ray-ascend {report.version} doctor: {len(report.nodes)}{missing} "
-        f"node{'' if len(report.nodes) == 1 and not missing else 's'}, {_count(npus, 'NPU')}, "
-        f"{_count(len(report.checks), 'check')} ({report.level})"
+        f"node{'' if len(report.nodes) == 1 and not missing else 's'}, {format_count(npus, 'NPU')}, "
+        f"{format_count(len(report.checks), 'check')} ({report.level})"
     )
     for node in report.nodes:
         yield f"  {_format_node(node)}: {_format_counts(report.findings, node.address) or paint('ok', 'ok')}"
@@ -53,7 +53,8 @@ def format_report(
     if compared_at is not None:
         yield ""
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(compared_at))
-        yield f"{_count(len(report.changes), 'change')} since the snapshot of {when}{':' if report.changes else '.'}"
+        changes = format_count(len(report.changes), "change")
+        yield f"{changes} since the snapshot of {when}{':' if report.changes else '.'}"
         for change in report.changes:
             yield f"  {change.address}: {change.what}: {_short(change.before)} -> {_short(change.now)}"
     yield ""
@@ -61,7 +62,7 @@ def format_report(
     yield f"{paint(report.status.upper(), report.status)}{f': {counts}' if counts else ''}"
     if not_made:
         yield (
-            f"Not made: {_count(len(not_made), 'check')} of level full, such as {not_made[0]} "
+            f"Not made: {format_count(len(not_made), 'check')} of level full, such as {not_made[0]} "
             "(`vllm-ray-ascend doctor --level full`)."
         )
 
@@ -69,7 +70,7 @@ def format_report(
 def _format_node(node: NodeSummary) -> str:
     versions = {"driver": node.driver, "CANN": node.cann}
     known = [f"{name} {version}" for name, version in versions.items() if version]
-    npus = f"{_count(node.npus, 'NPU')} {node.chip}".rstrip() if node.npus else "no NPUs"
+    npus = f"{format_count(node.npus, 'NPU')} {node.chip}".rstrip() if node.npus else "no NPUs"
     return f"{node.address} ({node.hostname}): {', '.join([npus, *known])}"
 
 
@@ -83,9 +84,9 @@ def _format_link(link: Link) -> str:
 def _format_counts(findings: Sequence[Finding], address: str | None = None) -> str:
     """Return how many findings there are of each severity, of one node or of all; empty where there is none."""
     counts = Counter(finding.severity for finding in findings if address in (None, finding.address))
-    return ", ".join(
-        f"{counts[severity]} {severity if counts[severity] == 1 and severity != 'info' else plural}"
-        for severity, plural in _PLURAL.items()
+    return join(
+        format_count(counts[severity], _NOUNS[severity]) if severity in _NOUNS else f"{counts[severity]} {severity}"
+        for severity in WORST_FIRST
         if counts[severity]
     )
 
@@ -101,9 +102,9 @@ def _group(findings: Sequence[Finding]) -> list[list[Finding]]:
 def _format_group(findings: Sequence[Finding], paint: Painter, width: int) -> Iterator[str]:
     first = findings[0]
     npus = list(dict.fromkeys(finding.physical_id for finding in findings if finding.physical_id is not None))
-    place = f"{first.address}{f', NPU {_join(npus)}' if npus else ''}: " if first.address else ""
+    place = f"{first.address}{f', NPU {join(npus)}' if npus else ''}: " if first.address else ""
     checks = list(dict.fromkeys(finding.check for finding in findings if finding.check))
-    yield f"{paint(first.severity.upper(), first.severity)} {first.code} [{_join(checks)}]"
+    yield f"{paint(first.severity.upper(), first.severity)} {first.code}{f' [{join(checks)}]' if checks else ''}"
     for text, indents in ((f"{place}{first.text}", ("  ", "  ")), (_remedy(findings), ("  -> ", "     "))):
         yield from textwrap.wrap(
             text, width, initial_indent=indents[0], subsequent_indent=indents[1], break_on_hyphens=False
@@ -122,14 +123,6 @@ def _remedy(findings: Sequence[Finding]) -> str:
 
 def _short(value: str | None) -> str:
     return "not there" if value is None else textwrap.shorten(value, 80, placeholder="...")
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"
-
-
-def _join(values: Sequence[object]) -> str:
-    return ", ".join(map(str, values))
 
 
 def _plain(text: str, _kind: str) -> str:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from vllm_ray_ascend.cluster.audit import Driver
 from vllm_ray_ascend.cluster.findings import Finding, Severity
+from vllm_ray_ascend.cluster.node_facts import STUCK
 from vllm_ray_ascend.devices.cards import Die
 from vllm_ray_ascend.doctor import parsers
-from vllm_ray_ascend.doctor.queries import HCCN_TOOL, LIST, Query, is_a3, ping_line
+from vllm_ray_ascend.doctor.queries import ADDRESS, HCCN_TOOL, LIST, Query, is_a3, ping_line
 from vllm_ray_ascend.doctor.records import Level, NodeRecord, Output, RayNode
 
 _MOUNT = {
     "hccn_tool": "In a container, mount the driver: `-v /usr/local/Ascend/driver:/usr/local/Ascend/driver:ro`.",
-    "npu-smi": "In a container, mount it: `-v /usr/local/bin/npu-smi:/usr/local/bin/npu-smi:ro`.",
+    "npu-smi": "In a container, mount it: `-v /usr/local/bin/npu-smi:/usr/local/bin/npu-smi:ro "
+    "-v /usr/local/dcmi:/usr/local/dcmi:ro`.",
 }
+_REBOOT = "`sudo dmesg` there may say why; what waits inside the driver ends with a reboot of the host."
 _AS_ROOT = "Start Ray as root there, or run `vllm-ray-ascend doctor --local` as root."
 
 K = TypeVar("K")
@@ -28,9 +30,12 @@ AtStart = Literal["skipped", "warns", "refuses"]
 
 
 class NodeView:
-    """One node. ``several``: whether other nodes of the cluster have NPUs too, so that the network between matters."""
+    """One node. ``several``: whether other nodes of the cluster have NPUs too, so that the network between matters.
 
-    def __init__(self, record: NodeRecord, *, several: bool, head_address: str, driver: Driver) -> None:
+    None: not known, since this node was looked at alone.
+    """
+
+    def __init__(self, record: NodeRecord, *, several: bool | None, head_address: str, driver: Driver) -> None:
         self.record = record
         self.several = several
         self.head_address = head_address
@@ -61,10 +66,22 @@ class NodeView:
         """Whether it has NPUs, or says so."""
         return has_npus(self.record)
 
-    @cached_property
-    def is_idle(self) -> bool:
-        """Whether Ray has given none of its NPUs to anybody."""
-        return self.ray is None or self.ray.free_npus >= self.ray.npus
+    @property
+    def is_idle(self) -> bool | None:
+        """Whether Ray has given none of its NPUs to anybody; None where Ray was not looked at."""
+        return None if self.ray is None else self.ray.free_npus >= self.ray.npus
+
+    @property
+    def has_roce(self) -> bool:
+        """Whether a RoCE port has an address, or is to have one; True where that is not known."""
+        answers = self.answers(ADDRESS)
+        is_known = self.dies and len(answers) == len(self.dies)
+        return not is_known or any(each.address for each in answers.values()) or bool(self.configured_addresses)
+
+    @property
+    def configured_addresses(self) -> dict[int, str]:
+        """The addresses of RoCE ports in /etc/hccn.conf, by NPU."""
+        return parsers.parse_configured_addresses(self.record.files.get("hccn.conf") or "")
 
     def answers(self, query: Query) -> dict[Die, Any]:
         """Return what the NPUs answered to a query; those that did not are in `unanswered`."""
@@ -102,8 +119,7 @@ class NodeView:
     @property
     def cann_version(self) -> str:
         """The release of CANN; empty where it is not known."""
-        properties = self.properties("cann")
-        return properties.get("version") or properties.get("Version", "")
+        return parsers.parse_cann_version(self.properties("cann"))
 
     def finding(
         self, severity: Severity, code: str, text: str, remedy: str, die: Die | None = None, **values: Any
@@ -134,9 +150,11 @@ class NodeView:
         tool = line.partition(" ")[0]
         if output.code is None and "is not there" in output.text:
             return _MOUNT[tool]
+        if output.code is None and STUCK in output.text:
+            return _REBOOT
         if tool == HCCN_TOOL and not self.record.root:
             return _AS_ROOT
-        return f"Run `{line}` there to see why."
+        return f"Run `{f'sudo {line}' if tool == HCCN_TOOL else line}` there to see why."
 
 
 class Check(NamedTuple):
@@ -155,6 +173,10 @@ class Check(NamedTuple):
     applies: Callable[[NodeView], bool] = lambda node: node.has_npus
     at_start: AtStart = "skipped"
     """Checks that are made before an engine starts have no ``queries``."""
+    of_ray: bool = False
+    """It judges what Ray has of the node, and finds nothing where Ray was not looked at."""
+    also: tuple[str, ...] = ()
+    """What else is collected for it alone, by names of queries.py."""
 
 
 def has_npus(record: NodeRecord) -> bool:
@@ -164,8 +186,13 @@ def has_npus(record: NodeRecord) -> bool:
 
 
 def on_several_nodes(node: NodeView) -> bool:
-    """Return whether NPUs of this node talk to those of other nodes."""
-    return node.has_npus and node.several
+    """Return whether NPUs of this node talk to those of other nodes, or may."""
+    return node.has_npus and node.several is not False
+
+
+def with_roce(node: NodeView) -> bool:
+    """Return whether NPUs of this node talk to those of other nodes through RoCE ports, or may."""
+    return on_several_nodes(node) and (node.several is True or node.has_roce)
 
 
 def on_a3(node: NodeView) -> bool:

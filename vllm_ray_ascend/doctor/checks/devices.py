@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from vllm_ray_ascend.cluster.audit import audit_node
-from vllm_ray_ascend.cluster.findings import Finding
+from vllm_ray_ascend.cluster.audit import audit_node, find_unequal_counts
+from vllm_ray_ascend.cluster.findings import Finding, Severity, format_count, join
+from vllm_ray_ascend.devices.cards import Die
 from vllm_ray_ascend.devices.visible import VISIBLE_DEVICES, usable_physical_ids
 from vllm_ray_ascend.doctor.queries import (
     ECC,
@@ -18,6 +19,7 @@ from vllm_ray_ascend.doctor.queries import (
     SUPER_POD,
     TEMPERATURE,
 )
+from vllm_ray_ascend.doctor.records import Holder
 from vllm_ray_ascend.doctor.views import Check, NodeView, on_a3
 
 _MANAGERS = ("davinci_manager", "devmm_svm", "hisi_hdc")
@@ -36,7 +38,7 @@ def _audit(name: str, summary: str, source: str) -> Check:
         found = audit_node(node.record.facts, node.ray.npus, node.ray.gpus, node.head_address, node.driver)
         yield from (finding for finding in found if finding.check == name)
 
-    return Check(name, summary, source, judge, at_start="refuses")
+    return Check(name, summary, source, judge, at_start="refuses", of_ray=True)
 
 
 def check_split_cards(node: NodeView) -> Iterator[Finding]:
@@ -51,16 +53,28 @@ def check_split_cards(node: NodeView) -> Iterator[Finding]:
             yield node.finding(
                 "warning",
                 "VRA-635",
-                f"{VISIBLE_DEVICES}={facts.visible_devices} names NPU {_list(sorted(usable & set(ids)))} of card "
-                f"{card}, whose dies are NPU {_list(ids)}: they share the card's bandwidth.",
+                f"{VISIBLE_DEVICES}={facts.visible_devices} names NPU {join(sorted(usable & set(ids)))} of card "
+                f"{card}, whose dies are NPU {join(ids)}: they share the card's bandwidth.",
                 f"Name both dies of a card in {VISIBLE_DEVICES} before `ray start` there, or none.",
                 card=card,
             )
 
 
 def check_device_files(node: NodeView) -> Iterator[Finding]:
-    """Yield an error for each file that every process needs beside its NPU's. CANN that counts NPUs has them."""
-    if node.record.facts.cann_devices:
+    """Yield an error for each file that every process needs beside its NPU's, and where those of the NPUs are missing.
+
+    CANN that counts NPUs has the former, but counts without the latter. Software NPUs have no files at all.
+    """
+    facts = node.record.facts
+    if facts.cann_devices and not facts.device_files and "davinci_manager" in node.record.devices:
+        yield node.finding(
+            "error",
+            "VRA-629",
+            f"CANN counts {format_count(facts.cann_devices, 'NPU')}, and none of their files /dev/davinci* is there, "
+            "without which none can be opened.",
+            "`docker run --device /dev/davinci0`, and so on for each NPU that it is to have.",
+        )
+    if facts.cann_devices:
         return
     for name in _MANAGERS:
         if name not in node.record.devices:
@@ -91,15 +105,15 @@ def check_device_access(node: NodeView) -> Iterator[Finding]:
         yield node.finding(
             "error",
             "VRA-632",
-            f"user {user.uid if user else '?'} (groups {_list(user.groups if user else [])}) may not open "
+            f"user {user.uid if user else '?'} (groups {join(user.groups if user else [])}) may not open "
             f"{_paths(names)}, of user {file.uid}, group {file.gid}, mode {file.mode:04o}.",
-            f"Add the user who runs `ray start` to the group: `usermod -aG $(getent group {file.gid} | cut -d: -f1) "
-            f"USER` (usually HwHiAiUser), or `docker run --group-add {file.gid}`, then restart Ray.",
+            "Add the user who runs `ray start` to the group, usually HwHiAiUser: `sudo usermod -aG "
+            f"$(getent group {file.gid} | cut -d: -f1) USER`, or `docker run --group-add {file.gid}`; restart Ray.",
             files=names,
         )
     errors.pop("", None)
     for error, names in errors.items():
-        yield node.unknown(f"opening {_paths(names)} ends with {error}", "`dmesg` on the host may say why.")
+        yield node.unknown(f"opening {_paths(names)} ends with {error}", "`sudo dmesg` on the host may say why.")
 
 
 def check_user(node: NodeView) -> Iterator[Finding]:
@@ -127,7 +141,8 @@ def check_npu_smi(node: NodeView) -> Iterator[Finding]:
         "error",
         "VRA-634",
         f"`{LIST}` lists no NPU; it ended with code {output.code}: {line!r}.",
-        "-8005 or -8020: another container has the NPUs, or the driver is not loaded: `lsmod | grep drv_`, `dmesg`.",
+        "-8005 or -8020: another container has the NPUs, or the driver is not loaded: `lsmod | grep drv_`, "
+        "`sudo dmesg`.",
         output=output.text[:400],
     )
 
@@ -140,7 +155,7 @@ def check_health(node: NodeView) -> Iterator[Finding]:
         yield node.finding(
             "warning" if health.state.upper() in ("WARNING", "UNKNOWN") else "error",
             "VRA-640",
-            f"its health is {health.state}{f', with the codes {_list(health.codes)}' if health.codes else ''}.",
+            f"its health is {health.state}{f', with the codes {join(health.codes)}' if health.codes else ''}.",
             f"`npu-smi info -t health -i {die.card} -c {die.chip}` there; look the codes up in the driver's health "
             "management manual, and leave the NPU out of ASCEND_RT_VISIBLE_DEVICES until it is well.",
             die,
@@ -179,7 +194,7 @@ def check_temperature(node: NodeView) -> Iterator[Finding]:
 
 
 def check_strangers(node: NodeView) -> Iterator[Finding]:
-    """Yield an error for each process that has memory of an NPU and is not of this Ray node.
+    """Yield a finding for each process that has memory of an NPU and is not of this Ray node.
 
     npu-smi counts processes as the host does: one that this node's /proc does not have is in another container, or in
     this one under another id. Then only an NPU that Ray has given to nobody shows it.
@@ -187,21 +202,48 @@ def check_strangers(node: NodeView) -> Iterator[Finding]:
     for die, processes in node.answers(PROCESSES).items():
         for process in processes:
             holder = node.record.holders.get(process.pid)
-            if holder and not holder.name.startswith(process.name):
+            if holder and not _is_same_name(holder.name, process.name):
                 holder = None  # another process, which has the same id in this container
-            if holder.of_ray if holder else not node.is_idle:
+            if not (severity := _stranger_severity(node, holder)):
                 continue
             command = holder.command[:80] if holder else f"{process.name or 'no name'}, not in this node's /proc"
-            end = f"End it (`kill {process.pid}`)" if holder else f"Find it on the host (`ps -p {process.pid}`), end it"
+            end = f"end it (`kill {process.pid}`)" if holder else f"find it on the host (`ps -p {process.pid}`), end it"
             yield node.finding(
-                "error",
+                severity,
                 "VRA-643",
-                f"process {process.pid} ({command}) has {process.megabytes} MB of its HBM and is not of this Ray node.",
-                f"{end}, or leave the NPU out of ASCEND_RT_VISIBLE_DEVICES before `ray start`.",
+                f"process {process.pid} ({command}) has {process.megabytes} MB of its HBM{_origin(severity, holder)}.",
+                f"Unless it is meant to have it, {end}, or leave the NPU out of ASCEND_RT_VISIBLE_DEVICES before "
+                "`ray start`.",
                 die,
                 pid=process.pid,
                 megabytes=process.megabytes,
             )
+
+
+def _stranger_severity(node: NodeView, holder: Holder | None) -> Severity | None:
+    """Return how bad it is that a process has an NPU, None where it may have it; ``holder`` is None if it is unseen.
+
+    Without Ray it is a note, since anybody may be at work there, except for what is left of an earlier Ray.
+    """
+    if holder and holder.of_ray:
+        return None
+    if holder and holder.leftover:
+        return "error"
+    if node.ray is None:
+        return "info"
+    return "error" if holder or node.is_idle else None
+
+
+def _origin(severity: Severity, holder: Holder | None) -> str:
+    if severity == "info":
+        return "; without Ray it is not known whose it is"
+    return " and is left of an earlier Ray" if holder and holder.leftover else " and is not of this Ray node"
+
+
+def _is_same_name(kernels: str, tools: str) -> bool:
+    """Return whether two names may be of one process. The kernel's has 15 letters, npu-smi's lacks punctuation."""
+    first, second = ("".join(filter(str.isalnum, name)) for name in (kernels, tools))
+    return first.startswith(second) or second.startswith(first)
 
 
 def check_hbm(node: NodeView) -> Iterator[Finding]:
@@ -215,9 +257,9 @@ def check_hbm(node: NodeView) -> Iterator[Finding]:
                 f"{percent} % of its HBM are in use, though Ray has given no NPU of the node to anybody and npu-smi "
                 "lists no process.",
                 f"In a container: on the host `npu-smi info -t proc-mem -i {die.card} -c {die.chip}`; end what it "
-                f"shows. On the host: `fuser -v /dev/davinci{die.physical_id}`, other containers; where nobody has it, "
-                f"`npu-smi set -t reset -i {die.card} -c {die.chip}`. Until then leave NPU {die.physical_id} out of "
-                "ASCEND_RT_VISIBLE_DEVICES before `ray start`.",
+                f"shows. On the host: `sudo fuser -v /dev/davinci{die.physical_id}`, other containers; where nobody "
+                f"has it, `sudo npu-smi set -t reset -i {die.card} -c {die.chip}`. Until then leave NPU "
+                f"{die.physical_id} out of ASCEND_RT_VISIBLE_DEVICES before `ray start`.",
                 die,
                 percent=percent,
             )
@@ -238,17 +280,21 @@ def check_hccs(node: NodeView) -> Iterator[Finding]:
 
 
 def check_super_pod(nodes: Sequence[NodeView]) -> Iterator[Finding]:
-    """Yield errors of numbers in the super pod: an SDID is of one die, a Server Index of one node."""
-    owners: dict[int, str] = {}
+    """Yield errors of numbers in the super pod: an SDID is of one die of it, a Server Index of one node.
+
+    Where the tool does not say which super pod it is, a number that two nodes have is a warning: there may be two.
+    """
+    owners: dict[tuple[int | None, int], tuple[NodeView, Die]] = {}
     for node in nodes:
         answers = node.answers(SUPER_POD)
         for die, pod in answers.items():
-            owner = owners.setdefault(pod.sdid, f"NPU {die.physical_id} of node {node.address}")
-            if owner != f"NPU {die.physical_id} of node {node.address}":
+            owner, other = owners.setdefault((pod.pod, pod.sdid), (node, die))
+            if (owner, other) != (node, die):
                 yield node.finding(
-                    "error",
+                    "warning" if pod.pod is None and owner is not node else "error",
                     "VRA-646",
-                    f"its SDID {pod.sdid} is that of {owner} too.",
+                    f"its SDID {pod.sdid} is that of NPU {other.physical_id} of node {owner.address} too, in "
+                    f"{'the same super pod' if pod.pod is None else f'super pod {pod.pod}'}.",
                     "Correct the server's number in the super pod in its BMC, then reboot.",
                     die,
                     sdid=pod.sdid,
@@ -258,7 +304,7 @@ def check_super_pod(nodes: Sequence[NodeView]) -> Iterator[Finding]:
             yield node.finding(
                 "error",
                 "VRA-647",
-                f"its NPUs report different Server Indexes: {_list(servers)}.",
+                f"its NPUs report different Server Indexes: {join(servers)}.",
                 "Correct the server's number in the super pod in its BMC, then reboot.",
                 servers=servers,
             )
@@ -268,15 +314,17 @@ def _paths(names: Sequence[str]) -> str:
     return ", ".join(f"/dev/{name}" for name in names)
 
 
-def _list(values: Sequence[object]) -> str:
-    return ", ".join(map(str, values))
-
-
 CHECKS = (
     _audit("npus-declared", "Ray has the NPUs that the node has", "CANN, `ray start`"),
     _audit("plugin", "this plugin is active, and equal on all nodes", "`ray start`, metadata"),
     _audit("visible-devices", "lists of NPUs are read as they are meant", "`ray start`"),
-    _audit("npu-counts", "CANN, device files and npu-smi count alike", "CANN, /dev, npu-smi -m"),
+    Check(
+        "npu-counts",
+        "CANN, device files and npu-smi count alike",
+        "CANN, /dev, npu-smi -m",
+        lambda node: find_unequal_counts(node.record.facts),
+        at_start="refuses",
+    ),
     Check(
         "split-cards",
         "Ray has both dies of a card (A3)",
@@ -292,7 +340,7 @@ CHECKS = (
     Check("health", "each NPU is healthy", "npu-smi -t health", check_health, (HEALTH,)),
     Check("ecc", "HBM without uncorrectable errors", "npu-smi -t ecc", check_ecc, (ECC,)),
     Check("strangers", "no process of others has an NPU", "npu-smi -t proc-mem", check_strangers, (PROCESSES,)),
-    Check("hbm", "the HBM of idle NPUs is free", "npu-smi -t usages", check_hbm, (HBM,)),
+    Check("hbm", "the HBM of idle NPUs is free", "npu-smi -t usages", check_hbm, (HBM,), of_ray=True),
     Check("temperature", "no NPU is too hot", "npu-smi -t temp", check_temperature, (TEMPERATURE,), "full"),
     Check("hccs", "links between the dies are up (A3)", "npu-smi -t hccs", check_hccs, (HCCS,), "full", applies=on_a3),
     Check(

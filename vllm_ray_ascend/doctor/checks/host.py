@@ -15,7 +15,7 @@ _GIB = 1 << 30
 _FILES = 4096
 _LOCKED = 1 << 20
 _SKEW_S = 1.0
-_AUTH_MODE = "RAY_AUTH_MODE"
+_AUTH_MODE, _NO_AUTH = "RAY_AUTH_MODE", "disabled"
 _PORT_SETTINGS = ("HCCL_IF_BASE_PORT", "HCCL_HOST_SOCKET_PORT_RANGE")
 _NODE_ENV = variable_of("node_env")
 
@@ -97,7 +97,7 @@ def check_clock(node: NodeView) -> Iterator[Finding]:
             "VRA-675",
             f"its clock is at least {skew:.1f} s {'behind' if behind > ahead else 'ahead of'} that of this node: logs "
             "of nodes cannot be compared, and tokens may be refused.",
-            "`chronyc makestep`, or `timedatectl set-ntp true`, there.",
+            "`sudo chronyc makestep`, or `sudo timedatectl set-ntp true`, there.",
             seconds=round(skew, 1),
         )
 
@@ -154,19 +154,34 @@ def _hccl_ports(node: NodeView) -> tuple[int, int]:
     return first, min(first + len(node.dies) * PORTS_PER_NPU - 1, LAST_PORT)
 
 
+_AGREED = frozenset(
+    {
+        "HCCL_ALGO",
+        "HCCL_BUFFSIZE",
+        "HCCL_DETERMINISTIC",
+        "HCCL_INTRA_PCIE_ENABLE",
+        "HCCL_INTRA_ROCE_ENABLE",
+        "HCCL_OP_EXPANSION_MODE",
+        "HCCL_SOCKET_FAMILY",
+    }
+)
+"""By which ranks choose the same algorithms and connections."""
+
+
 def check_same_variables(nodes: Sequence[NodeView]) -> Iterator[Finding]:
-    """Yield a finding for each variable of HCCL that must be equal on all ranks and is not."""
+    """Yield a finding for each variable of HCCL that differs: an error where all ranks have to agree on it."""
     names = {name for node in nodes for name in node.record.environment if name.startswith("HCCL_")}
     for name in sorted(names):
         if scope_of(name) != "copied":
             continue
         found = {node: node.record.environment.get(name) for node in nodes}
         for node, value, example, usual in odd_ones(found):
+            must_agree = name in _AGREED
             yield node.finding(
-                "error",
+                "error" if must_agree else "warning",
                 "VRA-678",
                 f"{name} is {_setting(value)} where Ray was started there, {_setting(usual)} on node "
-                f"{example.address}: ranks that differ hang.",
+                f"{example.address}: ranks {'that differ hang' if must_agree else 'behave differently'}.",
                 f"Set {name} where the engine is started, which copies it to all nodes; or restart Ray there with "
                 f"`{_command(name, usual)}`.",
                 variable=name,
@@ -176,7 +191,7 @@ def check_same_variables(nodes: Sequence[NodeView]) -> Iterator[Finding]:
 
 
 def check_whitelist(node: NodeView) -> Iterator[Finding]:
-    """Yield a warning where HCCL is to accept listed addresses only, and no list is named."""
+    """Yield a warning where HCCL is to accept listed addresses only, and there is no list."""
     environment = node.record.environment
     if environment.get("HCCL_WHITELIST_DISABLE") == "0" and not environment.get("HCCL_WHITELIST_FILE"):
         yield node.finding(
@@ -186,16 +201,25 @@ def check_whitelist(node: NodeView) -> Iterator[Finding]:
             "`export HCCL_WHITELIST_DISABLE=1`, or HCCL_WHITELIST_FILE=FILE, before `ray start` there.",
             variable="HCCL_WHITELIST_DISABLE",
         )
+    if "HCCL_WHITELIST_FILE" in node.record.missing_files and environment.get("HCCL_WHITELIST_DISABLE") == "0":
+        yield node.finding(
+            "warning",
+            "VRA-626",
+            f"HCCL_WHITELIST_FILE={environment.get('HCCL_WHITELIST_FILE')} is not there, and HCCL_WHITELIST_DISABLE=0 "
+            "lets HCCL accept the addresses in it only.",
+            "Write that file there, or `export HCCL_WHITELIST_DISABLE=1` before `ray start`.",
+            variable="HCCL_WHITELIST_DISABLE",
+        )
 
 
 def check_same_auth(nodes: Sequence[NodeView]) -> Iterator[Finding]:
-    """Yield an error for each node whose Ray has another mode of authentication."""
-    found = {node: node.record.environment.get(_AUTH_MODE) for node in nodes}
+    """Yield an error for each node whose Ray has another mode of authentication. Not set, it is disabled."""
+    found = {node: (node.record.environment.get(_AUTH_MODE) or _NO_AUTH).lower() for node in nodes}
     for node, mode, example, usual in odd_ones(found):
         yield node.finding(
             "error",
             "VRA-680",
-            f"{_AUTH_MODE} is {_setting(mode)} there, {_setting(usual)} on node {example.address}.",
+            f"{_AUTH_MODE} is {mode!r} there, {usual!r} on node {example.address}.",
             f"`ray stop` there, `{_command(_AUTH_MODE, usual)}`, then `ray start`.",
             here=mode,
             there=usual,
@@ -204,15 +228,30 @@ def check_same_auth(nodes: Sequence[NodeView]) -> Iterator[Finding]:
 
 def check_same_mtu(nodes: Sequence[NodeView]) -> Iterator[Finding]:
     """Yield a warning for each node whose interface for Ray has another MTU: large messages then get lost."""
+    for node in nodes:
+        if node.record.mtu is None and node.ray:
+            yield node.unknown("no interface has its address for Ray", "`ip -brief address` there names them.")
     found = {node: node.record.mtu for node in nodes if node.record.mtu}
     for node, mtu, example, usual in odd_ones(found):
         yield node.finding(
             "warning",
             "VRA-681",
             f"the interface with its address has an MTU of {mtu}, that of node {example.address} {usual}.",
-            f"`ip link set dev INTERFACE mtu {usual}` there; `ip -brief address` names the interface.",
+            f"`sudo ip link set dev INTERFACE mtu {usual}` there; `ip -brief address` names the interface.",
             here=mtu,
             there=usual,
+        )
+
+
+def check_overcommit(node: NodeView) -> Iterator[Finding]:
+    """Yield a note where the kernel gives out no more memory than there is."""
+    if (node.record.files.get("overcommit_memory") or "").strip() == "2":
+        yield node.finding(
+            "info",
+            "VRA-628",
+            "vm.overcommit_memory is 2: processes that reserve more memory than they use, as CANN and PyTorch do, may "
+            "get none.",
+            "`sudo sysctl vm.overcommit_memory=0` there, which is Linux's default.",
         )
 
 
@@ -226,6 +265,7 @@ def _command(name: str, value: str | None) -> str:
 
 CHECKS = (
     Check("limits", "the raylet may open files and lock memory", "/proc/PID/limits", check_limits),
+    Check("overcommit", "memory may be reserved", "/proc/sys/vm/overcommit_memory", check_overcommit),
     Check("shared-memory", "/dev/shm is large enough", "statvfs", check_shared_memory, at_start="warns"),
     Check(
         "own-name",
@@ -242,6 +282,7 @@ CHECKS = (
         check_clock,
         applies=on_every_node,
         at_start="warns",
+        of_ray=True,
     ),
     Check(
         "reachable",
@@ -250,8 +291,9 @@ CHECKS = (
         check_reachable,
         applies=on_every_node,
         at_start="warns",
+        of_ray=True,
     ),
-    Check("hccl-ports", "HCCL's ports are free", "/proc/net/tcp", check_ports),
+    Check("hccl-ports", "HCCL's ports are free", "/proc/net/tcp", check_ports, of_ray=True),
     Check(
         "worker-ports",
         "ports of Ray's workers are not HCCL's",

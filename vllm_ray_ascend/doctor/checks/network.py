@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from vllm_ray_ascend.cluster.findings import Finding
+from vllm_ray_ascend.cluster.findings import Finding, join
 from vllm_ray_ascend.devices.cards import Die
 from vllm_ray_ascend.doctor.parsers import parse_loss
 from vllm_ray_ascend.doctor.queries import (
@@ -26,11 +27,12 @@ from vllm_ray_ascend.doctor.queries import (
     device_addresses,
     ping_line,
 )
-from vllm_ray_ascend.doctor.views import Check, NodeView, odd_ones, on_a3, on_several_nodes
+from vllm_ray_ascend.doctor.views import Check, NodeView, odd_ones, on_a3, with_roce
 
 PING = "roce-ping"
 """The check for which nodes are asked a second time, when the addresses of the others are known."""
 _FLAPS = 3
+_SET_ADDRESS = "-ip -s address ADDRESS netmask {}"
 _Port = tuple[NodeView, Die]
 
 
@@ -48,8 +50,8 @@ def check_link(nodes: Sequence[NodeView]) -> Iterator[Finding]:
                     "info" if node.is_a3 and not is_wired else "error",
                     "VRA-650",
                     "its RoCE link is down.",
-                    f"Check the cable, the optical module (`hccn_tool -i {die.physical_id} -optical -g`) and the "
-                    f"switch's port; then `hccn_tool -i {die.physical_id} -link -g` there.",
+                    f"Check the cable, the optical module ({_tool(die, '-optical -g')}) and the "
+                    f"switch's port; then {_tool(die, '-link -g')} there.",
                     die,
                 )
 
@@ -62,7 +64,7 @@ def check_address(node: NodeView) -> Iterator[Finding]:
                 "warning" if node.is_a3 else "error",
                 "VRA-651",
                 "its RoCE port has no address.",
-                f"`hccn_tool -i {die.physical_id} -ip -s address ADDRESS netmask NETMASK` there.",
+                f"{_tool(die, _SET_ADDRESS.format('NETMASK'))} there.",
                 die,
             )
 
@@ -78,27 +80,50 @@ def check_unique_addresses(nodes: Sequence[NodeView]) -> Iterator[Finding]:
                     "error",
                     "VRA-652",
                     f"its RoCE port has the address {found.address} of {owners[found.address]}.",
-                    f"`hccn_tool -i {die.physical_id} -ip -s address ADDRESS netmask {found.netmask or 'NETMASK'}` "
-                    "there, with one that is free.",
+                    f"{_tool(die, _SET_ADDRESS.format(found.netmask or 'NETMASK'))} there, with one that is free.",
                     die,
                     address=found.address,
                 )
 
 
+def check_configured_addresses(node: NodeView) -> Iterator[Finding]:
+    """Yield a warning for each RoCE port whose address is not the one of /etc/hccn.conf, which it gets at a boot."""
+    for die, found in node.answers(ADDRESS).items():
+        configured = node.configured_addresses.get(die.physical_id)
+        if configured and found.address and configured != found.address:
+            yield node.finding(
+                "warning",
+                "VRA-627",
+                f"its RoCE port has the address {found.address}, and {configured} in /etc/hccn.conf, which it gets at "
+                "the next boot.",
+                f"{_tool(die, _SET_ADDRESS.format(found.netmask or 'NETMASK'))} "
+                "there with the right one, and the same in /etc/hccn.conf.",
+                die,
+                here=found.address,
+                configured=configured,
+            )
+
+
 def check_gateway(nodes: Sequence[NodeView]) -> Iterator[Finding]:
-    """Yield a warning for each port that has no gateway although ports of other nodes are in another network."""
+    """Yield a warning for each port that has no gateway although that of an NPU with its number is in another network.
+
+    A network for each number (a rail) is usual.
+    """
     networks = {node: _networks(node) for node in nodes}
+    of_number: defaultdict[int, set[str]] = defaultdict(set)
+    for each in networks.values():
+        for die, network in each.items():
+            of_number[die.physical_id].add(network)
     for node, own in networks.items():
-        elsewhere = {network for other, each in networks.items() if other is not node for network in each.values()}
         gateways = node.answers(GATEWAY)
         for die, network in own.items():
-            if gateways.get(die) == "" and (others := elsewhere - {network}):
+            if gateways.get(die) == "" and (others := of_number[die.physical_id] - {network}):
                 yield node.finding(
                     "warning",
                     "VRA-653",
-                    f"its RoCE port is in {network} without a gateway, ports of other nodes are in "
-                    f"{', '.join(sorted(others))}.",
-                    f"`hccn_tool -i {die.physical_id} -gateway -s gateway ADDRESS` there, or addresses of one network.",
+                    f"its RoCE port is in {network} without a gateway, that of NPU {die.physical_id} of "
+                    f"other nodes in {join(sorted(others))}.",
+                    f"{_tool(die, '-gateway -s gateway ADDRESS')} there, or addresses of one network.",
                     die,
                     network=network,
                 )
@@ -113,8 +138,8 @@ def check_net_health(node: NodeView) -> Iterator[Finding]:
             "warning" if state.lower() in ("init", "unknown") else "error",
             "VRA-654",
             f"its network health is {state!r}: it does not reach the address that it is to ping.",
-            f"`hccn_tool -i {die.physical_id} -netdetect -g` there shows that address; "
-            f"`hccn_tool -i {die.physical_id} -netdetect -s address ADDRESS` sets it, usually to the gateway.",
+            f"{_tool(die, '-netdetect -g')} there shows that address; "
+            f"{_tool(die, '-netdetect -s address ADDRESS')} sets it, usually to the gateway.",
             die,
             state=state,
         )
@@ -128,7 +153,7 @@ def check_netdetect(node: NodeView) -> Iterator[Finding]:
                 "warning",
                 "VRA-655",
                 "it has no address to ping, so its network health says nothing.",
-                f"`hccn_tool -i {die.physical_id} -netdetect -s address ADDRESS` there, usually the gateway.",
+                f"{_tool(die, '-netdetect -s address ADDRESS')} there, usually the gateway.",
                 die,
             )
 
@@ -142,7 +167,7 @@ def check_tls(nodes: Sequence[NodeView]) -> Iterator[Finding]:
             "VRA-656",
             f"its RoCE port has TLS switched {_switch(enabled)}; of the cluster's {len(switches)} ports "
             f"{switches.count(usual)} have it {_switch(usual)}.",
-            f"`hccn_tool -i {die.physical_id} -tls -s enable {int(usual)}` there; or the same switch on all others, "
+            f"{_tool(die, f'-tls -s enable {int(usual)}')} there; or the same switch on all others, "
             f"where TLS is meant to be {_switch(enabled)}.",
             die,
             here=enabled,
@@ -157,7 +182,7 @@ def check_speed(nodes: Sequence[NodeView]) -> Iterator[Finding]:
             "warning",
             "VRA-657",
             f"its RoCE port runs at {speed} Mb/s, most of the cluster at {usual} Mb/s.",
-            f"Check cable, optical module and the switch's port; `hccn_tool -i {die.physical_id} -speed -g` there.",
+            f"Check cable, optical module and the switch's port; {_tool(die, '-speed -g')} there.",
             die,
             here=speed,
             there=usual,
@@ -171,7 +196,7 @@ def check_mtu(nodes: Sequence[NodeView]) -> Iterator[Finding]:
             "warning",
             "VRA-658",
             f"its RoCE port has an MTU of {mtu}, most of the cluster {usual}.",
-            f"`hccn_tool -i {die.physical_id} -mtu -s size {usual}` there.",
+            f"{_tool(die, f'-mtu -s size {usual}')} there.",
             die,
             here=mtu,
             there=usual,
@@ -186,7 +211,7 @@ def check_flapping(node: NodeView) -> Iterator[Finding]:
                 "warning",
                 "VRA-659",
                 f"its RoCE link went down {history.downs} times since the node's start.",
-                f"`hccn_tool -i {die.physical_id} -link_stat -g` there has the times; check cable and optical module.",
+                f"{_tool(die, '-link_stat -g')} there has the times; check cable and optical module.",
                 die,
                 downs=history.downs,
             )
@@ -206,7 +231,7 @@ def check_errors(node: NodeView) -> Iterator[Finding]:
                 "warning",
                 "VRA-660",
                 f"errors of its RoCE port grow: {', '.join(f'{name} by {count}' for name, count in grown.items())}.",
-                f"`hccn_tool -i {die.physical_id} -stat -g` there, twice; check the cable, the switch's PFC and ECN.",
+                f"{_tool(die, '-stat -g')} there, twice; check the cable, the switch's PFC and ECN.",
                 die,
                 **grown,
             )
@@ -227,9 +252,9 @@ def check_ping(nodes: Sequence[NodeView]) -> Iterator[Finding]:
                     "error",
                     "VRA-662",
                     f"{loss:g} % of the packets to NPU {die.physical_id} of {peer} ({address}) got lost.",
-                    f"On both nodes `hccn_tool -i {die.physical_id} -optical -g` and `hccn_tool -i {die.physical_id} "
-                    "-stat -g`: cable, optical module; then routes, VLAN, and the switches between. Again: "
-                    f"`{ping_line(die.physical_id, address)}` there.",
+                    f"On both nodes {_tool(die, '-optical -g')} and {_tool(die, '-stat -g')}: "
+                    "cable, optical module; then routes, VLAN, and the switches between. Again: "
+                    f"`sudo {ping_line(die.physical_id, address)}` there.",
                     die,
                     address=address,
                     loss=loss,
@@ -244,9 +269,14 @@ def check_vnic(node: NodeView) -> Iterator[Finding]:
                 "error",
                 "VRA-661",
                 "its virtual port (vNIC) is down, through which HCCL connects in the super pod.",
-                f"`hccn_tool -i {die.physical_id} -vnic -g` there; reset the NPU.",
+                f"{_tool(die, '-vnic -g')} there; reset the NPU.",
                 die,
             )
+
+
+def _tool(die: Die, options: str) -> str:
+    """Return a command for one NPU, as root: hccn_tool answers nobody else."""
+    return f"`sudo hccn_tool -i {die.physical_id} {options}`"
 
 
 def _may_have_link(node: NodeView, die: Die) -> bool:
@@ -281,7 +311,7 @@ CHECKS = (
         check_link,
         (LINK,),
         of_cluster=True,
-        applies=on_several_nodes,
+        applies=with_roce,
     ),
     Check(
         "roce-address",
@@ -289,7 +319,15 @@ CHECKS = (
         "hccn_tool -ip",
         check_address,
         (ADDRESS,),
-        applies=on_several_nodes,
+        applies=with_roce,
+    ),
+    Check(
+        "hccn-conf",
+        "RoCE ports have their address of hccn.conf",
+        "hccn_tool -ip, /etc/hccn.conf",
+        check_configured_addresses,
+        (ADDRESS,),
+        applies=with_roce,
     ),
     Check(
         "unique-addresses",
@@ -298,7 +336,7 @@ CHECKS = (
         check_unique_addresses,
         (ADDRESS,),
         of_cluster=True,
-        applies=on_several_nodes,
+        applies=with_roce,
     ),
     Check(
         "net-health",
@@ -306,7 +344,7 @@ CHECKS = (
         "hccn_tool -net_health",
         check_net_health,
         (NET_HEALTH,),
-        applies=on_several_nodes,
+        applies=with_roce,
     ),
     Check(
         "tls",
@@ -315,7 +353,7 @@ CHECKS = (
         check_tls,
         (TLS,),
         of_cluster=True,
-        applies=on_several_nodes,
+        applies=with_roce,
     ),
     Check(
         "gateway",
@@ -325,7 +363,7 @@ CHECKS = (
         (ADDRESS, GATEWAY),
         "full",
         of_cluster=True,
-        applies=on_several_nodes,
+        applies=with_roce,
     ),
     Check(
         "netdetect",
@@ -334,7 +372,7 @@ CHECKS = (
         check_netdetect,
         (NETDETECT,),
         "full",
-        applies=on_several_nodes,
+        applies=with_roce,
     ),
     Check(
         "speed",
@@ -344,7 +382,7 @@ CHECKS = (
         (SPEED,),
         "full",
         of_cluster=True,
-        applies=on_several_nodes,
+        applies=with_roce,
     ),
     Check(
         "roce-mtu",
@@ -354,7 +392,7 @@ CHECKS = (
         (MTU,),
         "full",
         of_cluster=True,
-        applies=on_several_nodes,
+        applies=with_roce,
     ),
     Check(
         "flapping",
@@ -363,7 +401,7 @@ CHECKS = (
         check_flapping,
         (LINK_HISTORY,),
         "full",
-        applies=on_several_nodes,
+        applies=with_roce,
     ),
     Check(
         "roce-errors",
@@ -372,7 +410,7 @@ CHECKS = (
         check_errors,
         (ERRORS,),
         "full",
-        applies=on_several_nodes,
+        applies=with_roce,
     ),
     Check(
         PING,
@@ -382,7 +420,7 @@ CHECKS = (
         (ADDRESS,),
         "full",
         of_cluster=True,
-        applies=lambda node: on_several_nodes(node) and not node.is_a3,
+        applies=lambda node: with_roce(node) and node.several is True and not node.is_a3,
     ),
     Check("vnic", "virtual ports are up (A3)", "hccn_tool -vnic", check_vnic, (VNIC,), "full", applies=on_a3),
 )

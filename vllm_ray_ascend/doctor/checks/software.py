@@ -9,7 +9,7 @@ from packaging.version import InvalidVersion, Version
 
 from vllm_ray_ascend.cluster.findings import Finding
 from vllm_ray_ascend.doctor import parsers
-from vllm_ray_ascend.doctor.queries import BOARD
+from vllm_ray_ascend.doctor.queries import BOARD, SERVE_LLM
 from vllm_ray_ascend.doctor.views import Check, NodeView, odd_ones
 
 _SET_ENV = "`source /usr/local/Ascend/ascend-toolkit/set_env.sh` (or where CANN is) before `ray start` there."
@@ -84,27 +84,40 @@ def check_cann(node: NodeView) -> Iterator[Finding]:
 
 
 def check_driver_fits_cann(node: NodeView) -> Iterator[Finding]:
-    """Yield a warning where CANN's list of driver releases lacks that of the driver."""
-    inner, cann = node.properties("driver").get("Innerversion", ""), node.properties("cann")
-    release, listed = parsers.inner_release(inner), cann.get("compatible_version", "")
-    if not release or not listed:
-        yield node.unknown("the driver's Innerversion or CANN's compatible_version cannot be read", _MOUNT_DRIVER)
-        return
-    accepted = {parsers.inner_release(entry.strip(" []")) for entry in listed.split(",")}
-    accepted |= {parsers.inner_release(cann.get("innerversion", ""))}
-    if release not in accepted:
-        is_older = _number(release) < min(map(_number, filter(None, accepted)), default=())
-        relation = "older than" if is_older else "not among"
+    """Yield a finding where neither CANN lists the driver's release, nor the driver that of CANN.
+
+    A driver is newer than all that its CANN could list wherever it was updated alone, which is usual: a note.
+    """
+    driver, cann = node.properties("driver"), node.properties("cann")
+    release, own = (
+        parsers.inner_release(each.get(key, "")) for each, key in ((driver, "Innerversion"), (cann, "innerversion"))
+    )
+    listed = _releases(cann.get("compatible_version", ""))
+    if not release:
+        yield node.unknown("the driver's Innerversion cannot be read", _MOUNT_DRIVER)
+    elif not listed:
+        yield node.unknown(
+            "no install.info of CANN has its compatible_version", f"Install CANN's toolkit, or {_SET_ENV}"
+        )
+    elif release not in {*listed, own} and own not in _releases(driver.get("compatible_version", "")):
+        numbers = [_number(each) for each in listed]
+        is_newer, is_older = _number(release) > max(numbers), _number(release) < min(numbers)
+        relation = "newer than" if is_newer else "older than" if is_older else "not among"
         yield node.finding(
-            "warning",
+            "info" if is_newer else "warning",
             "VRA-614",
-            f"driver {node.properties('driver').get('Version')} ({release}) is {relation} the releases that CANN "
-            f"{cann.get('version')} lists: {listed}.",
-            _INSTALL_DRIVER.format("of CANN's release notes")
-            if is_older
-            else "Where it is newer than CANN, it is usually fine; else install one of CANN's release notes.",
+            f"driver {driver.get('Version')} ({release}) is {relation} the releases that CANN {cann.get('version')} "
+            f"lists: {cann['compatible_version']}.",
+            "It usually works; CANN's release notes name the drivers that were tested with it."
+            if is_newer
+            else _INSTALL_DRIVER.format("of CANN's release notes"),
             driver=release,
         )
+
+
+def _releases(listed: str) -> set[str]:
+    """Return the inner releases of a list such as `[V100R001C23],[V100R001C25]`."""
+    return {release for entry in listed.split(",") if (release := parsers.inner_release(entry.strip(" []")))}
 
 
 _INSTALL_DRIVER = "Stop Ray there, install the driver and the firmware {}, reboot, `ray start`."
@@ -166,11 +179,21 @@ def check_same_packages(nodes: Sequence[NodeView]) -> Iterator[Finding]:
                 "error",
                 "VRA-618",
                 f"{package} {version or 'is missing'} there, {usual or 'not installed'} on node {example.address}.",
-                f"`pip install {package}=={usual}` there." if package != "Python" and usual else f"Use one {package}.",
+                f"{_install(package, usual)} there." if package != "Python" and usual else f"Use one {package}.",
                 package=package,
                 here=version,
                 there=usual,
             )
+
+
+def _install(package: str, version: str) -> str:
+    """Return the command that installs a release. Builds for CPU or NPUs (0.30.0+empty) are not where pip looks."""
+    public, _, build = version.partition("+")
+    if package == "vllm":
+        return f"`VLLM_TARGET_DEVICE=empty pip install --no-deps --force-reinstall --no-binary vllm vllm=={public}`"
+    if build and package == "torch":
+        return f"`pip install torch=={version} --index-url https://download.pytorch.org/whl/{build}`"
+    return f"`pip install {package}=={version}`"
 
 
 def _compared(package: str, version: str | None) -> str | None:
@@ -179,19 +202,34 @@ def _compared(package: str, version: str | None) -> str | None:
 
 
 def check_set(node: NodeView) -> Iterator[Finding]:
-    """Yield an error where vllm-ascend was not made for this vLLM, or torch_npu not for this torch."""
+    """Yield an error where vllm-ascend was not made for this vLLM or torch, or torch_npu not for this torch."""
     versions = node.record.versions
     for package, base, parts in (("vllm-ascend", "vllm", 2), ("torch-npu", "torch", 3)):
         mine, theirs = _release(versions.get(package), parts), _release(versions.get(base), parts)
         if mine and theirs and mine != theirs:
-            yield node.finding(
-                "error",
-                "VRA-619",
-                f"{package} {versions[package]} is not made for {base} {versions[base]}.",
-                f"Install releases of one set: `pip install '{package}~={'.'.join(map(str, theirs))}'`, or the {base} "
-                f"that {package} {versions[package]} asks for.",
-                versions={package: versions[package], base: versions[base]},
+            series = ".".join(map(str, theirs))
+            yield _not_made_for(
+                node,
+                package,
+                base,
+                f"Install releases of one set: `pip install --pre '{package}=={series}.*'`, or the {base} that "
+                f"{package} {versions.get(package)} asks for.",
             )
+    for base, pin in node.record.pins.items():
+        wanted, theirs = _release(pin, 3), _release(versions.get(base), 3)
+        if wanted and theirs and wanted != theirs:
+            yield _not_made_for(node, "vllm-ascend", base, f"{_install(base, pin)} there, which it requires.")
+
+
+def _not_made_for(node: NodeView, package: str, base: str, remedy: str) -> Finding:
+    versions = node.record.versions
+    return node.finding(
+        "error",
+        "VRA-619",
+        f"{package} {versions.get(package)} is not made for {base} {versions.get(base)}.",
+        remedy,
+        versions={package: versions.get(package), base: versions.get(base)},
+    )
 
 
 def check_cuda_packages(node: NodeView) -> Iterator[Finding]:
@@ -202,8 +240,7 @@ def check_cuda_packages(node: NodeView) -> Iterator[Finding]:
             "VRA-620",
             f"vLLM {node.record.versions.get('vllm')} there is the build for CUDA: it requires "
             f"{', '.join(node.record.cuda_packages[:3])}. `pip install ray[llm]` replaces vLLM by it.",
-            "`VLLM_TARGET_DEVICE=empty pip install --no-deps --force-reinstall --no-binary vllm "
-            f"vllm=={node.record.versions.get('vllm')}` there, then vllm-ascend again.",
+            f"{_install('vllm', node.record.versions.get('vllm') or '')} there, then vllm-ascend again.",
             packages=node.record.cuda_packages,
         )
 
@@ -263,7 +300,7 @@ CHECKS = (
     ),
     Check(
         "package-set",
-        "vllm-ascend fits vLLM, torch_npu fits torch",
+        "vllm-ascend fits vLLM and torch, torch_npu fits torch",
         "metadata of packages",
         check_set,
         at_start="warns",
@@ -275,5 +312,11 @@ CHECKS = (
         check_cuda_packages,
         at_start="warns",
     ),
-    Check("serve-llm", "Ray Serve LLM is made for this vLLM", "what it imports of vLLM", check_serve_llm),
+    Check(
+        "serve-llm",
+        "Ray Serve LLM is made for this vLLM",
+        "what it imports of vLLM",
+        check_serve_llm,
+        also=(SERVE_LLM,),
+    ),
 )
