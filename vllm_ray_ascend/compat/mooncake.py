@@ -29,7 +29,7 @@ class MooncakeBackend(DefaultPDProtocolMixin, BaseConnectorBackend):  # type: ig
 
         Raises SettingError where Mooncake would wait for a peer that never answers.
         """
-        check_given(self.kv_transfer_config)
+        _check_given(self.kv_transfer_config)
         address = str(ray.util.get_node_ip_address())
         os.environ.setdefault("VLLM_HOST_IP", address)
         rank = ray.serve.get_replica_context().rank.rank
@@ -39,7 +39,7 @@ class MooncakeBackend(DefaultPDProtocolMixin, BaseConnectorBackend):  # type: ig
         )
 
 
-def check_given(given: Mapping[str, Any]) -> None:
+def _check_given(given: Mapping[str, Any]) -> None:
     """Raise SettingError where a user's ``kv_transfer_config`` cannot work with vllm-ascend's connectors."""
     connector, role = given.get("kv_connector"), given.get("kv_role")
     if role not in _FIRST_PORTS:
