@@ -218,17 +218,25 @@ subprocess.run(["ray", "drain-node", "--node-id", node, "--reason", "DRAIN_NODE_
 
 
 @pytest.mark.slow
-def test_a_rank_that_flaps_does_not_end_the_others(two_nodes_of_one: Cluster, tmp_path: Path) -> None:
-    """It is started after growing delays."""
-    with serving(two_nodes_of_one, DENSE, tmp_path) as server:
-        for count in range(1, 6):
-            send_signal(two_nodes_of_one, *engine_core(two_nodes_of_one, 1))
+def test_one_of_four_ranks_that_flaps_ten_times_does_not_end_the_others(
+    two_nodes_of_two: Cluster, tmp_path: Path
+) -> None:
+    """It is started after growing delays, and each of the others serves meanwhile."""
+    with serving(two_nodes_of_two, DENSE, tmp_path, "--data-parallel-size", "4") as server:
+        check_text(server, DENSE, 4)
+        for count in range(1, 11):
+            send_signal(two_nodes_of_two, *engine_core(two_nodes_of_two, 3))
             wait_for_event(server, "event ranks_lost ", count)
-            client_of(server).completions.create(model=DENSE.name, prompt=PROMPTS[0], max_tokens=1)
+            for rank in range(3):
+                answer = client_of(server).completions.create(
+                    model=DENSE.name, prompt=PROMPTS[0], max_tokens=1, extra_headers={"X-data-parallel-rank": str(rank)}
+                )
+                assert answer.choices[0].text
             wait_for_event(server, RESTORED, count)
-            wait_until(lambda: read_metrics(server, DP_RANK_UP.name)["1"] == 1, server)
-        check_text(server, DENSE, 2)
-    check_no_leftovers(two_nodes_of_one)
+            wait_until(lambda: read_metrics(server, DP_RANK_UP.name)["3"] == 1, server)
+        assert read_metrics(server, DP_RANK_RESTARTS.name) == {"0": 0, "1": 0, "2": 0, "3": 10}
+        check_text(server, DENSE, 4)
+    check_no_leftovers(two_nodes_of_two)
 
 
 @pytest.mark.slow
