@@ -222,7 +222,8 @@ def test_one_of_four_ranks_that_flaps_ten_times_does_not_end_the_others(
     two_nodes_of_two: Cluster, tmp_path: Path
 ) -> None:
     """It is started after growing delays, and each of the others serves meanwhile."""
-    with serving(two_nodes_of_two, DENSE, tmp_path, "--data-parallel-size", "4") as server:
+    options = ("--data-parallel-size", "4", "--data-parallel-size-local", "2")
+    with serving(two_nodes_of_two, DENSE, tmp_path, *options) as server:
         check_text(server, DENSE, 4)
         for count in range(1, 11):
             send_signal(two_nodes_of_two, *engine_core(two_nodes_of_two, 3))
