@@ -1077,6 +1077,17 @@ PATCHES: tuple[Patch, ...] = (
         applied=_PLATFORM_LOAD,
     ),
     Patch(
+        "ray.llm._internal.serve.engines.vllm.vllm_engine",
+        ("VLLMEngine.shutdown",),
+        kind="wrap",
+        by="compat/ray_llm.py",
+        what="a replica that Serve ends shuts its engine down first",
+        why="Ray kills the engine core with the replica: workers end by a lost connection, and sockets stay in /tmp",
+        releases="ray >=2.58",
+        removable="Ray shuts its engine down there",
+        applied=_PLATFORM_LOAD,
+    ),
+    Patch(
         "ray.llm._internal.serve.engines.vllm.kv_transfer.factory",
         ("KVConnectorBackendFactory.get_backend_class",),
         kind="wrap",

@@ -8,6 +8,7 @@ has a kind for NPUs of its own, nothing is changed.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum, EnumMeta
@@ -23,6 +24,7 @@ from vllm_ray_ascend.log import get_logger
 _ACCELERATORS = "ray.llm._internal.serve.core.configs.accelerators"
 _LLM_CONFIG = "ray.llm._internal.serve.core.configs.llm_config"
 _VLLM_MODELS = "ray.llm._internal.serve.engines.vllm.vllm_models"
+_VLLM_ENGINE = "ray.llm._internal.serve.engines.vllm.vllm_engine"
 _KV_TRANSFER = "ray.llm._internal.serve.engines.vllm.kv_transfer.factory"
 _MULTI_CONNECTOR = "ray.llm._internal.serve.engines.vllm.kv_transfer.multi_connector"
 _EXECUTOR = "vllm.v1.executor.abstract"
@@ -46,6 +48,7 @@ def hooks(is_npu: Callable[[], bool]) -> Mapping[str, Callable[[ModuleType], Non
         _ACCELERATORS: functools.partial(_default_to_npus, is_npu),
         _LLM_CONFIG: functools.partial(_accept_npus, is_npu),
         _VLLM_MODELS: _accept_npu_shares,
+        _VLLM_ENGINE: _stop_engines_in_order,
         _KV_TRANSFER: _add_mooncake,
         _MULTI_CONNECTOR: _keep_settings_of_connectors,
     }
@@ -143,6 +146,25 @@ def _accept_npu_shares(_: ModuleType) -> None:
             f"{_VLLM_MODELS}.VLLMEngineConfig._detect_fractional_gpu_from_pg",
             lambda upstream: staticmethod(_with_npus_as_gpus(upstream)),
         )
+
+
+def _stop_engines_in_order(module: ModuleType) -> None:
+    """Let a replica that Serve ends shut its engine down first, where ``module`` (_VLLM_ENGINE) has a hook for that.
+
+    Ray ends the replica's process with all of its children: the engine core cannot order its workers to stop.
+    """
+    if hasattr(module.VLLMEngine, "shutdown"):
+        patches.wrap(f"{_VLLM_ENGINE}.VLLMEngine.shutdown", _shutting_down_engine)
+
+
+def _shutting_down_engine(shut_down: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(shut_down)
+    async def shut_down_with_engine(engine: Any, *args: Any, **kwargs: Any) -> None:
+        await shut_down(engine, *args, **kwargs)
+        if (client := engine._engine_client) is not None:
+            await asyncio.to_thread(client.shutdown)
+
+    return shut_down_with_engine
 
 
 def _add_mooncake(module: ModuleType) -> None:
