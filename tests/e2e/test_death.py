@@ -56,6 +56,12 @@ def send_signal(cluster: Cluster, node: int, pid: int, number: signal.Signals = 
     subprocess.run(manager.node_command(cluster, node, ["kill", f"-{number.value}", str(pid)]), check=True, timeout=60)
 
 
+def parent_of(cluster: Cluster, node: int, pid: int) -> int:
+    """Return the parent of a process of a node, by the node's own numbers."""
+    command = manager.node_command(cluster, node, ["ps", "-o", "ppid=", "-p", str(pid)])
+    return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout)
+
+
 def leftover_shared_memory(cluster: Cluster, known: str = "") -> list[str]:
     """Return shared memory segments of vLLM and semaphores that are left on the nodes.
 
@@ -168,10 +174,8 @@ def test_the_server_is_killed(two_nodes_of_one: Cluster, tmp_path: Path) -> None
     with tempfile.TemporaryDirectory() as sockets:
         with running_server(two_nodes_of_one, tmp_path, *ONE_EACH, VLLM_RPC_BASE_PATH=sockets) as server:
             (engine,) = read_topology(two_nodes_of_one)["engines"]
-            command = manager.node_command(two_nodes_of_one, 1, ["ps", "-o", "ppid=", "-p", str(engine["pid"])])
-            parent = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
             assert os.listdir(sockets), "there is something to remove"
-            send_signal(two_nodes_of_one, 1, int(parent.stdout))
+            send_signal(two_nodes_of_one, 1, parent_of(two_nodes_of_one, 1, engine["pid"]))
             assert server._process.wait(LIMIT_S) == 128 + signal.SIGKILL
             deadline = time.monotonic() + LIMIT_S
             while opened_npus(two_nodes_of_one) or read_topology(two_nodes_of_one)["engines"]:

@@ -27,7 +27,7 @@ from tests.e2e.generate import MARKER
 from tests.e2e.serve_client import CONCURRENT, URL
 from tests.e2e.servers import check_topology, cluster_with_dashboard, read_topology
 from tests.e2e.test_bad_input import check_nothing_left
-from tests.e2e.test_death import check_no_leftovers, send_signal
+from tests.e2e.test_death import check_no_leftovers, parent_of, send_signal
 
 pytestmark = pytest.mark.e2e
 
@@ -128,9 +128,7 @@ def kill(cluster: Cluster, rank: Mapping[str, Any]) -> None:
 def kill_parent(cluster: Cluster, engine: Mapping[str, Any]) -> None:
     """Kill the process above an engine core of the topology."""
     node = next(node.index for node in cluster.nodes if node.address == engine["address"])
-    command = manager.node_command(cluster, node, ["ps", "-o", "ppid=", "-p", str(engine["pid"])])
-    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    send_signal(cluster, node, int(found.stdout), signal.SIGKILL)
+    send_signal(cluster, node, parent_of(cluster, node, engine["pid"]), signal.SIGKILL)
 
 
 def socket_files() -> set[Path]:

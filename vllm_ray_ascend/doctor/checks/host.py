@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from vllm_ray_ascend.addresses import is_loopback
-from vllm_ray_ascend.cluster.findings import Finding
+from vllm_ray_ascend.cluster.findings import Finding, join
 from vllm_ray_ascend.doctor.views import Check, NodeView, odd_ones, on_every_node, on_several_nodes
 from vllm_ray_ascend.environment.ports import LAST_PORT, PORTS_PER_NPU
 from vllm_ray_ascend.environment.table import scope_of
@@ -121,11 +121,11 @@ def check_ports(node: NodeView) -> Iterator[Finding]:
     if listening is None:
         yield node.unknown("/proc/net/tcp cannot be read", "`ss -ltn` there.")
     elif node.is_idle and (taken := [port for port in listening if first <= port <= last]):
-        holders = {port: node.record.port_holders.get(port, "something") for port in taken}
+        holders = dict.fromkeys(node.record.port_holders.get(port, "something") for port in taken)
         yield node.finding(
             "warning",
             "VRA-677",
-            f"{', '.join(dict.fromkeys(holders.values()))} listens on {', '.join(map(str, taken[:5]))}, among HCCL's "
+            f"{join(holders)} listens on {', '.join(map(str, taken[:5]))}, among HCCL's "
             f"ports {first} to {last}, and Ray has given no NPU of the node to anybody.",
             f"`sudo ss -ltnp 'sport = :{taken[0]}'` there shows who does; end it, or `export "
             "HCCL_HOST_SOCKET_PORT_RANGE=auto` before `ray start` on all nodes.",
