@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -231,22 +232,28 @@ def test_processes_that_have_an_npu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert collect._holder(2**22 + 1) is None
 
 
-@pytest.fixture
-def raylet(tmp_path: Path) -> Iterator[int]:
-    """The id of a process by the name of a raylet."""
-    (tmp_path / "raylet").symlink_to("/bin/sleep")
-    with subprocess.Popen([str(tmp_path / "raylet"), "60"]) as process:
+@contextmanager
+def running(command: list[str], env: dict[str, str] | None = None) -> Iterator[int]:
+    """Run a command that prints a line first: before that, /proc may still show no environment and no name of it."""
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"started\n"
         yield process.pid
         process.kill()
 
 
+@pytest.fixture
+def raylet(tmp_path: Path) -> Iterator[int]:
+    """The id of a process by the name of a raylet."""
+    program(tmp_path, "raylet", "echo started; read line")
+    with running([str(tmp_path / "raylet")]) as pid:
+        yield pid
+
+
 def holder_started_by(raylet: int) -> Holder:
     """Return what is collected of a process that this raylet started, and that is nobody's child any more."""
-    with subprocess.Popen(
-        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, env={"RAY_RAYLET_PID": str(raylet)}
-    ) as child:
-        found = collect._holder(child.pid)
-        child.kill()
+    waits = [sys.executable, "-c", "print('started', flush=True); input()"]
+    with running(waits, {"RAY_RAYLET_PID": str(raylet)}) as pid:
+        found = collect._holder(pid)
     assert found is not None
     return found
 

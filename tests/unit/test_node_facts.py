@@ -36,8 +36,10 @@ NPU ID   Chip ID   Chip Logic ID   Chip Name
 @pytest.fixture
 def raylet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A process with an environment of its own, in the place of the raylet that started this one."""
-    started = {"ASCEND_RT_VISIBLE_DEVICES": "4,5", "VLLM_PLUGINS": "ascend", "PATH": os.environ["PATH"]}
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, env=started) as process:
+    own = {"ASCEND_RT_VISIBLE_DEVICES": "4,5", "VLLM_PLUGINS": "ascend", "PATH": os.environ["PATH"]}
+    command = [sys.executable, "-c", "print('started', flush=True); input()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=own) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"started\n", "/proc shows it all by now"
         monkeypatch.setenv("RAY_RAYLET_PID", str(process.pid))
         yield
         process.kill()
