@@ -70,7 +70,7 @@ def run(suite: Suite, results: Path, rerun: bool, further: list[str]) -> Outcome
     report, cache = results / f"{suite.name}.xml", results / f".cache-{suite.name}"
     first = _pytest(suite, report, cache, further)
     found = _outcome(report, first)
-    rerun = rerun and suite.reruns and first == 1 and 0 < len(found.failed) <= MOST_TO_RERUN
+    rerun = rerun and first == 1 and 0 < len(found.failed) <= MOST_TO_RERUN
     if not rerun:
         return found
     print(f"\n== {suite.name}: {len(found.failed)} failed, run again", flush=True)

@@ -16,7 +16,7 @@ NEEDS: Mapping[str, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """Tests of ``paths`` that ``select`` chooses by marker. ``reruns``: whether CI runs failures a second time."""
+    """Tests of ``paths`` that ``select`` chooses by marker."""
 
     name: str
     what: str
@@ -25,7 +25,6 @@ class Suite:
     needs: frozenset[str] = frozenset()
     wrapped: bool = False
     """Whether pytest itself runs on software NPUs."""
-    reruns: bool = True
     processes: int = 0
     """Processes of pytest-xdist, each of which runs whole files; 0: without pytest-xdist."""
     minutes: int = 60
@@ -54,7 +53,6 @@ SUITES: Mapping[str, Suite] = _suites(
         "pure functions, contracts with upstream's sources",
         ("tests/unit", "tests/contract"),
         "not slow",
-        reruns=False,
         processes=2,
         minutes=20,
     ),
