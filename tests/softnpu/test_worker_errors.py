@@ -22,7 +22,7 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.executor.multiproc_executor import WorkerProc
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from tests.softnpu.test_rpc_resync import Workers
+from tests.softnpu.test_worker_calls import Workers
 from vllm_ray_ascend.acl_graphs.release import with_recapture_on_wake
 from vllm_ray_ascend.control.client import ControlClient
 from vllm_ray_ascend.control.protocol import DeviceOpened
@@ -43,7 +43,7 @@ RANK, PHYSICAL = 1, 5
 FAILURE = "The Inner error is reported as above. [Error]: ACL stream synchronize failed, error code:507015"
 SIBLING = """
 import os, sys, time
-from tests.softnpu.test_rpc_resync import Workers
+from tests.softnpu.test_worker_calls import Workers
 from vllm_ray_ascend.acl_graphs.release import with_recapture_on_wake
 from vllm_ray_ascend.control.client import ControlClient
 ControlClient(sys.argv[1], 0, "10.0.0.9", 30.0, on_stop=lambda: os._exit(7), on_terminate=lambda lost: os._exit(9),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from concurrent.futures import Future
 from typing import Any
 
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
@@ -17,6 +16,7 @@ from vllm_ray_ascend.compiled_graph.worker import CompiledGraphWorkerProc
 from vllm_ray_ascend.control.timeouts import GRAPH, STEPS
 from vllm_ray_ascend.executor.executor import RayAscendExecutor
 from vllm_ray_ascend.executor.supervisor import run_each
+from vllm_ray_ascend.executor.worker_calls import completed_future
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.settings import load
 
@@ -90,17 +90,17 @@ class CompiledGraphExecutor(RayAscendExecutor):
         if self._scheduled is not None:
             raise RuntimeError("VRA-454: sample_tokens() has to follow an execute_model() that returned None")
         if is_empty_step(scheduler_output):
-            return _completed_future(EMPTY_MODEL_RUNNER_OUTPUT) if non_block else EMPTY_MODEL_RUNNER_OUTPUT
+            return completed_future(EMPTY_MODEL_RUNNER_OUTPUT) if non_block else EMPTY_MODEL_RUNNER_OUTPUT
         if not scheduler_output.total_num_scheduled_tokens or self.model_config.runner_type == "pooling":
             return self._execute_step(scheduler_output, None, non_block)
         self._scheduled = scheduler_output
-        return _completed_future(None) if non_block else None
+        return completed_future(None) if non_block else None
 
     def sample_tokens(self, grammar_output: Any, non_block: bool = False) -> Any:
         """Run the step that `execute_model` was given."""
         scheduled, self._scheduled = self._scheduled, None
         if scheduled is None:
-            return _completed_future(None) if non_block else None
+            return completed_future(None) if non_block else None
         return self._execute_step(scheduled, grammar_output, non_block)
 
     def collective_rpc(self, method: Any, *args: Any, **kwargs: Any) -> Any:
@@ -130,12 +130,6 @@ class CompiledGraphExecutor(RayAscendExecutor):
         execute = functools.partial(self._dag.execute, scheduler_output, grammar_output)
         step = self._supervisor.health_check.track(execute)
         return step if non_block else step.result()
-
-
-def _completed_future(result: Any) -> Future[Any]:
-    completed: Future[Any] = Future()
-    completed.set_result(result)
-    return completed
 
 
 def is_empty_step(scheduled: Any) -> bool:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-import pickle
 import time
-import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +50,7 @@ from vllm_ray_ascend.executor.recovery import Recovery, check_recoverable
 from vllm_ray_ascend.executor.startup import StartupRayProxy
 from vllm_ray_ascend.executor.supervisor import WorkerSupervisor, run_each
 from vllm_ray_ascend.executor.worker import RayAscendWorkerProc, actor_class
+from vllm_ray_ascend.executor.worker_calls import MergedStepExecutor
 from vllm_ray_ascend.ipc.message_queue import ExecutorQueues, message_queues, ranks_of_other_nodes, ranks_on_node
 from vllm_ray_ascend.ipc.shared_memory import check_space, free_space
 from vllm_ray_ascend.log import get_logger
@@ -81,44 +80,6 @@ _FAILURE_REPORT_S = 2.0
 """A worker's response may arrive before its failure report does."""
 _QUEUE_CHUNKS = 10
 """Chunks of vLLM's queue to the workers, `max_chunks` of MessageQueue."""
-
-
-class RpcResyncExecutor(RayExecutorV2):
-    """vLLM's executor, with calls that do not read the stale responses of an earlier call that failed.
-
-    vLLM 0.23 to 0.33 read the ranks' responses in turn and stop at the first error or at a timeout. The other ranks'
-    responses stay in their queues, and every later call gets the responses to the one before: wrong results, or the
-    engine ends. Calls that are not waited for are an engine's steps; no step follows one that failed.
-    """
-
-    _has_stale_responses = False
-
-    def collective_rpc(self, method: Any, timeout: float | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Call a method of all workers, as upstream does."""
-        if self._has_stale_responses:
-            self._discard_stale_responses(timeout)
-        try:
-            return super().collective_rpc(method, timeout, *args, **kwargs)
-        except Exception:  # whatever it is, responses to this call may still arrive
-            self._has_stale_responses = True
-            raise
-
-    def _discard_stale_responses(self, timeout: float | None) -> None:
-        """Have every rank echo a unique token, and read its responses up to that one. Raises TimeoutError."""
-        token = uuid.uuid4().hex
-        deadline = None if timeout is None else time.monotonic() + timeout
-        self.rpc_broadcast_mq.enqueue((pickle.dumps(_echo_token), (token,), {}, None))
-        for queue in self.response_mqs:
-            response: Any = None
-            while not (isinstance(response, str) and response == token):
-                remaining_s = None if deadline is None else max(0.0, deadline - time.monotonic())
-                _, response = queue.dequeue(timeout=remaining_s)
-        self._has_stale_responses = False
-
-
-def _echo_token(_: Any, token: str) -> str:
-    """Return ``token``. Called in a worker."""
-    return token
 
 
 def startup_phase(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -162,7 +123,7 @@ class ReboundStartup(_UpstreamExecutor):
         raise NotImplementedError
 
 
-class RayAscendExecutor(RpcResyncExecutor, ReboundStartup):
+class RayAscendExecutor(MergedStepExecutor, ReboundStartup):
     """vLLM's RayExecutorV2 on NPUs: upstream's startup, with our worker, our checks and our selection of variables."""
 
     _worker_class: type[RayAscendWorkerProc] = RayAscendWorkerProc
@@ -185,7 +146,7 @@ class RayAscendExecutor(RpcResyncExecutor, ReboundStartup):
 
     def _start_engine(self) -> None:
         settings = load()
-        self._hang_s = _step_limit_s()
+        self._hang_s, self._held_step = _step_limit_s(), None
         self._supervisor = WorkerSupervisor(
             lambda: self.ray_worker_handles,
             settings,
@@ -274,17 +235,27 @@ class RayAscendExecutor(RpcResyncExecutor, ReboundStartup):
         self._supervisor.raise_if_failed()
         if self._recovery is not None:
             self._recovery.record_call(method, args, kwargs)
-        call = super().collective_rpc
-        phase = self._startup.current_phase
-        commits = is_commit(method, kwargs.get("args", ()))
-        if not phase and not commits and method not in STEPS:
+        call, phase = super().collective_rpc, self._startup.current_phase
+        if phase or is_commit(method, kwargs.get("args", ())):
+            limit_s = self._startup.limit_s(phase)
+        elif method in STEPS:
+            limit_s = self._hang_s
+        else:
             return self._supervisor.health_check.track(lambda: call(method, timeout, *args, **kwargs))
-        limit_s = self._startup.limit_s(phase) if phase or commits else self._hang_s
-        if timeout is not None:
-            limit_s = timeout if limit_s is None else min(timeout, limit_s)
-        fail = functools.partial(self._fail_call, str(method), phase, limit_s or 0.0)
-        limited = functools.partial(self._raise_cause, fail, call, method, limit_s, *args, **kwargs)
-        return self._supervisor.health_check.track(limited, fail)
+        if timeout is not None and (limit_s is None or timeout < limit_s):
+            limit_s = timeout
+        fail = functools.partial(self._fail_call, method, phase, limit_s or 0.0)
+
+        def call_limited() -> Any:
+            try:
+                return call(method, limit_s, *args, **kwargs)
+            except Exception as error:  # whatever it is: a failed worker may be its cause
+                cause = fail(error)
+                if cause is None or cause is error:
+                    raise
+                raise cause from error
+
+        return self._supervisor.health_check.track(call_limited, fail)
 
     def add_lora(self, lora_request: Any) -> Any:
         """Load an adapter in all workers, as upstream; a relative path is that of this process.
@@ -305,34 +276,21 @@ class RayAscendExecutor(RpcResyncExecutor, ReboundStartup):
                 "or mount it there, or load it by its name on a hub.",
             ) from error
 
-    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+    def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
         """Run a step, as upstream; relative paths of adapters are those of this process."""
         for request in scheduler_output.scheduled_new_reqs if self.lora_config else ():
             if request.lora_request is not None:
                 request.lora_request.lora_path = absolute_if_here(request.lora_request.lora_path)
-        return super().execute_model(scheduler_output, *args, **kwargs)
+        return super().execute_model(scheduler_output, non_block)
 
-    @staticmethod
-    def _raise_cause(
-        fail: Callable[[BaseException], VllmRayAscendError | None], call: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """Make a call. Raises the engine's first failure in place of an error that follows from it."""
-        try:
-            return call(*args, **kwargs)
-        except Exception as error:  # whatever it is: a failed worker may be its cause
-            cause = fail(error)
-            if cause in (None, error):
-                raise
-            raise cause from error
-
-    def _fail_call(self, method: str, phase: str, limit_s: float, error: BaseException) -> VllmRayAscendError | None:
+    def _fail_call(self, method: object, phase: str, limit_s: float, error: BaseException) -> VllmRayAscendError | None:
         """End the engine, a call of whose startup or steps has failed, before anybody sees the error.
 
         Return the first failure: the worker's own report, with its rank, or where none comes, one of ``error``. None
         where the engine is stopping anyway.
         """
         if isinstance(error, TimeoutError):
-            return self._fail_late(method, phase, limit_s)
+            return self._fail_late(str(method), phase, limit_s)
         if self._supervisor.wait_for_failure(_FAILURE_REPORT_S) is None:
             self._supervisor.fail(WorkerFailedError("VRA-371", f"{method} failed: {error}"))
         return self.cause

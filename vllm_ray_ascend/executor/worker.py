@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm import envs
+from vllm.distributed import get_pp_group
 from vllm.v1.executor import ray_executor_v2
 from vllm.v1.executor.ray_executor_v2 import RayWorkerProc
 from vllm.v1.outputs import AsyncModelRunnerOutput
@@ -329,6 +330,13 @@ def phase_reporting_wrapper(send: Callable[[Message], None]) -> type[WorkerWrapp
             if execute_method == "load_model":  # how a worker that elastic scaling adds loads its model
                 send(PhaseStarted(MODEL))
             return self.worker.elastic_ep_execute(execute_method, *args, **kwargs)
+
+        def execute_model_and_sample_tokens(self, scheduler_output: Any, grammar_output: Any) -> Any:
+            """Run both methods of a step as vLLM's engine core calls them (executor/worker_calls.py)."""
+            output = self.execute_model(scheduler_output)
+            if output is not None and get_pp_group().is_last_rank:  # of a worker that samples by itself
+                return output
+            return self.sample_tokens(grammar_output)
 
         def check_adapter(self, name: str, path: str) -> None:
             """Raise AdapterError where this node does not have the files of a LoRA adapter (engine/adapters.py)."""
