@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -222,16 +223,34 @@ def test_a_text_goes_on_across_the_commit(tmp_path: Path, sizes: tuple[int, int]
 
 @pytest.mark.slow
 def test_a_new_rank_that_dies_is_undone(tmp_path: Path) -> None:
-    """While its model is loaded; the ranks that serve continue, and the next scaling succeeds."""
+    """While its engine core starts, its worker starts, or loads its model; the others serve, the next one succeeds."""
     with temporary_cluster("e2e-elastic-death", 1, 4) as cluster, elastic_server(cluster, tmp_path) as server:
-        killed = threading.Thread(target=kill_new_worker, args=(cluster,))
-        killed.start()
-        answer = request_scaling(server, 4)
-        killed.join()
-        assert answer.status_code == 500 and "VRA-343" in answer.text, answer.text
-        check_scaled(server, 2)
-        wait_for_npus(cluster, 1, [0, 1])
+        starting = (functools.partial(kill_new_actor, name) for name in ("EngineCoreActor", "WorkerProc"))
+        for kill in (*starting, functools.partial(kill_new_worker, cluster)):
+            with scaling(server, 4) as answer:
+                kill()
+            assert answer.result().status_code == 500 and "VRA-343" in answer.result().text, answer.result().text
+            check_scaled(server, 2)
+            wait_for_npus(cluster, 1, [0, 1])
         scale(server, 4)
+
+
+def kill_new_actor(name: str) -> None:
+    """Kill the first process of a further actor of Ray whose class has ``name``."""
+    before = actor_processes(name)
+    deadline = time.monotonic() + LIMIT_S
+    while not (new := actor_processes(name) - before) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    min(new, key=lambda process: process.pid).kill()
+
+
+def actor_processes(name: str) -> set[psutil.Process]:
+    """Return the processes of Ray's actors whose class has ``name``."""
+    return {
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if (title := " ".join(process.info["cmdline"] or ())).startswith("ray::") and name in title
+    }
 
 
 def kill_new_worker(cluster: Cluster, before: Collection[tuple[str, int]] = ()) -> None:
