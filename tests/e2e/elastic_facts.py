@@ -10,10 +10,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.facts import point_to_point
+from tests.e2e.facts import WorkerFacts, point_to_point
 
 
-class ElasticFacts:
+class ElasticFacts(WorkerFacts):
     """Mixed into vllm-ascend's worker by `worker_extension_cls`."""
 
     def check_experts(self) -> dict[str, Any]:
@@ -54,13 +54,12 @@ class ElasticFacts:
         Replays are counted from the first call on. It asks no other rank: these may still be stepping, with other
         operations on the same groups.
         """
-        import torch
         from vllm.compilation.counter import compilation_counter
         from vllm.distributed import get_dp_group
         from vllm_ascend.compilation import acl_graph
 
         if not hasattr(self, "replays"):
-            self._count_replays(torch.npu.NPUGraph)
+            self.count_replays()
         sizes = {
             entry.batch_descriptor.num_tokens
             for wrapper in acl_graph._acl_graph_wrappers
@@ -73,16 +72,6 @@ class ElasticFacts:
             "replays": self.replays,
         }
         (Path(folder) / f"rank{get_dp_group().rank_in_group}").write_text(json.dumps(found))
-
-    def _count_replays(self, graph_class: Any) -> None:
-        replay = graph_class.replay
-
-        def counted(graph: Any) -> Any:
-            self.replays += 1
-            return replay(graph)
-
-        self.replays = 0
-        graph_class.replay = counted
 
     def resources(self) -> str:
         """Return what this worker holds that a scaling could leave behind, as JSON."""

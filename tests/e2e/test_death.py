@@ -9,7 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,13 @@ def start_endless_request(server: Server) -> openai.Stream[openai.types.Completi
     )
     next(iter(stream))
     return stream
+
+
+def wait_until(condition: Callable[[], bool], server: Server) -> None:
+    deadline = time.monotonic() + START_LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {START_LIMIT_S:g} s; the server's log: {server.log}"
+        time.sleep(0.2)
 
 
 def send_signal(cluster: Cluster, node: int, pid: int, number: signal.Signals = signal.SIGKILL) -> None:

@@ -27,8 +27,8 @@ from demo.train.recitation import MOE, PROMPTS, zen_after
 from tests.e2e.conftest import run_on_head
 from tests.e2e.servers import create_server, opened_npus, opened_npus_by_node, temporary_cluster
 from tests.e2e.test_bad_input import NOTHING_LEFT, check_nothing_left
-from tests.e2e.test_death import check_no_leftovers, send_signal, wait_for_server_exit
-from tests.e2e.test_rank_recovery import RESTORED, engine_core, health, kill_raylet, wait_for_event, wait_until
+from tests.e2e.test_death import check_no_leftovers, send_signal, wait_for_server_exit, wait_until
+from tests.e2e.test_rank_recovery import RESTORED, engine_core, health, kill_raylet, wait_for_event
 
 ELASTIC = (
     *("--tensor-parallel-size", "1", "--data-parallel-size", "2", "--data-parallel-backend", "ray"),

@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,13 @@ from softnpu.cluster.plan import Cluster
 from demo.server import Server
 from demo.train.recitation import DENSE
 from tests.e2e.servers import check_text, create_server, opened_npus, temporary_cluster
-from tests.e2e.test_death import LIMIT_S, check_no_leftovers, leftover_shared_memory, wait_for_server_exit
+from tests.e2e.test_death import (
+    LIMIT_S,
+    check_no_leftovers,
+    leftover_shared_memory,
+    wait_for_server_exit,
+    wait_until,
+)
 from tests.faults.inject import Injector
 
 pytestmark = [pytest.mark.multinode, pytest.mark.slow]
@@ -47,13 +52,6 @@ def head_process(cluster: Cluster) -> int:
         pid for pid in processes.find_cluster_processes(cluster) if processes.get_process_name(pid) == "gcs_server"
     )
     return pid
-
-
-def wait_until(condition: Callable[[], bool], server: Server) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {LIMIT_S:g} s; the server's log: {server.log}"
-        time.sleep(0.5)
 
 
 def test_the_loss_of_the_head_is_the_reported_cause(tmp_path: Path) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from demo.server import Server
 from demo.train.recitation import DENSE, MOE, PROMPTS, zen_after
 from tests.e2e.conftest import run_on_head
 from tests.e2e.servers import check_text, create_server, read_topology, temporary_cluster
-from tests.e2e.test_death import LIMIT_S, START_LIMIT_S, check_no_leftovers, send_signal
+from tests.e2e.test_death import LIMIT_S, check_no_leftovers, send_signal, wait_until
 from vllm_ray_ascend.observability.metrics import DP_RANK_RESTARTS, DP_RANK_UP, WRITES
 
 pytestmark = pytest.mark.e2e
@@ -40,13 +39,6 @@ def serving(cluster: Cluster, model: Path, folder: Path, *options: str, **variab
         server.wait_until_healthy()
         yield server
         assert server._process.poll() is None
-
-
-def wait_until(condition: Callable[[], bool], server: Server) -> None:
-    deadline = time.monotonic() + START_LIMIT_S
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {START_LIMIT_S:g} s; the server's log: {server.log}"
-        time.sleep(0.2)
 
 
 def wait_for_event(server: Server, event: str, count: int = 1) -> None:
