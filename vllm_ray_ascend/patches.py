@@ -1147,10 +1147,10 @@ def apply(target: str, replacement: Any, owner: Any = None) -> None:
     row, owner, name = _resolve(target, owner)
     before = getattr(owner, name, _ABSENT)
     again = is_applied(target, owner)
-    if before is replacement or (again and _is_third_party(before)):
+    if before is replacement or (again and is_third_party(before)):
         return
     if not again:
-        if _is_third_party(before) and not _is_subclass(replacement, before):
+        if is_third_party(before) and not _is_subclass(replacement, before):
             logger.warning(
                 "VRA-105: %s was replaced by %s before vllm-ray-ascend replaces it (%s): theirs is not called. Where "
                 "that is needed, turn ours off: VLLM_RAY_ASCEND_EXECUTOR=upstream or VLLM_RAY_ASCEND=0.",
@@ -1309,7 +1309,7 @@ def _definer(value: Any) -> str:
     return f"{module or type(value).__module__}.{name}"
 
 
-def _is_third_party(value: Any) -> bool:
+def is_third_party(value: Any) -> bool:
     """Return whether a function or class is neither upstream's nor ours. Plain values are nobody's."""
     return (isinstance(value, type) or callable(value)) and _definer(value).partition(".")[0] not in _UPSTREAM
 

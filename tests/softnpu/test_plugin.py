@@ -170,7 +170,7 @@ def test_a_frameworks_classes_and_wrappers_run_below_ours() -> None:
     assert found["calls"] == ["subclass", "wrapper"]
     assert found["workers"] == 2 * [["late", ["early", "ran"]]]
     for methods in found["called"].values():
-        assert {"get_kv_cache_spec", "execute_model", "_framework_facts"} <= set(methods)
+        assert {"get_kv_cache_spec", "execute_model", "sample_tokens", "_framework_facts"} <= set(methods)
     assert (found["executor"], found["reported"]) == ("RayAscendExecutor", 2)
     assert "Workers are RayAscendWorkerProc on top of __main__.framework.<locals>.Worker" in log
     assert "Beautiful is better than ugly." in found["text"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 import threading
 from collections import deque
@@ -12,11 +13,16 @@ from typing import Any
 import pytest
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.executor.multiproc_executor import WorkerProc
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
 
+from vllm_ray_ascend.errors import WorkerLateError
 from vllm_ray_ascend.executor import worker as worker_module
+from vllm_ray_ascend.executor.executor import RayAscendExecutor
+from vllm_ray_ascend.executor.startup import StartupRayProxy
+from vllm_ray_ascend.executor.supervisor import WorkerSupervisor
 from vllm_ray_ascend.executor.worker import phase_reporting_wrapper
-from vllm_ray_ascend.executor.worker_calls import MergedStepExecutor, is_sampled_at_once
+from vllm_ray_ascend.executor.worker_calls import is_sampled_at_once
+from vllm_ray_ascend.settings import Settings
 
 Status = WorkerProc.ResponseStatus
 RANKS = 2
@@ -32,6 +38,8 @@ class Workers:
         self.requests = MessageQueue(RANKS, RANKS)
         self.responses = [MessageQueue(1, 1) for _ in range(RANKS)]
         self.released = threading.Event()
+        self.late = ""
+        """What the ranks answer only when they are released."""
         self.called: list[tuple[str, int]] = []
         """Name and number of arguments of each call that the last rank was sent."""
         self.threads = [threading.Thread(target=self.work, args=(rank,), daemon=True) for rank in range(RANKS)]
@@ -44,7 +52,7 @@ class Workers:
             name = method if isinstance(method, str) else ""
             if rank == RANKS - 1:
                 self.called.append((name, len(args)))
-            if name == f"late {rank}":
+            if name == f"late {rank}" or (name and name == self.late):
                 self.released.wait(30)
             if only in (None, rank):
                 failed = name == f"fail {rank}"
@@ -75,9 +83,11 @@ def config() -> Any:
 
 @pytest.fixture
 def executor(workers: Workers) -> Any:
-    found: Any = MergedStepExecutor.__new__(MergedStepExecutor)
+    found: Any = RayAscendExecutor.__new__(RayAscendExecutor)
     found.vllm_config, found.output_rank = config(), 1
-    found.kv_output_aggregator = found.ec_output_aggregator = None
+    found.kv_output_aggregator = found.ec_output_aggregator = found.lora_config = None
+    found._supervisor, found._recovery = WorkerSupervisor(list, Settings(), 240.0), None
+    found._startup, found._hang_s = StartupRayProxy(found._supervisor, Settings()), 30.0
     found.is_failed, found.futures_queue, found.rpc_broadcast_mq = False, deque(), workers.requests
     found.response_mqs = [MessageQueue.create_from_handle(queue.export_handle(), 0) for queue in workers.responses]
     _kept_alive.append(found)
@@ -197,6 +207,31 @@ def test_an_engine_that_does_not_sample_each_step_merges_none(
     executor.vllm_config.__dict__.update(other)
     assert run_step(executor)[1].result()[0] == 1
     assert workers.called[0] == ("execute_model", 1)
+
+
+@pytest.mark.parametrize("name", ["execute_model", "sample_tokens", "collective_rpc"])
+@pytest.mark.parametrize("owner", [RayAscendExecutor, MultiprocExecutor])
+def test_somebody_who_watches_the_calls_of_a_step_sees_both(
+    executor: Any, workers: Workers, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+) -> None:
+    """As a profiler or a framework that has wrapped one of them, before or after us."""
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, watched)
+    assert run_step(executor)[0].result() == (1, None)
+    assert workers.called == [("execute_model", 1), ("sample_tokens", 1)]
+
+
+def test_a_step_that_is_late_raises_the_error_that_says_so(executor: Any, workers: Workers) -> None:
+    workers.late = "execute_model_and_sample_tokens"
+    executor._hang_s = 0.1
+    sampled, _ = run_step(executor)
+    with pytest.raises(WorkerLateError, match=r"VRA-309: execute_model_and_sample_tokens has not ended after 0\.1 s"):
+        sampled.result()
 
 
 def test_a_step_that_is_to_be_over_is_not_held(executor: Any, workers: Workers) -> None:

@@ -94,6 +94,18 @@ def test_no_worker_is_asked_while_a_call_is_under_way(server: ControlServer, sta
     watched.wait_for_silence()
 
 
+def test_a_step_raises_the_failure_that_its_error_follows_from() -> None:
+    health_check = IdleHealthCheck(lambda _: {}, CHECK_S, lambda reports: None)
+    first, late = ConnectionError("the first"), TimeoutError("late")
+    for found, expected in ((first, first), (None, late), (late, late)):
+        step: Future[None] = Future()
+        health_check.track(lambda step=step: step, lambda _, found=found: found)  # type: ignore[misc]
+        step.set_exception(late)
+        with pytest.raises(type(expected)) as raised:
+            step.result()
+        assert raised.value is expected
+
+
 def test_a_worker_that_answers_the_second_request_does_not_hang() -> None:
     """As after the whole machine was suspended, when the time of the first request is over at once."""
     requested = threading.Semaphore(0)

@@ -44,12 +44,14 @@ class IdleHealthCheck:
         """Stop the check. May be called in any thread, and again."""
         self._stopped.set()
 
-    def track(self, call: Callable[[], Any], on_error: Callable[[BaseException], object] | None = None) -> Any:
+    def track(
+        self, call: Callable[[], Any], on_error: Callable[[BaseException], BaseException | None] | None = None
+    ) -> Any:
         """Return the result of ``call``, which uses the workers. They count as busy until it has completed.
 
-        A call that returns a Future has completed with the Future, whose error ``on_error`` is called with. One that
-        failed here, as after a timeout, may still run in the workers, which process calls in order: it counts as
-        completed once a later call has.
+        A call that returns a Future has completed with the Future, whose error ``on_error`` is called with; the Future
+        raises what that returns, unless it is None. A call that failed here, as after a timeout, may still run in the
+        workers, which process calls in order: it counts as completed once a later call has.
         """
         with self._count_lock:
             self._calls_started = number = self._calls_started + 1
@@ -63,7 +65,7 @@ class IdleHealthCheck:
             if error is None:
                 self._record_completion(number)
             elif on_error is not None:
-                on_error(error)
+                done._exception = on_error(error) or error  # its own may only follow from the first failure
 
         result.add_done_callback(handle_done)
         return result

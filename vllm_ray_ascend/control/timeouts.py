@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from vllm_ray_ascend.settings import WEEK_S, Settings
 
-STEPS = ("execute_model", "sample_tokens", "execute_dummy_batch", "take_draft_token_ids")
-"""What vLLM calls on workers while it serves: a failure of one of these ends the engine."""
+MERGED_STEP = "execute_model_and_sample_tokens"
+"""A method of our workers, which calls the two of a step (executor/worker_calls.py)."""
+STEPS = ("execute_model", "sample_tokens", MERGED_STEP, "execute_dummy_batch", "take_draft_token_ids")
+"""What is called on workers while vLLM serves: a failure of one of these ends the engine."""
 
 WORKERS = "worker processes"
 RENDEZVOUS = "rendezvous"

@@ -235,6 +235,8 @@ class RayAscendExecutor(MergedStepExecutor, ReboundStartup):
         self._supervisor.raise_if_failed()
         if self._recovery is not None:
             self._recovery.record_call(method, args, kwargs)
+        if self._held_step is not None:
+            method = self._take_held_step(method, kwargs)
         call, phase = super().collective_rpc, self._startup.current_phase
         if phase or is_commit(method, kwargs.get("args", ())):
             limit_s = self._startup.limit_s(phase)

@@ -23,7 +23,7 @@ from vllm_ray_ascend.acl_graphs import hooks
 from vllm_ray_ascend.compat.ascend import has_port_ranges
 from vllm_ray_ascend.control.client import ControlClient, server_location
 from vllm_ray_ascend.control.protocol import DeviceOpened, EventReported, IpcResource, Message, PhaseStarted
-from vllm_ray_ascend.control.timeouts import DEVICE, MODEL, STEPS, stop_grace_s
+from vllm_ray_ascend.control.timeouts import DEVICE, MERGED_STEP, MODEL, STEPS, stop_grace_s
 from vllm_ray_ascend.devices.kind import NPU
 from vllm_ray_ascend.devices.numbering import logical_to_physical
 from vllm_ray_ascend.devices.owners import check_assigned_ids
@@ -185,7 +185,7 @@ class RayAscendWorker(_Mixin):
         """Run upstream's loop. A failed step is reported immediately, not once HCCL times out in the other ranks."""
         self.worker.connect_pipeline_pairs = functools.partial(connect_pipeline_pairs, self.worker)
         for name in (*STEPS, *_STARTUP_STEPS):
-            if hasattr(self.worker, name):
+            if hasattr(self.worker, name) and name != MERGED_STEP:  # that calls the two others
                 setattr(self.worker, name, self._with_failure_report(name, getattr(self.worker, name)))
         self._with_failure_report("the worker's loop", super().run)()
 

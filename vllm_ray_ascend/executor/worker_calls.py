@@ -11,8 +11,8 @@ from typing import Any
 
 from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
 
-_MERGED = "execute_model_and_sample_tokens"
-"""Method of our workers (executor/worker.py)."""
+from vllm_ray_ascend.control.timeouts import MERGED_STEP
+from vllm_ray_ascend.patches import is_third_party
 
 
 class RpcResyncExecutor(RayExecutorV2):
@@ -65,36 +65,42 @@ class MergedStepExecutor(RpcResyncExecutor):
     """What an `execute_model` was given whose `sample_tokens` has not come yet."""
 
     @functools.cached_property
-    def _samples_steps(self) -> bool:
-        return samples_steps(self.vllm_config)
+    def _merges_steps(self) -> bool:
+        return samples_steps(self.vllm_config) and not has_foreign_calls(type(self))
 
     def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
         """Run a step, as upstream, or its first half; a Future of None where it is held until the second half."""
-        if not (non_block and self._samples_steps and is_sampled_at_once(scheduler_output)):
+        if not (non_block and self._merges_steps and is_sampled_at_once(scheduler_output)):
             return super().execute_model(scheduler_output, non_block)
-        self._send_held_step()
+        if self._held_step is not None:
+            self._take_held_step("", {})
         self._held_step = scheduler_output
         return _NOTHING
 
-    def collective_rpc(self, method: Any, timeout: float | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Call a method of all workers, as upstream does."""
-        if self._held_step is not None:
-            if method == "sample_tokens" and kwargs.get("args"):
-                held, self._held_step = self._held_step, None
-                method, kwargs["args"] = _MERGED, (held, *kwargs["args"])
-            else:
-                self._send_held_step()
-        return super().collective_rpc(method, timeout, *args, **kwargs)
+    def _take_held_step(self, method: Any, kwargs: dict[str, Any]) -> Any:
+        """Return the method that `collective_rpc` has to call now, in place of ``method`` with ``kwargs``.
 
-    def _send_held_step(self) -> None:
-        """Send what is held by itself, as another call comes before its `sample_tokens`."""
+        The second half of a step gets what is held among its arguments. Before any other call that is sent by itself.
+        """
         held, self._held_step = self._held_step, None
-        if held is not None:
-            super().execute_model(held, non_block=True)
+        if method == "sample_tokens" and kwargs.get("args"):
+            kwargs["args"] = (held, *kwargs["args"])
+            return MERGED_STEP
+        super().execute_model(held, non_block=True)
+        return method
+
+
+def has_foreign_calls(executor: type) -> bool:
+    """Return whether somebody else's code, above or below ours, sees the calls of a step: it expects vLLM's two."""
+    names = ("execute_model", "sample_tokens", "collective_rpc")
+    return any(is_third_party(vars(each)[name]) for each in executor.__mro__ for name in names if name in vars(each))
 
 
 def samples_steps(vllm_config: Any) -> bool:
-    """Return whether vLLM's engine core calls `sample_tokens` for every step that has tokens."""
+    """Return whether vLLM's engine core calls `sample_tokens` for every step that has tokens.
+
+    With an encoder elsewhere it depends on the engine's role in some releases of vLLM only: then the answer is no.
+    """
     encodes_only = getattr(vllm_config, "is_mm_encoder_only", False)
     has_encoder_elsewhere = getattr(vllm_config, "ec_transfer_config", None) is not None
     return vllm_config.model_config.runner_type != "pooling" and not encodes_only and not has_encoder_elsewhere
