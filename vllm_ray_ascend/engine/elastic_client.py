@@ -272,17 +272,24 @@ async def _is_done(
     """
     needed = range(len(client.core_engines)) if needed is None else needed
     await asyncio.wait([future], timeout=_POLL_S)
+    if _lost(client, needed, leaving) and not future.done():
+        await asyncio.wait([future], timeout=_POLL_S)  # one that leaves has said so before, which may be read now
+    if not future.done():
+        try:
+            _raise_if_lost(client, needed, leaving)
+        except ElasticEPError:
+            future.cancel()
+            raise
+    return future.done()
+
+
+def _raise_if_lost(client: Any, needed: range, leaving: range = range(0)) -> None:
     lost = _lost(client, needed, leaving)
-    if lost and not future.done():  # one that leaves has said so before it exits, which may be read a moment later
-        await asyncio.wait([future], timeout=_POLL_S)
-        lost = _lost(client, needed, leaving)
-    if not future.done() and (lost or client.resources.engine_dead):
-        future.cancel()
+    if lost or client.resources.engine_dead:
         raise ElasticEPError(
             "VRA-347",
             f"a rank was lost without which the engine cannot be scaled: {', '.join(lost) or 'the log says which'}",
         )
-    return future.done()
 
 
 def _lost(client: Any, ranks: range, leaving: range) -> list[str]:
@@ -302,7 +309,8 @@ async def _drain(client: Any, new_data_parallel_size: int) -> None:
     limit_s = getattr(client, "_vllm_ray_ascend_drain_s", _DRAIN_S)
     deadline = time.monotonic() + limit_s
     while (running := sum(client.engine_inflight[engine] for engine in leaving)) and time.monotonic() < deadline:
-        await _is_done(client, asyncio.ensure_future(asyncio.sleep(2 * _POLL_S)))
+        await asyncio.sleep(_POLL_S)
+        _raise_if_lost(client, range(len(client.core_engines)))
     if running:
         logger.warning(
             "VRA-345: %d requests of the ranks that leave were not done after %g s and are aborted; a longer "
