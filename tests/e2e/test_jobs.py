@@ -79,10 +79,11 @@ class Jobs:
         """Return a job's status, or its logs, once that has ``text``. Fails where the job ends before."""
         deadline = time.monotonic() + LIMIT_S
         while True:
-            found = self.run("logs", name) if in_logs else self.status(name)
+            status = self.status(name)
+            found = self.run("logs", name) if in_logs else status
             if text in found:
                 return found
-            ended = any(end in self.status(name) for end in ("failed", "succeeded", "stopped"))
+            ended = any(end in status for end in ("failed", "succeeded", "stopped"))
             assert not ended and time.monotonic() < deadline, found[-4000:] + self.run("logs", name)[-6000:]
             time.sleep(2)
 
