@@ -16,7 +16,6 @@ import msgspec
 from vllm_ray_ascend.cluster.node_facts import raylet_environment
 from vllm_ray_ascend.compat.ray_processes import session_log_folder
 from vllm_ray_ascend.environment.redact import redact_json, redact_text, secrets_of
-from vllm_ray_ascend.executor.failure_record import RECORDS
 
 
 class _Rank(msgspec.Struct):
@@ -32,6 +31,7 @@ Files = dict[str, bytes]
 
 _LATEST_SESSION = Path("/tmp/ray/session_latest/logs")
 _RAY_LOGS = ("worker-*", "raylet.*", "gcs_server.*", "monitor.*")
+_FAILURES = "vllm_ray_ascend/failure-*.json"
 _PLOG_VARIABLE = "ASCEND_PROCESS_LOG_PATH"
 _PLOG = "**/plog*/plog-*.log"
 
@@ -51,7 +51,7 @@ def collect_from(
     logs: Path, plog: Path, secrets: Collection[str], limit_bytes: int, pids: Collection[int] = ()
 ) -> Files:
     """Return the files below Ray's folder ``logs`` and CANN's folder ``plog``, with ``secrets`` hidden."""
-    records = {f"failures/{path.name}": path for path in _newest(logs.glob(RECORDS))}
+    records = {f"failures/{path.name}": path for path in _newest(logs.glob(_FAILURES))}
     texts = {name: _read_end(path, limit_bytes) for name, path in records.items()}
     wanted = {*map(str, pids), *_failed_pids(texts.values())}
     ray_logs = _newest(path for pattern in _RAY_LOGS for path in logs.glob(pattern))

@@ -23,9 +23,6 @@ logger = get_logger(__name__)
 
 FOLDER = "vllm_ray_ascend"
 """In Ray's log folder of the engine core's node."""
-_FILES = "failure-*.json"
-RECORDS = f"{FOLDER}/{_FILES}"
-"""The files, in that log folder."""
 KEPT = 10
 """Records of a node, the latest ones."""
 
@@ -75,7 +72,7 @@ def write_to_folder(record: FailureRecord, folder: Path) -> Path | None:
     except OSError as error:
         logger.info("no record of the failure was written: %s", error)
         return None
-    for old in sorted(folder.glob(_FILES))[:-KEPT]:
+    for old in sorted(folder.glob("failure-*.json"))[:-KEPT]:
         with contextlib.suppress(OSError):
             old.unlink()
     return path
