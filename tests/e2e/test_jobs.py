@@ -124,10 +124,12 @@ def wait_until_ended(jobs: Jobs) -> None:
 
 
 def listed_events(jobs: Jobs) -> list[str]:
-    """Return the messages of Ray's list of events."""
-    from ray.util.state import list_cluster_events
+    """Return the messages of Ray's events as the dashboard shows them.
 
-    return [event.message for event in list_cluster_events(jobs.address)]
+    `ray list cluster-events` cannot sort a job's among those of a worker that has died (patches/ray/0006).
+    """
+    events = httpx.get(f"{jobs.address}/events", timeout=LIMIT_S).json()["data"]["events"]
+    return [event["message"] for each in events.values() for event in each]
 
 
 def scraped_metrics(jobs: Jobs) -> str:

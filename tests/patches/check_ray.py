@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,6 +119,21 @@ def load_dcmi() -> None:
     ctypes.CDLL(str(library))
 
 
+def event_list() -> None:
+    from ray.dashboard.modules.event.event_head import _list_cluster_events_impl
+    from ray.util.state.common import ListApiOptions
+
+    found = {
+        name: {"event_id": name, "timestamp": time, "severity": "INFO", "source_type": "JOBS", "message": name}
+        for name, time in {"of C++": 20, "of Python": "3"}.items()
+    }
+    with ThreadPoolExecutor(1) as executor:
+        listed = asyncio.run(
+            _list_cluster_events_impl(all_events={"": found}, executor=executor, option=ListApiOptions())
+        )
+    assert [event["message"] for event in listed.result] == ["of Python", "of C++"], "by their time"
+
+
 if __name__ == "__main__":
     ray.init(
         address="local",
@@ -137,6 +154,7 @@ if __name__ == "__main__":
             "ray-0003": detection,
             "ray-0004": ray_llm,
             "ray-0005": dashboard,
+            "ray-0006": event_list,
         }
     )
     ray.shutdown()

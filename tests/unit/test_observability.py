@@ -209,6 +209,29 @@ def test_an_event_is_in_the_list_of_ray(monkeypatch: pytest.MonkeyPatch, tmp_pat
     }
 
 
+@pytest.mark.parametrize(
+    ("others", "kind"),
+    [
+        ({}, int),
+        ({"RAYLET": '{"timestamp":1796088079}'}, int),
+        ({"JOBS": '{"timestamp": "1796088028"}', "RAYLET": '{"timestamp":1796088079}'}, str),
+        ({"GCS": "", "CORE_WORKER_7": '{"timest'}, int),
+    ],
+)
+def test_an_event_has_its_time_as_ray_s_own_have(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, others: dict[str, str], kind: type
+) -> None:
+    """Texts and numbers together are more than `ray list cluster-events` can sort."""
+    monkeypatch.setattr(ray_events, "session_log_folder", lambda: tmp_path)
+    (tmp_path / "events").mkdir()
+    for source, line in others.items():
+        (tmp_path / f"events/event_{source}.log").write_text(line)
+    for _ in range(2):
+        ray_events.list_in_ray(Event("ranks_added", 1.0, "", {}))
+    lines = (tmp_path / "events/event_COMMON.log").read_text().splitlines()
+    assert [type(json.loads(line)["timestamp"]) for line in lines] == [kind, kind]
+
+
 def test_events_that_ray_cannot_list_are_reported_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,9 @@ from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.observability.events import KINDS, Event, format_event
 
 logger = get_logger(__name__)
+
+_FILE = "event_COMMON.log"
+"""Events of ours, in a folder of Ray's logs."""
 
 
 def list_in_ray(event: Event) -> None:
@@ -37,16 +42,46 @@ def _add(event: Event) -> None:
     add(format_event(event, "text").removeprefix("event "), **fields, engine=event.engine)
 
 
+class _EventFormatter(logging.Formatter):
+    """Writes an event with its time as Ray's own events on this node have it.
+
+    Ray 2.48 to 2.60 cannot list texts beside numbers, and its writer for Python writes texts alone.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__("%(message)s")
+        self._folder = folder
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record)
+        if times_are_text(self._folder):
+            return line
+        event = json.loads(line)
+        return json.dumps({**event, "timestamp": int(event["timestamp"])})
+
+
+def times_are_text(folder: Path) -> bool:
+    """Return whether an event that Ray has written to the ``folder`` has its time as text, as those of jobs have.
+
+    Where there are none it is no text: raylets write numbers, once a worker has died.
+    """
+    for path in folder.glob("event_*.log"):
+        with contextlib.suppress(OSError, ValueError), path.open(encoding="utf-8") as lines:
+            if path.name != _FILE and isinstance(json.loads(next(lines, "{}")).get("timestamp"), str):
+                return True
+    return False
+
+
 @functools.cache
 def _ray_events(folder: Path) -> Any:
     """Return Ray's writer of events of a session. Ray's own function for that remembers the first session for ever."""
     from ray._private.event.event_logger import Event as RayEvent
     from ray._private.event.event_logger import EventLoggerAdapter
 
-    path = folder / "events" / "event_COMMON.log"
+    path = folder / "events" / _FILE
     path.parent.mkdir(exist_ok=True)
     handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_EventFormatter(path.parent))
     file = logging.getLogger(f"vllm_ray_ascend_events{folder}")
     file.setLevel(logging.INFO)
     file.propagate = False  # these lines are in no other log
