@@ -597,6 +597,17 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         "vllm.v1.engine.core_client",
+        ("BackgroundResources.validate_alive",),
+        kind="wrap",
+        by="engine/shutdown.py",
+        what="files of a client's sockets are removed when an engine core says that it dies",
+        why="a replica of Ray Serve is killed then, and leaves them",
+        releases="vllm",
+        removable="vLLM's clients remove them",
+        applied="import of vLLM's engine client, in API servers and processes of LLM",
+    ),
+    Patch(
+        "vllm.v1.engine.core_client",
         ("_process_utility_output",),
         kind="wrap",
         by="engine/metrics.py",

@@ -194,10 +194,12 @@ def test_replicas_on_npus_of_their_own_and_one_that_is_killed(cluster: Cluster, 
         check_answers(cluster)
         engines = check_topology(cluster)
         assert len(used_npus(engines)) == 2
+        sockets = len(socket_files())
         (rank,) = engines[0]["ranks"]
         kill(cluster, rank)
         wait_for_engines(3, process, log)
         wait_until(lambda: len(read_topology(cluster)["engines"]) == 2, process, log)
+        wait_until(lambda: len(socket_files()) == sockets, process, log)
         check_answers(cluster)
         now = check_topology(cluster)
         actors = {each["actor"] for engine in now for each in engine["ranks"]}

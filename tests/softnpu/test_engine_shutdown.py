@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import zmq
 from vllm.v1.engine import core_client, utils
+from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_ray_ascend.control.timeouts import engine_exit_s, stop_grace_s
@@ -87,11 +88,20 @@ def test_calls_of_a_server_end_too(client: Any) -> None:
     asyncio.run(wait_for_call())
 
 
-def test_the_files_of_its_sockets_are_gone_before_its_process_is(client: Any) -> None:
-    """Ray ends a replica of Serve in a way by which Python never gets to the end."""
+@pytest.mark.parametrize("says_so", [False, True])
+def test_the_files_of_its_sockets_are_gone_before_its_process_is(client: Any, says_so: bool) -> None:
+    """Ray ends a replica of Serve in a way by which Python never gets to the end.
+
+    An engine core whose worker has died says so; one that is killed does not.
+    """
     with tempfile.TemporaryDirectory() as folder:
         client.resources.input_socket = client.ctx.socket(zmq.ROUTER)
         client.resources.input_socket.bind(f"ipc://{folder}/input")
+        client.resources.validate_alive([zmq.Frame(b"a batch"), zmq.Frame(b"of outputs")])
         assert os.listdir(folder) == ["input"]
-        client.shutdown()
+        if says_so:
+            with pytest.raises(EngineDeadError):
+                client.resources.validate_alive([zmq.Frame(EngineCoreProc.ENGINE_CORE_DEAD)])
+        else:
+            client.shutdown()
         assert os.listdir(folder) == []

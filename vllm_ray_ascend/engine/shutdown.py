@@ -107,9 +107,11 @@ def end_waits_for_engine_core() -> None:
     It does so when the engine core's process has died. The client of `LLM` only ends the thread that reads the answers:
     `LLM.generate` hangs. And no client ends calls that wait for a result, such as `sleep` or `collective_rpc`.
 
-    The files of its sockets are removed then: a replica of Ray Serve never gets to the end of its process.
+    The files of its sockets are removed then, or when an engine core says that it dies, after which vLLM's client does
+    not shut down: a replica of Ray Serve never gets to the end of its process.
     """
     patches.wrap("vllm.v1.engine.core_client.MPClient.shutdown", _ending_waits)
+    patches.wrap("vllm.v1.engine.core_client.BackgroundResources.validate_alive", _removing_files)
 
 
 def _ending_waits(shut_down: Callable[..., None]) -> Callable[..., None]:
@@ -129,6 +131,20 @@ def _ending_waits(shut_down: Callable[..., None]) -> Callable[..., None]:
                 _fail(result, EngineDeadError())
 
     return shut_down_and_end_waits
+
+
+def _removing_files(validate: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(validate)
+    def validate_or_remove_files(resources: Any, *args: Any, **kwargs: Any) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            validate(resources, *args, **kwargs)
+        except EngineDeadError:
+            remove_files(_bound_files(resources.input_socket, resources.output_socket))
+            raise
+
+    return validate_or_remove_files
 
 
 def _bound_files(*sockets: Any) -> list[str]:
