@@ -210,11 +210,12 @@ def test_an_engine_that_does_not_sample_each_step_merges_none(
 
 
 @pytest.mark.parametrize("name", ["execute_model", "sample_tokens", "collective_rpc"])
-@pytest.mark.parametrize("owner", [RayAscendExecutor, MultiprocExecutor])
+@pytest.mark.parametrize("owner", [RayAscendExecutor, MultiprocExecutor, None])
 def test_somebody_who_watches_the_calls_of_a_step_sees_both(
     executor: Any, workers: Workers, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
 ) -> None:
-    """As a profiler or a framework that has wrapped one of them, before or after us."""
+    """As a profiler or a framework that has wrapped one of them, before or after us, or of one executor alone."""
+    owner = owner or executor
     original = getattr(owner, name)
 
     @functools.wraps(original)

@@ -66,7 +66,7 @@ class MergedStepExecutor(RpcResyncExecutor):
 
     @functools.cached_property
     def _merges_steps(self) -> bool:
-        return samples_steps(self.vllm_config) and not has_foreign_calls(type(self))
+        return samples_steps(self.vllm_config) and not has_foreign_calls(self)
 
     def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
         """Run a step, as upstream, or its first half; a Future of None where it is held until the second half."""
@@ -90,10 +90,11 @@ class MergedStepExecutor(RpcResyncExecutor):
         return method
 
 
-def has_foreign_calls(executor: type) -> bool:
+def has_foreign_calls(executor: object) -> bool:
     """Return whether somebody else's code, above or below ours, sees the calls of a step: it expects vLLM's two."""
     names = ("execute_model", "sample_tokens", "collective_rpc")
-    return any(is_third_party(vars(each)[name]) for each in executor.__mro__ for name in names if name in vars(each))
+    places = [vars(executor), *map(vars, type(executor).__mro__)]
+    return any(is_third_party(place[name]) for place in places for name in names if name in place)
 
 
 def samples_steps(vllm_config: Any) -> bool:
