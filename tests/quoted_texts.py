@@ -15,7 +15,7 @@ _VARIES = re.compile(
     r"\n|\.\.\.|\[[^\]]*\)?\]?|\b\d[\d.,]*(?:rc\d+)?\b|'[^']*'"  # dots, ranges, numbers, versions, quotes
     r"|\b(?:ASCEND|RAY|VLLM|HCCL)_[A-Z0-9_]+(?:=\S*)?|\b\w+Error:|VRA-\d{3}|%[a-z]"  # variables, names of errors, codes
     r"|\bvllm-(?:ray-)?ascend (?=\d)|vLLM's platform"
-    r"|\b(?:NPUs?|GPUs?|bundles?|ranks?|model|hccl\w*|sample_tokens|execute_model|ray_ascend|platform)\b"
+    r"|\b(?:NPUs?|GPUs?|bundles?|ranks?|model|hccl\w*|sample_tokens|execute_model(?:_and_sample_tokens)?|ray_ascend|platform)\b"
 )
 
 

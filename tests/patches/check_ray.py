@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import importlib
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import ray
@@ -119,7 +120,27 @@ def load_dcmi() -> None:
     ctypes.CDLL(str(library))
 
 
+_DASHBOARDS = (
+    "aiohttp_cors",
+    "opencensus",
+    "opentelemetry",
+    "opentelemetry.exporter",
+    "opentelemetry.exporter.prometheus",
+    "opentelemetry.proto",
+)
+"""What the dashboard's modules import beside Ray, in `ray[default]`, and the listing of events does not use."""
+
+
+def do_without_extras() -> None:
+    for name in _DASHBOARDS:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            sys.modules[name] = ModuleType(name)
+
+
 def event_list() -> None:
+    do_without_extras()
     from ray.dashboard.modules.event.event_head import _list_cluster_events_impl
     from ray.util.state.common import ListApiOptions
 
