@@ -187,9 +187,9 @@ print("LEFT", json.dumps(left))
 
 def test_a_startup_that_fails_leaves_nothing_in_a_driver_that_continues(one_list: Cluster) -> None:
     """Workers run out of memory, after their actors and placement groups were made: one engine, then two."""
-    done = run_on_head(one_list, "-c", FAILING, str(DENSE))
+    done = run_on_head(one_list, "-X", "faulthandler", "-c", FAILING, str(DENSE))
     found = [line for line in done.stdout.splitlines() if line.startswith("LEFT ")]
-    assert found, (done.stdout + done.stderr)[-3000:]
+    assert found, f"exit code {done.returncode}: {done.stdout[-2000:]}{done.stderr[-6000:]}"
     error, *left, dp_error, dp_actors, dp_groups = json.loads(found[0].removeprefix("LEFT "))
     assert error and dp_error
     assert [*left, dp_actors, dp_groups] == [[], [], [], []]
