@@ -630,6 +630,17 @@ PATCHES: tuple[Patch, ...] = (
     ),
     # ---- vLLM and vllm-ascend: graphs and pipelines ----
     Patch(
+        "vllm.envs",
+        ("compile_factors",),
+        kind="wrap",
+        by="executor/worker.py",
+        what="the key of compiled code has the index of the worker's device",
+        why="an engine that gets other NPUs of its node than the one before loads code for those, and fails",
+        releases="vllm",
+        removable="vLLM's cache of compiled code is by device",
+        applied="start of a worker",
+    ),
+    Patch(
         "vllm_ascend.worker.model_runner_v1",
         ("NPUModelRunner.capture_model",),
         kind="wrap",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from softnpu.cluster.plan import Cluster
 from demo.train.recitation import DENSE
 from tests.e2e.conftest import run_on_head
 from tests.e2e.generate import MARKER
-from tests.e2e.servers import temporary_cluster
+from tests.e2e.servers import check_text, create_server, opened_npus_by_node, temporary_cluster
 
 SIZES = [1, 2, 4, 8]
 BEFORE = 34
@@ -65,3 +66,17 @@ def test_ranks_fall_back_together_and_capture_again() -> None:
     assert "with 3 of 4 graphs captured" in first and "has 1 streams left, and such a graph takes 3" in first
     assert "kept 3 of 4: 1, 4, 8" in first
     assert "with 1 of 3 graphs captured: rank 1:" in second and "kept 1 of 4: 8" in second
+
+
+@pytest.mark.slow
+def test_compiled_code_is_for_the_device_of_its_worker(tmp_path: Path) -> None:
+    """Of two engines on one node the ranks of the second have other NPUs than those of the first, and the same cache."""
+    captured = json.dumps({"cudagraph_capture_sizes": [1, 2]})
+    options = ("--distributed-executor-backend", "ray", "--no-enforce-eager", "--compilation-config", captured)
+    cache = {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}
+    with temporary_cluster("graphs-two", 1, 4) as cluster, ExitStack() as stack:
+        for number in (1, 2):
+            server = stack.enter_context(create_server(cluster, DENSE, tmp_path / f"log{number}", *options, **cache))
+            server.wait_until_healthy()
+            check_text(server, DENSE, 1)
+        assert opened_npus_by_node(cluster) == {1: [0, 1, 2, 3]}

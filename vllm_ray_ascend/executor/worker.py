@@ -269,6 +269,7 @@ class RayAscendWorker(_Mixin):
         wrapper = phase_reporting_wrapper(self._send_control)
         patches.apply("vllm.v1.executor.multiproc_executor.WorkerWrapperBase", wrapper)
         current_accelerator().watch_captures()
+        patches.wrap("vllm.envs.compile_factors", _with_device_index)
         hooks.install()
         memory_wait.install()
         try:
@@ -363,6 +364,19 @@ def _prepare_environment(given: dict[str, Any]) -> None:
         os.environ.update(
             port_variables(physical_id, share, os.environ, ranges=has_port_ranges(), first_port=first_port)
         )
+
+
+def _with_device_index(compile_factors: Callable[[], dict[str, object]]) -> Callable[[], dict[str, object]]:
+    """Return `compile_factors`, with the index of this worker's device: what torch compiles is for that alone.
+
+    vLLM keeps compiled code by rank. On Ray a rank may have another device of its node the next time.
+    """
+
+    @functools.wraps(compile_factors)
+    def factors_and_index() -> dict[str, object]:
+        return {**compile_factors(), "vllm_ray_ascend_visible_index": current_accelerator().get_opened_device()}
+
+    return factors_and_index
 
 
 def _physical_device(given: dict[str, Any]) -> int:
