@@ -70,7 +70,7 @@ def test_ranks_fall_back_together_and_capture_again() -> None:
 
 @pytest.mark.slow
 def test_compiled_code_is_for_the_device_of_its_worker(tmp_path: Path) -> None:
-    """Of two engines on one node the ranks of the second have other NPUs than those of the first, and the same cache."""
+    """The ranks of a second engine on a node have other NPUs than those of the first, and the same cache."""
     captured = json.dumps({"cudagraph_capture_sizes": [1, 2]})
     options = ("--distributed-executor-backend", "ray", "--no-enforce-eager", "--compilation-config", captured)
     cache = {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}
