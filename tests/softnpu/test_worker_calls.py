@@ -81,8 +81,8 @@ def config() -> Any:
     return SimpleNamespace(model_config=generates, ec_transfer_config=None, is_mm_encoder_only=False)
 
 
-@pytest.fixture
-def executor(workers: Workers) -> Any:
+def create_executor(workers: Workers) -> Any:
+    """Return our executor with nothing but what calls of these workers need."""
     found: Any = RayAscendExecutor.__new__(RayAscendExecutor)
     found.vllm_config, found.output_rank = config(), 1
     found.kv_output_aggregator = found.ec_output_aggregator = found.lora_config = None
@@ -92,6 +92,11 @@ def executor(workers: Workers) -> Any:
     found.response_mqs = [MessageQueue.create_from_handle(queue.export_handle(), 0) for queue in workers.responses]
     _kept_alive.append(found)
     return found
+
+
+@pytest.fixture
+def executor(workers: Workers) -> Any:
+    return create_executor(workers)
 
 
 def check_call(executor: Any, number: int) -> None:

@@ -9,7 +9,6 @@ import queue
 import subprocess
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.executor.multiproc_executor import WorkerProc
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from tests.softnpu.test_worker_calls import Workers
+from tests.softnpu.test_worker_calls import Workers, create_executor
 from vllm_ray_ascend.acl_graphs.release import with_recapture_on_wake
 from vllm_ray_ascend.control.client import ControlClient
 from vllm_ray_ascend.control.protocol import DeviceOpened
@@ -30,7 +29,6 @@ from vllm_ray_ascend.control.server import ControlServer
 from vllm_ray_ascend.errors import AdapterError, VllmRayAscendError, WorkerFailedError
 from vllm_ray_ascend.executor import executor as executor_module
 from vllm_ray_ascend.executor.executor import RayAscendExecutor
-from vllm_ray_ascend.executor.startup import StartupRayProxy
 from vllm_ray_ascend.executor.supervisor import WorkerSupervisor
 from vllm_ray_ascend.executor.worker import RayAscendWorkerProc, phase_reporting_wrapper
 from vllm_ray_ascend.ipc.message_queue import CancellableQueue
@@ -197,12 +195,9 @@ def test_a_step_that_fails_without_a_report_ends_the_engine_before_its_error_is_
     workers = Workers()
     for thread in workers.threads:
         thread.start()
-    executor: Any = RayAscendExecutor.__new__(RayAscendExecutor)
-    executor.is_failed, executor.futures_queue, executor.rpc_broadcast_mq = False, deque(), workers.requests
-    executor.response_mqs = [MessageQueue.create_from_handle(each.export_handle(), 0) for each in workers.responses]
-    executor._supervisor, executor._recovery = WorkerSupervisor(list, Settings(), 240.0), None
-    executor._startup, executor._hang_s = StartupRayProxy(executor._supervisor, Settings()), LIMIT_S
-    _kept_alive.extend((workers, executor))
+    executor = create_executor(workers)
+    executor._hang_s = LIMIT_S
+    _kept_alive.append(workers)
     monkeypatch.setattr(executor_module, "STEPS", ("fail 1",))
 
     def call() -> None:

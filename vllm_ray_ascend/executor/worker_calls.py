@@ -73,7 +73,7 @@ class MergedStepExecutor(RpcResyncExecutor):
         if not (non_block and self._merges_steps and is_sampled_at_once(scheduler_output)):
             return super().execute_model(scheduler_output, non_block)
         if self._held_step is not None:
-            self._take_held_step("", {})
+            self._send_held_step()
         self._held_step = scheduler_output
         return _NOTHING
 
@@ -82,12 +82,16 @@ class MergedStepExecutor(RpcResyncExecutor):
 
         The second half of a step gets what is held among its arguments. Before any other call that is sent by itself.
         """
+        if method != "sample_tokens" or not kwargs.get("args"):
+            self._send_held_step()
+            return method
+        kwargs["args"] = (self._held_step, *kwargs["args"])
+        self._held_step = None
+        return MERGED_STEP
+
+    def _send_held_step(self) -> None:
         held, self._held_step = self._held_step, None
-        if method == "sample_tokens" and kwargs.get("args"):
-            kwargs["args"] = (held, *kwargs["args"])
-            return MERGED_STEP
         super().execute_model(held, non_block=True)
-        return method
 
 
 def has_foreign_calls(executor: object) -> bool:
