@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from benchmarks.cluster import BenchCluster, start_cluster
 from benchmarks.options import CASES, BenchError, Case, Options
 from benchmarks.protocol import Child
-from benchmarks.statistics import Sample
+from benchmarks.statistics import Sample, percentile
 
 START_LIMIT_S = 300.0
 LIMIT_S = 120.0
@@ -81,6 +81,7 @@ class _Runner:
             for executor in rotate_executors(options.executors, number):
                 seconds = self._ask(children[executor], "call", count=options.calls)
                 yield self._sample(executor, "empty call", number, seconds)
+                yield self._sample(executor, "empty call, p99", number, [percentile(seconds, 0.99)])
             self._report(f"{self._case.name} round {number + 1} of {options.rounds}")
 
     def _ask(self, child: Child, what: str, **arguments: Any) -> Any:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.machine import describe_machine
 from benchmarks.options import BASE
-from benchmarks.statistics import Figure, Sample
+from benchmarks.statistics import Figure, Goal, Sample, Spread, verdict
 
 Figures = Mapping[tuple[str, str, str], Figure]
 _DECIMALS = 7  # a tenth of a microsecond
 
 _LEGEND = (
-    f"Each cell: median (99th percentile), and the ratio to `{BASE}` in the same round, median [least, most] over the "
-    "rounds. Ratios are what counts: seconds are those of this machine and its load."
+    f"Each cell: median (99th percentile), then the median of the ratio to `{BASE}` in the same round, with the "
+    "interval in which it lies with 95 % (bootstrap over the rounds). Ratios are what counts: seconds are those of "
+    "this machine and its load."
 )
 
 
@@ -24,7 +25,31 @@ def markdown(run: Mapping[str, Any], figures: Figures) -> str:
     lines = [*head(run), "", _LEGEND]
     for case in run["options"]["cases"]:
         lines += ["", f"## {case}", "", *table(case, run["options"]["executors"], figures, _cell)]
-    return "\n".join(lines) + "\n"
+    goals = [goal for case in run["options"]["cases"] for goal in goals_of(case, run["options"]["in_flight"])]
+    return "\n".join([*lines, *goals_table(goals, figures)]) + "\n"
+
+
+def goals_of(case: str, in_flight: int) -> list[Goal]:
+    """Return what ours is to reach in ``case``."""
+    tokens = [Goal(case, f"token, {requests} in flight", 1.02) for requests in dict.fromkeys((1, in_flight))]
+    return [
+        *tokens,
+        Goal(case, "empty call", 1.00),
+        Goal(case, "empty call, p99", 1.20),
+        Goal(case, "start without load", 1.00),
+    ]
+
+
+def goals_table(goals: Iterable[Goal], figures: Figures) -> list[str]:
+    """Return the lines of a table of the ``goals`` that were measured, each with what was found and a verdict."""
+    rows = []
+    for goal in goals:
+        figure = figures.get((goal.case, goal.metric, "ours"))
+        if figure is not None and figure.ratio is not None:
+            found = format_ratio(figure.ratio, 3)
+            rows.append(row([goal.case, goal.metric, f"{goal.ratio:.2f}", found, verdict(figure.ratio, goal.ratio)]))
+    titles = ["case", "metric", "at most", "ours", ""]
+    return ["", "## Goals", "", row(titles), row(["---"] * len(titles)), *rows] if rows else []
 
 
 def head(run: Mapping[str, Any]) -> list[str]:
@@ -61,9 +86,13 @@ def _cell(_: str, executor: str, figure: Figure) -> str:
     if figure.size > 1:
         text += f" ({duration(figure.p99)})"
     if executor != BASE and figure.ratio is not None:
-        least, median, most = figure.ratio
-        text += f", **{median:.2f}** [{least:.2f}, {most:.2f}]"
+        text += f", {format_ratio(figure.ratio)}"
     return text
+
+
+def format_ratio(found: Spread, digits: int = 2) -> str:
+    """Format a ratio and its interval."""
+    return f"**{found.median:.{digits}f}** [{found.least:.{digits}f}, {found.most:.{digits}f}]"
 
 
 def as_json(run: Mapping[str, Any], samples: Sequence[Sample]) -> str:

@@ -40,8 +40,16 @@ class Figure(NamedTuple):
 
     @property
     def ratio(self) -> Spread | None:
-        """The spread of the ratios; None where the base has no such metric."""
-        return spread(self.ratios) if self.ratios else None
+        """The median of the ratios, in its interval; None where the base has no such metric."""
+        return interval(self.ratios) if self.ratios else None
+
+
+class Goal(NamedTuple):
+    """The greatest ratio of ours to the base that is wanted."""
+
+    case: str
+    metric: str
+    ratio: float
 
 
 def percentile(values: Iterable[float], share: float) -> float:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from benchmarks.options import BASE
+from benchmarks.statistics import Goal
 
 EXECUTORS = ("mp", "upstream", "ours", "ours+50us")
 """As in benchmarks.options; and ours with 50 µs of work added to each step, which the benchmark has to find."""
@@ -32,14 +32,6 @@ CASES = {
     case.name: case
     for case in (Case("tp1", 1, 1), Case("tp2", 2, 1), Case("pp2", 1, 2), Case("tp2-pp2-two-nodes", 2, 2, nodes=2))
 }
-
-
-class Goal(NamedTuple):
-    """The greatest ratio of ours to mp that is wanted."""
-
-    case: str
-    metric: str
-    ratio: float
 
 
 WALL, CPU = "step", "CPU of all processes"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.report import Figures, duration, head, row, table
-from benchmarks.statistics import Figure, interval, verdict
+from benchmarks.report import Figures, duration, format_ratio, goals_table, head, table
+from benchmarks.statistics import Figure
 from benchmarks.steps.options import GOALS
 
 _COUNTS = ("waits of the engine", "waits of workers")
@@ -23,24 +23,11 @@ def markdown(run: Mapping[str, Any], figures: Figures) -> str:
 
     def cell(metric: str, executor: str, figure: Figure) -> str:
         text = f"{figure.median:.2f}" if metric in _COUNTS else duration(figure.median)
-        if executor != base and figure.ratios:
-            least, median, most = interval(figure.ratios)
-            text += f", **{median:.3f}** [{least:.3f}, {most:.3f}]"
+        if executor != base and figure.ratio is not None:
+            text += f", {format_ratio(figure.ratio, 3)}"
         return text
 
     lines = [*head(run), "", _LEGEND.format(base=base)]
     for case in options["cases"]:
         lines += ["", f"## {case}", "", *table(case, options["executors"], figures, cell)]
-    return "\n".join([*lines, *_goals(figures)]) + "\n"
-
-
-def _goals(figures: Figures) -> list[str]:
-    rows = []
-    for goal in GOALS:
-        figure = figures.get((goal.case, goal.metric, "ours"))
-        if figure is not None and figure.ratios:
-            least, median, most = spread = interval(figure.ratios)
-            text = f"{median:.3f} [{least:.3f}, {most:.3f}]"
-            rows.append(row([goal.case, goal.metric, f"{goal.ratio:.2f}", text, verdict(spread, goal.ratio)]))
-    titles = ["case", "metric", "at most", "ours", ""]
-    return ["", "## Goals", "", row(titles), row(["---"] * len(titles)), *rows] if rows else []
+    return "\n".join([*lines, *goals_table(GOALS, figures)]) + "\n"

@@ -13,8 +13,8 @@ from benchmarks.transport.options import BASE, label
 Figures = Mapping[tuple[str, str, str], Figure]
 _LEGEND = (
     "Time of one hop: median (99th percentile) of all rounds; bandwidth by the median; then its share of "
-    f"`{BASE}`'s in the same round, median [least, most] over the rounds. Shares are what counts: the rest is this "
-    "machine's, its load's and the software NPU's."
+    f"`{BASE}`'s in the same round, median [interval of 95 %] over the rounds. Shares are what counts: the rest is "
+    "this machine's, its load's and the software NPU's."
 )
 _COLOURS = {
     "raw": "#555555",

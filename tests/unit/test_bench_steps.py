@@ -63,7 +63,7 @@ def test_a_verdict_needs_the_whole_interval_on_one_side(found: Spread, expected:
 
 def test_the_report_says_what_was_found() -> None:
     text = markdown(RUN, figures(rounds(1.1, noise=0.01), "mp"))
-    assert "| tp2 | CPU of all processes | 1.00 | 1.098 [1.091, 1.100] | missed |" in text
+    assert "| tp2 | CPU of all processes | 1.00 | **1.098** [1.091, 1.100] | missed |" in text
     assert "| undecided |" in markdown(RUN, figures(rounds(1.02, noise=0.2, count=5), "mp"))
     assert "## Goals" not in markdown(RUN, figures([], "mp"))
 

@@ -10,18 +10,19 @@ import os
 import threading
 from typing import Any
 
-from vllm import envs
-from vllm.v1.engine import EngineCoreRequestType
-from vllm.v1.engine.core import DPMoEEngineCoreActor, EngineCoreActor, EngineShutdownState
-
 from vllm_ray_ascend.control.client import ControlClient, server_location
 from vllm_ray_ascend.control.protocol import EventReported
 from vllm_ray_ascend.control.timeouts import stop_grace_s
-from vllm_ray_ascend.engine.process import EngineLaunchContext, node_address, prepare_process
+from vllm_ray_ascend.engine.process import EngineLaunchContext, gc_paused, node_address, prepare_process
 from vllm_ray_ascend.engine.rank_recovery import drain_seconds
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.observability.events import ENGINE_FAILED, EVENTS, WORKERS_CHANGED, Event
 from vllm_ray_ascend.settings import load
+
+with gc_paused():  # in an actor's process, these are what imports vLLM
+    from vllm import envs
+    from vllm.v1.engine import EngineCoreRequestType
+    from vllm.v1.engine.core import DPMoEEngineCoreActor, EngineCoreActor, EngineShutdownState
 
 logger = get_logger(__name__)
 

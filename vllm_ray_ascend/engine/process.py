@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import gc
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from vllm_ray_ascend.accelerators.choose import current_accelerator
@@ -41,6 +42,18 @@ class EngineLaunchContext(NamedTuple):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self.secrets)} secrets)"  # neither token nor secret is logged
+
+
+@contextlib.contextmanager
+def gc_paused() -> Iterator[None]:
+    """Pause garbage collection, while this process imports vLLM: it frees nothing then, and takes seconds."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @functools.cache

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import os
 import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-
-from vllm import envs
-from vllm.distributed import get_pp_group
-from vllm.v1.executor import ray_executor_v2
-from vllm.v1.executor.ray_executor_v2 import RayWorkerProc
-from vllm.v1.outputs import AsyncModelRunnerOutput
-from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from vllm_ray_ascend import patches
 from vllm_ray_ascend.accelerators.choose import current_accelerator
@@ -29,7 +23,7 @@ from vllm_ray_ascend.devices.numbering import logical_to_physical
 from vllm_ray_ascend.devices.owners import check_assigned_ids
 from vllm_ray_ascend.devices.visible import VISIBLE_DEVICES, split_entries, visibility_error
 from vllm_ray_ascend.engine.adapters import check_adapter
-from vllm_ray_ascend.engine.process import node_address, prepare_process
+from vllm_ray_ascend.engine.process import gc_paused, node_address, prepare_process
 from vllm_ray_ascend.environment.node import read_first_port
 from vllm_ray_ascend.environment.paths import missing_extension, missing_path
 from vllm_ray_ascend.environment.ports import port_variables
@@ -41,20 +35,29 @@ from vllm_ray_ascend.errors import (
 )
 from vllm_ray_ascend.executor import memory_wait
 from vllm_ray_ascend.executor.pipeline_warmup import connect_pipeline_pairs
-from vllm_ray_ascend.ipc.message_queue import (
-    CancellableQueue,
-    record_segments,
-    segments,
-    socket_files,
-    socket_paths,
-    unlink_shared_memory,
-    unlink_shared_memory_when_ready,
-)
 from vllm_ray_ascend.ipc.shared_memory import mapped_segments, remove_files
 from vllm_ray_ascend.log import get_logger
 from vllm_ray_ascend.observability.events import EVENTS
 from vllm_ray_ascend.platform_patch import platform_is_ours
 from vllm_ray_ascend.settings import load
+
+with gc_paused():  # in a worker's process, these are what imports vLLM
+    from vllm import envs
+    from vllm.distributed import get_pp_group
+    from vllm.v1.executor import ray_executor_v2
+    from vllm.v1.executor.ray_executor_v2 import RayWorkerProc
+    from vllm.v1.outputs import AsyncModelRunnerOutput
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    from vllm_ray_ascend.ipc.message_queue import (
+        CancellableQueue,
+        record_segments,
+        segments,
+        socket_files,
+        socket_paths,
+        unlink_shared_memory,
+        unlink_shared_memory_when_ready,
+    )
 
 logger = get_logger(__name__)
 
@@ -319,6 +322,12 @@ def phase_reporting_wrapper(send: Callable[[Message], None]) -> type[WorkerWrapp
     """Return vLLM's wrapper of a worker, which reports the two long phases of a worker's startup as they begin."""
 
     class PhaseReportingWrapper(WorkerWrapperBase):
+        def init_worker(self, *args: Any, **kwargs: Any) -> None:
+            """Import and create vLLM's worker; later collections, such as memory profiling makes, skip all of it."""
+            with gc_paused():
+                super().init_worker(*args, **kwargs)
+            gc.freeze()
+
         def init_device(self) -> None:
             send(PhaseStarted(DEVICE))
             super().init_device()
