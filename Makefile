@@ -14,6 +14,7 @@
 #   make bench   compare executors (BENCH_ARGS='--quick'); see benchmarks/README.md
 #   make bench-quick     the same in five minutes, of two layouts: for a comparison with the night before
 #   make bench-steps     what an executor costs for each step, without a model; see benchmarks/README.md
+#   make bench-served     what clients see of `vllm serve`, over mp and over Ray (root); see benchmarks/README.md
 #   make bench-queues     messages to workers on other nodes, ours and ZeroMQ (root); see benchmarks/README.md
 #   make bench-nodes      a step's message to 64 nodes of 16 ranks; see benchmarks/README.md
 #   make bench-scale      what an engine's owner does, for 1 to 4,096 ranks; see benchmarks/README.md
@@ -28,7 +29,7 @@ RERUN ?=
 suite = $(RUN)/python -m ci.suite --local $(if $(filter-out 0,$(RERUN)),--rerun) $(1) --pytest $(PYTEST_ARGS)
 GROUPS ?=
 
-.PHONY: serve test check-patches contract test-release test-matrix test-faults test-upstream conformance lint format docs docs-serve bench bench-nodes bench-queues bench-quick bench-recovery bench-scale bench-steps bench-transport soak clean
+.PHONY: serve test check-patches contract test-release test-matrix test-faults test-upstream conformance lint format docs docs-serve bench bench-nodes bench-queues bench-quick bench-recovery bench-scale bench-served bench-steps bench-transport soak clean
 
 serve:
 	@$(PYTHON) demo/install.py
@@ -104,6 +105,10 @@ bench:
 bench-scale:
 	@$(PYTHON) demo/install.py bench
 	@$(RUN)/python -m benchmarks.scale $(BENCH_ARGS)
+
+bench-served:
+	@$(PYTHON) demo/install.py bench
+	@$(RUN)/python -m benchmarks.served $(BENCH_ARGS)
 
 bench-steps:
 	@$(PYTHON) demo/install.py bench

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks.measure import measure
-from benchmarks.options import BASE, read_options
+from benchmarks.options import BASE, goals, read_options
 from benchmarks.plot import plot
 from benchmarks.record import Benchmark, record
 from benchmarks.report import markdown
@@ -15,7 +15,16 @@ from benchmarks.report import markdown
 def main(arguments: Sequence[str]) -> int:
     """Measure, write NAME.json, NAME.md and NAME.png, also of a run that failed on its way; the exit code."""
     options = read_options(arguments)
-    return record(Benchmark("make bench", lambda _, report: measure(options, report), BASE, markdown, plot), options)
+    return record(
+        Benchmark(
+            "make bench",
+            lambda _, report: measure(options, report),
+            BASE,
+            lambda run, figures: markdown(run, figures, goals(options)),
+            plot,
+        ),
+        options,
+    )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.statistics import Goal
+
 RESULTS = Path(__file__).parent / "results"
 EXECUTORS = ("mp", "upstream", "ours", "mp-fork", "compiled_graph", "upstream-graph")
 """vLLM's multiprocessing executor as `vllm serve` has it (workers are spawned), which every ratio is over; vLLM's
@@ -67,6 +69,17 @@ class Options:
         """Return the options of a smoke run of a few minutes: it shows whether it works, not how fast it is."""
         few = {"rounds": 2, "starts": 1, "deaths": 1, "stops": 1, "tokens": 16, "calls": 50}
         return dataclasses.replace(self, cases=("tp2",), name="quick", **few)  # type: ignore[arg-type]
+
+
+def goals(options: Options) -> list[Goal]:
+    """Return what ours is to reach."""
+    found = []
+    for case in options.cases:
+        tokens = [f"token, {requests} in flight" for requests in dict.fromkeys((1, options.in_flight))]
+        found += [Goal(case, metric, 1.02) for metric in tokens]
+        found += [Goal(case, "empty call", 1.00), Goal(case, "empty call, p99", 1.20)]
+        found.append(Goal(case, "start without load", 1.00))
+    return found
 
 
 def read_options(arguments: Sequence[str]) -> Options:

@@ -20,24 +20,12 @@ _LEGEND = (
 )
 
 
-def markdown(run: Mapping[str, Any], figures: Figures) -> str:
-    """Return a title, what the figures mean, and a table for each case."""
+def markdown(run: Mapping[str, Any], figures: Figures, goals: Iterable[Goal] = ()) -> str:
+    """Return a title, what the figures mean, a table for each case, and the goals with what was found."""
     lines = [*head(run), "", _LEGEND]
     for case in run["options"]["cases"]:
         lines += ["", f"## {case}", "", *table(case, run["options"]["executors"], figures, _cell)]
-    goals = [goal for case in run["options"]["cases"] for goal in goals_of(case, run["options"]["in_flight"])]
     return "\n".join([*lines, *goals_table(goals, figures)]) + "\n"
-
-
-def goals_of(case: str, in_flight: int) -> list[Goal]:
-    """Return what ours is to reach in ``case``."""
-    tokens = [Goal(case, f"token, {requests} in flight", 1.02) for requests in dict.fromkeys((1, in_flight))]
-    return [
-        *tokens,
-        Goal(case, "empty call", 1.00),
-        Goal(case, "empty call, p99", 1.20),
-        Goal(case, "start without load", 1.00),
-    ]
 
 
 def goals_table(goals: Iterable[Goal], figures: Figures) -> list[str]:

@@ -5,6 +5,8 @@ python -m tests.softnpu.plugin_script process
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import sys
@@ -128,6 +130,19 @@ def engine() -> dict[str, Any]:
     }
 
 
+def imports() -> dict[str, Any]:
+    """Import a module as a process of Ray does that is given one of its classes."""
+    full_collections = []
+
+    def count(phase: str, info: dict[str, int]) -> None:
+        if phase == "start" and info["generation"] == 2:
+            full_collections.append(phase)
+
+    gc.callbacks.append(count)
+    importlib.import_module(sys.argv[2])
+    return {"full_collections": len(full_collections), "enabled": gc.isenabled()}
+
+
 def framework() -> dict[str, Any]:
     """Run an engine after a framework's patches: subclasses of executor and worker, wrapped startup and calls.
 
@@ -208,6 +223,7 @@ def _worker_facts(worker: Any) -> dict[str, Any]:
         "pid": os.getpid(),
         "device": torch.npu.current_device(),
         "variables": {name: os.environ.get(name) for name in names},
+        "gc": {"enabled": gc.isenabled(), "frozen": gc.get_freeze_count()},
     }
 
 
@@ -264,7 +280,9 @@ def _llm(**sizes: int) -> Any:
     )
 
 
-CASES = {function.__name__: function for function in (process, actors, config, growing, engine, framework, refused)}
+CASES = {
+    function.__name__: function for function in (process, actors, config, growing, engine, imports, framework, refused)
+}
 
 if __name__ == "__main__":
     print(MARKER + json.dumps(CASES[sys.argv[1]]()), flush=True)

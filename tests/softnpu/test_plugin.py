@@ -136,6 +136,20 @@ def test_executor_and_workers_are_ours_on_vllm_ascends_worker(healthy: tuple[dic
     assert [worker["platform"] for worker in found["workers"]] == [BESIDE, BESIDE]
 
 
+def test_collections_of_workers_skip_what_is_imported(healthy: tuple[dict[str, Any], str]) -> None:
+    for worker in healthy[0]["workers"]:
+        assert worker["gc"]["enabled"] and worker["gc"]["frozen"] > 100_000
+
+
+@pytest.mark.parametrize(
+    "module", ["vllm_ray_ascend.compiled_graph.worker", "vllm_ray_ascend.engine.actors"], ids=["worker", "engine-core"]
+)
+def test_no_garbage_is_collected_while_a_process_of_an_engine_imports_vllm(module: str) -> None:
+    """Ray unpickles a class by the name of its module, and has imported nothing of vLLM before."""
+    found, _ = answer("imports", module)
+    assert found == {"full_collections": 0, "enabled": True}
+
+
 def test_ranks_are_what_the_workers_report(healthy: tuple[dict[str, Any], str]) -> None:
     found, _ = healthy
     workers = [[worker["device"], worker["pid"]] for worker in found["workers"]]

@@ -10,9 +10,9 @@ import pytest
 
 from benchmarks.machine import sessions_ignored
 from benchmarks.measure import rotate_executors
-from benchmarks.options import BASE, CASES, Options, read_options
+from benchmarks.options import BASE, CASES, Options, goals, read_options
 from benchmarks.phases import PHASES, phases
-from benchmarks.report import duration, goals_of, goals_table, markdown
+from benchmarks.report import duration, goals_table, markdown
 from benchmarks.statistics import Sample, Spread, figures, percentile, spread
 
 pytestmark = pytest.mark.unit
@@ -73,12 +73,12 @@ def test_the_spread_of_a_ratio_is_an_interval_of_its_median() -> None:
 def test_goals_that_were_measured_have_a_verdict() -> None:
     samples = [Sample("tp2", BASE, metric, 0, [1.0]) for metric in ("token, 1 in flight", "empty call")]
     samples += [Sample("tp2", "ours", "token, 1 in flight", 0, [0.9]), Sample("tp2", "ours", "empty call", 0, [1.1])]
-    lines = goals_table(goals_of("tp2", 4), figures(samples, BASE))
+    lines = goals_table(goals(Options(cases=("tp2",))), figures(samples, BASE))
     assert lines[-2:] == [
         "| tp2 | token, 1 in flight | 1.02 | **0.900** [0.900, 0.900] | met |",
         "| tp2 | empty call | 1.00 | **1.100** [1.100, 1.100] | missed |",
     ]
-    assert goals_table(goals_of("pp2", 1), figures(samples, BASE)) == []
+    assert goals_table(goals(Options(cases=("pp2",))), figures(samples, BASE)) == []
 
 
 def test_turns_begin_with_each_and_visit_all() -> None:

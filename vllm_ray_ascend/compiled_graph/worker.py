@@ -13,26 +13,29 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import torch
-from ray.exceptions import RayChannelError
-from ray.experimental.channel import ChannelContext
-from ray.experimental.channel.accelerator_context import AcceleratorContext
-from vllm.distributed.parallel_state import get_pp_group
-from vllm.v1.outputs import AsyncModelRunnerOutput
+from vllm_ray_ascend.engine.process import gc_paused
 
-from vllm_ray_ascend import patches
-from vllm_ray_ascend.accelerators.choose import current_accelerator
-from vllm_ray_ascend.compiled_graph import read_backoff
-from vllm_ray_ascend.compiled_graph.dag import deserialize
-from vllm_ray_ascend.compiled_graph.flow_control import ACK, AckTracker
-from vllm_ray_ascend.compiled_graph.pp_communicator import HcclPPCommunicator
-from vllm_ray_ascend.control.client import format_stack
-from vllm_ray_ascend.control.protocol import Extension
-from vllm_ray_ascend.executor.worker import RayAscendWorker, RayAscendWorkerProc
-from vllm_ray_ascend.ipc.shared_memory import open_channel_semaphores, remove_files
-from vllm_ray_ascend.log import get_logger
-from vllm_ray_ascend.ray_transport import accelerator_context
-from vllm_ray_ascend.settings import load
+with gc_paused():  # in a worker's process, these are what imports vLLM
+    import torch
+    from ray.exceptions import RayChannelError
+    from ray.experimental.channel import ChannelContext
+    from ray.experimental.channel.accelerator_context import AcceleratorContext
+    from vllm.distributed.parallel_state import get_pp_group
+    from vllm.v1.outputs import AsyncModelRunnerOutput
+
+    from vllm_ray_ascend import patches
+    from vllm_ray_ascend.accelerators.choose import current_accelerator
+    from vllm_ray_ascend.compiled_graph import read_backoff
+    from vllm_ray_ascend.compiled_graph.dag import deserialize
+    from vllm_ray_ascend.compiled_graph.flow_control import ACK, AckTracker
+    from vllm_ray_ascend.compiled_graph.pp_communicator import HcclPPCommunicator
+    from vllm_ray_ascend.control.client import format_stack
+    from vllm_ray_ascend.control.protocol import Extension
+    from vllm_ray_ascend.executor.worker import RayAscendWorker, RayAscendWorkerProc
+    from vllm_ray_ascend.ipc.shared_memory import open_channel_semaphores, remove_files
+    from vllm_ray_ascend.log import get_logger
+    from vllm_ray_ascend.ray_transport import accelerator_context
+    from vllm_ray_ascend.settings import load
 
 logger = get_logger(__name__)
 
