@@ -85,7 +85,7 @@ def _run_aiperf(options: Options, _: Cluster, url: str, load: Load, folder: Path
         *("--synthetic-input-tokens-mean", str(_PROMPT_TOKENS), "--output-tokens-mean", str(options.tokens)),
         *("--random-seed", str(load.seed), "--ui", "none", "--artifact-dir", str(folder)),
     ]
-    _run(command, QUIET)
+    _run(command, {"DO_NOT_TRACK": "1"})  # with Hugging Face's variables for offline use it takes no folder
     return folder / "profile_export.jsonl"
 
 
