@@ -24,7 +24,7 @@ from msgspec.structs import replace
 from vllm_ray_ascend.cluster.node_facts import NodeFacts
 from vllm_ray_ascend.devices.cards import parse_npu_smi
 from vllm_ray_ascend.doctor.queries import LIST, QUERIES, command_lines, second_command_lines
-from vllm_ray_ascend.doctor.records import Limit, NodeRecord, Output, RayNode, SharedMemory, User
+from vllm_ray_ascend.doctor.records import Limit, ModelFiles, NodeRecord, Output, RayNode, Route, SharedMemory, User
 
 MACHINES = Path(__file__).parent / "machines"
 FILES = {
@@ -33,6 +33,8 @@ FILES = {
     "cann": "cann/ascend_toolkit_install.info",
 }
 TOOLS = ("npu-smi", "hccn_tool")
+HOSTS = range(1, 65)
+MODEL_FILES = ModelFiles(path="/models/qwen", config="c0ffee", index_bytes=900, weights_bytes=1000)
 
 
 class Answer(NamedTuple):
@@ -109,9 +111,19 @@ class Machine:
             listening_ports=[22, 6379],
             own_addresses=[address],
             mtu=1500,
+            interfaces=[
+                ("lo", "127.0.0.1"),
+                ("docker0", "172.17.0.1"),
+                ("eth0", address),
+                ("eth1", f"10.1.0.{self.host}"),
+            ],
+            routes={
+                f"10.{network}.0.{host}": Route(f"10.{network}.0.{self.host}") for network in (0, 1) for host in HOSTS
+            },
+            model=MODEL_FILES,
             started=100.5,
             ended=103.0,
-            ray=RayNode(npus=count, gpus=0, free_npus=count, sent=100.0, received=103.1),
+            ray=RayNode(npus=count, gpus=0, free_npus=count, sent=100.0, received=103.1, shared_physical_ids=[]),
         )
 
     def ping(self, record: NodeRecord, lines: list[str]) -> NodeRecord:

@@ -125,7 +125,7 @@ def test_nothing_is_found_on_a_healthy_pair(nodes: Nodes) -> None:
         "OK",
         others[-1],
     ]
-    assert others[-1].startswith("Not made: 11 checks of level full, such as ")
+    assert others[-1].startswith("Not made: 12 checks of level full, such as ")
 
 
 def test_a_bundle_has_every_node_and_no_secret(nodes: Nodes, tmp_path: Path) -> None:
@@ -173,6 +173,7 @@ SECOND = {
     "tls-on": "VRA-656",
     "slow-port": "VRA-657",
     "jumbo-port": "VRA-658",
+    "crossed-cables": "VRA-663",
     "stranger": "VRA-643",
     "hbm": "VRA-644",
     "other-cann": "VRA-617",
@@ -223,6 +224,18 @@ def test_one_node_without_ray(nodes: Nodes) -> None:
     errors = [each["code"] for each in found if each["severity"] == "error"]
     assert done.returncode == 2 and errors == ["VRA-640", "VRA-650"], found
     assert found[0]["address"] == socket.gethostname() and "VRA-624" in {each["code"] for each in found}
+
+
+def test_a_model_that_is_missing_and_one_that_is_there(nodes: Nodes, tmp_path: Path) -> None:
+    for node in (1, 2):
+        nodes.install(node, "a2")
+    code, found = nodes.findings("--checks", "clock", "--model", str(tmp_path / "gone"))
+    assert code == 2 and [(each["code"], each["address"]) for each in found] == [
+        ("VRA-693", nodes.address(1)),
+        ("VRA-693", nodes.address(2)),
+    ]
+    (tmp_path / "config.json").write_text("{}")
+    assert nodes.findings("--checks", "clock", "--model", str(tmp_path)) == (0, [])
 
 
 def test_a_node_that_does_not_exist(nodes: Nodes) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 from msgspec.structs import replace
 
-from tests.doctor.machine import MACHINES, Machine
+from tests.doctor.machine import MACHINES, MODEL_FILES, Machine
 from vllm_ray_ascend.cluster.findings import Finding
 from vllm_ray_ascend.cluster.node_facts import STUCK
 from vllm_ray_ascend.doctor.checks import CHECKS
@@ -21,6 +21,7 @@ from vllm_ray_ascend.doctor.queries import (
     HCCS,
     HEALTH,
     LINK,
+    NEIGHBOUR,
     SUPER_POD,
     Query,
     device_addresses,
@@ -31,9 +32,11 @@ from vllm_ray_ascend.doctor.records import (
     Failure,
     Holder,
     Limit,
+    ModelFiles,
     NodeRecord,
     Output,
     RayNode,
+    Route,
     SharedMemory,
     Snapshot,
     User,
@@ -42,7 +45,7 @@ from vllm_ray_ascend.doctor.records import (
 pytestmark = pytest.mark.unit
 
 Change = Callable[[NodeRecord], NodeRecord]
-EVERY_CHECK = choose_checks("full")
+EVERY_CHECK = choose_checks("full", with_model=True)
 HEAD = "10.0.0.1:6379"
 SECOND = "10.0.0.2"
 OURS: dict[str, str | None] = {"vllm-ray-ascend": "0.1.0", "vllm-ascend": "0.30.0rc2"}
@@ -328,6 +331,16 @@ FAULTS = [
     ),
     Case("speed", "VRA-657", "warning", "slow-port", npus=(1,), says="100000 Mb/s, most of the cluster at 200000"),
     Case("roce-mtu", "VRA-658", "warning", "jumbo-port", npus=(1,), remedy="-mtu -s size 1500`"),
+    Case(
+        "switch-port",
+        "VRA-663",
+        "warning",
+        "crossed-cables",
+        npus=(2, 3),
+        says="200GE1/0/9), where similar nodes have NPU ",
+        remedy="-lldp -g`",
+    ),
+    Case("switch-port", "VRA-664", "info", "direct-fibre", npus=tuple(range(8)), says="another host without a switch"),
     Case("flapping", "VRA-659", "warning", "flapping", npus=(4,), says="went down 7 times"),
     Case("roce-errors", "VRA-660", "warning", "roce-errors", npus=(7,), says="roce_rx_err_pkt_num by 7."),
     Case(
@@ -407,6 +420,70 @@ FAULTS = [
         ),
         says="HCCL_WHITELIST_FILE=/etc/list.json is not there",
     ),
+    Case(
+        "huge-pages", "VRA-688", "info", change=files(transparent_hugepage="always madvise [never]\n"), says="(never)"
+    ),
+    Case(
+        "npu-ports",
+        "VRA-687",
+        "warning",
+        change=all_of(ray(shared_physical_ids=[2, 5]), environment(HCCL_IF_BASE_PORT="50000")),
+        npus=(2, 5),
+        says="HCCL_IF_BASE_PORT is set where Ray was started there without HCCL_NPU_SOCKET_PORT_RANGE",
+        remedy="`export HCCL_NPU_SOCKET_PORT_RANGE=auto`",
+    ),
+    Case(
+        "host-interface",
+        "VRA-683",
+        "error",
+        change=environment(GLOO_SOCKET_IFNAME="ens3"),
+        says="GLOO_SOCKET_IFNAME=ens3, for gloo, selects none of its interfaces: lo 127.0.0.1, docker0 172.17.0.1,",
+        remedy="`unset GLOO_SOCKET_IFNAME`",
+    ),
+    Case(
+        "host-interface",
+        "VRA-684",
+        "error",
+        change=record(routes={"10.0.0.1": Route("", "Network is unreachable")}),
+        says="no route to 10.0.0.1, which node 10.0.0.1 uses for HCCL, gloo, vLLM (Network is unreachable)",
+        remedy="`ip route get 10.0.0.1` there",
+    ),
+    Case(
+        "host-interface",
+        "VRA-686",
+        "warning",
+        change=record(routes={"10.0.0.1": Route("10.1.0.2")}),
+        says="its address 10.0.0.2, for HCCL, gloo, vLLM, is on eth0, and the route to 10.0.0.1 leaves by eth1.",
+    ),
+    Case(
+        "model",
+        "VRA-693",
+        "error",
+        change=record(model=ModelFiles(path="/models/qwen", error="No such file or directory")),
+        says="the model /models/qwen cannot be read there (No such file or directory).",
+        remedy="`rsync -a 10.0.0.1:/models/qwen /models/` there",
+    ),
+    Case(
+        "model",
+        "VRA-694",
+        "error",
+        change=record(model=replace(MODEL_FILES, missing=["a", "b", "c", "d"])),
+        says="lacks 4 of the files that its index names: a, b, c, ...",
+    ),
+    Case(
+        "model",
+        "VRA-695",
+        "error",
+        change=record(model=replace(MODEL_FILES, weights_bytes=990)),
+        says="have 990 bytes there (by its index 900), 1000 on node 10.0.0.1 (by its index 900).",
+    ),
+    Case(
+        "model",
+        "VRA-696",
+        "warning",
+        change=record(model=replace(MODEL_FILES, config="beef")),
+        says="config.json of /models/qwen is not that of node 10.0.0.1",
+    ),
     Case("overcommit", "VRA-628", "info", change=files(overcommit_memory="2\n"), remedy="`sudo sysctl "),
     Case(
         "same-auth",
@@ -482,6 +559,7 @@ UNKNOWN = {
     "no-root": ("hccn_tool -link -g ended with code 1: 'Command execution failed, only root user", {"roce-link"}),
     "board-unknown": ("npu-smi info -t board says 'Unknown'", {"board"}),
     "ping-unknown": ("could not be checked on NPU 4: hccn_tool -ping says 'socket failed'", {"roce-ping"}),
+    "no-lldp": ("could not be checked on NPU 4: no LLDP neighbour is heard by its port.", {"switch-port"}),
     "no-driver-file": ("the driver works, but its version.info is not there", {"driver"}),
     "no-cann-file": ("CANN works, but its install.info", {"cann"}),
 }
@@ -517,6 +595,10 @@ SOURCES: dict[str, Change] = {
     "shared-memory": record(shared_memory=None),
     "hccl-ports": record(listening_ports=None),
     "same-mtu": record(mtu=None),
+    "model": record(model=None),
+    "host-interface": record(routes={}),
+    "host-interface ": record(interfaces=[]),
+    "npu-ports": all_of(ray(shared_physical_ids=None), environment(VLLM_RAY_ASCEND_NODE_ENV="off")),
     "health": answering(HEALTH, "Health Status : NA\n"),
     "firmware": lambda each: replace(each, files={**each.files, "firmware": None}, outputs=_without_board(each)),
     "firmware ": lambda each: replace(each, files={**each.files, "driver": DRIVER_WITHOUT_RANGES}),
@@ -563,6 +645,7 @@ def words(text: str) -> list[str]:
 def test_a_node_that_is_looked_at_alone_may_be_one_of_several() -> None:
     """Which is when nobody else looks: the cluster does not start."""
     assert alone("a2") == [] == alone("a3")
+    assert [each.code for each in alone("a2", change=environment(GLOO_SOCKET_IFNAME="ens3"))] == ["VRA-683"]
     found = alone("link-down", "net-health")
     assert [(each.code, each.severity, each.physical_id) for each in found] == [
         ("VRA-650", "error", 3),
@@ -778,3 +861,97 @@ def test_nodes_of_a3_that_are_connected_by_hccs_only() -> None:
 def test_a_port_without_link_is_one_finding() -> None:
     found = findings(*records_of(Machine("a2", host=1), Machine("link-down", "net-down", host=2)))
     assert [(each.check, each.physical_id) for each in found] == [("roce-link", 3)]
+
+
+def on_switches(host: int, *chassis: str) -> NodeRecord:
+    """Return a node whose NPUs are connected to these switches, in the order of their numbers."""
+    made = Machine("a2", host=host).record()
+    said = {
+        NEIGHBOUR.line(die): Output(0, f"Chassis ID TLV\n\tMAC: {switch}\nPort ID TLV\n\tIfname: 1\n")
+        for die, switch in zip(made.facts.dies, chassis, strict=True)
+    }
+    return replace(made, outputs={**made.outputs, **said})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "crossed"),
+    [
+        (("aaaaaaaa", "bbbbbbbb", "bbbbbbbb"), []),  # a switch for each rack
+        (("aaaabbbb", "ccccdddd"), []),  # two of them
+        (("abcdefgh", "abcdefgh", "abcdefgh"), []),  # one for each number
+        (("aaaaaaaa", "aaaaaaaa", "aaaaaabb"), []),  # its ports were used up
+        (("abcdefgh", "abdcefgh", "abcdefgh"), [("10.0.0.2", 2), ("10.0.0.2", 3)]),
+        (("abdcefgh", "abcdefgh", "abcdefgh"), [("10.0.0.1", 2), ("10.0.0.1", 3)]),
+        (("aaaabbbb", "aaababbb", "ccccdddd", "ccccdddd"), [("10.0.0.2", 3), ("10.0.0.2", 4)]),
+    ],
+)
+def test_switches_by_which_cables_are_crossed(nodes: tuple[str, ...], crossed: list[tuple[str, int]]) -> None:
+    made = [on_switches(host, *switches) for host, switches in enumerate(nodes, 1)]
+    found = find(snapshot(*made), choose_checks("full", ["switch-port"]))
+    assert [(each.address, each.physical_id) for each in found] == crossed
+    assert {each.code for each in found} <= {"VRA-663"}
+
+
+def test_a_port_without_link_hears_nobody_for_that_reason() -> None:
+    found = findings(*records_of(Machine("a2", host=1), Machine("no-lldp", "link-down", host=2)))
+    assert [(each.check, each.physical_id) for each in found if each.severity == "error"] == [("roce-link", 3)]
+    silent = answering(NEIGHBOUR, "")
+    first, second = pair("link-down")
+    unknown = [each for each in findings(first, silent(second)) if each.severity == "unknown"]
+    assert [each.values["npus"] for each in unknown] == [[0, 1, 2, 4, 5, 6, 7]]
+
+
+def test_a_network_of_its_own_for_hccl_and_gloo() -> None:
+    """The route to Ray's address of a node says nothing of it."""
+    own = environment(HCCL_SOCKET_IFNAME="=eth1", GLOO_SOCKET_IFNAME="eth1", VLLM_HOST_IP="")
+    assert findings(*map(own, pair())) == []
+    other_way = record(routes={"10.0.0.1": Route("10.0.0.2"), "10.1.0.1": Route("10.0.0.2")})
+    first, second = map(own, pair())
+    found = findings(first, other_way(second))
+    assert {(each.code, each.address) for each in found} == {("VRA-686", SECOND)}
+    assert [each.text.partition(", is on")[0] for each in found] == [
+        "HCCL_SOCKET_IFNAME==eth1, for HCCL",
+        "GLOO_SOCKET_IFNAME=eth1, for gloo",
+    ]
+
+
+def test_a_bridge_that_has_one_address_on_all_nodes() -> None:
+    bridge = environment(GLOO_SOCKET_IFNAME="docker0")
+    found = findings(*map(bridge, pair()))
+    assert [(each.code, each.address) for each in found] == [("VRA-685", "10.0.0.1"), ("VRA-685", SECOND)]
+
+
+def test_interfaces_are_judged_between_hosts_only() -> None:
+    """Nodes without network namespaces of their own share a host; where nothing is derived each library chooses."""
+    first, second = pair()
+    shared = record(interfaces=[("eth0", "10.0.0.1"), ("eth0", "10.0.0.2")], routes={})
+    assert findings(shared(first), shared(second)) == []
+    off = all_of(environment(VLLM_RAY_ASCEND_NODE_ENV="off"), record(routes={}))
+    assert findings(off(first), off(second)) == []
+
+
+def test_a_node_behind_nat_is_unknown() -> None:
+    first, second = pair()
+    found = findings(first, record(interfaces=[("eth0", "172.16.0.9")], mtu=None)(second))
+    assert {each.check for each in found} == {"same-mtu", "host-interface"}
+    assert {each.text for each in found} == {"could not be checked: no interface has its address for Ray."}
+
+
+def test_shared_npus_for_which_the_plugin_sets_a_range() -> None:
+    first, second = pair()
+    shared = ray(shared_physical_ids=[0])
+    assert findings(first, shared(second)) == []
+    given = environment(VLLM_RAY_ASCEND_NODE_ENV="off", HCCL_NPU_SOCKET_PORT_RANGE="16700-16800")
+    assert findings(first, all_of(shared, given, record(routes={}))(second)) == []
+
+
+def test_a_model_that_no_node_has_and_one_that_a_head_lacks() -> None:
+    gone = record(model=ModelFiles(path="/m", error="No such file or directory"))
+    found = findings(*map(gone, pair()))
+    assert [(each.code, each.address) for each in found] == [("VRA-693", "10.0.0.1"), ("VRA-693", SECOND)]
+    assert all("Give --model the path that all nodes have" in each.remedy for each in found)
+    head = all_of(facts(cann_devices=None, device_files=(), dies=()), ray(npus=0, free_npus=0), gone)
+    found = find(
+        snapshot(*pair(), head(Machine("a2", host=3).record())), choose_checks("quick", ["model"], with_model=True)
+    )
+    assert [(each.code, each.severity, each.address) for each in found] == [("VRA-693", "info", "10.0.0.3")]

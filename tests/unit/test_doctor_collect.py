@@ -16,15 +16,36 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from tests.doctor.machine import Machine
 from vllm_ray_ascend.cli.doctor import _demand
 from vllm_ray_ascend.cluster.node_facts import STUCK
-from vllm_ray_ascend.doctor import collect
+from vllm_ray_ascend.cluster.registry import EngineRecord, RankRecord
+from vllm_ray_ascend.cluster.resources import NodeResources
+from vllm_ray_ascend.doctor import collect, gather
 from vllm_ray_ascend.doctor.checks import CHECKS
-from vllm_ray_ascend.doctor.collect import collect_as_dict, collect_record, decode_record, run_command
-from vllm_ray_ascend.doctor.queries import ADDRESS, ERRORS, HEALTH, LINK, LIST, PROCESSES, SERVE_LLM
-from vllm_ray_ascend.doctor.records import Holder, Output
+from vllm_ray_ascend.doctor.collect import (
+    collect_as_dict,
+    collect_record,
+    decode_record,
+    decode_routes,
+    routes_as_dict,
+    run_command,
+)
+from vllm_ray_ascend.doctor.host_addresses import host_addresses, route_targets
+from vllm_ray_ascend.doctor.queries import (
+    ADDRESS,
+    ERRORS,
+    HEALTH,
+    LINK,
+    LIST,
+    PROCESSES,
+    ROUTES,
+    SERVE_LLM,
+    model_command,
+)
+from vllm_ray_ascend.doctor.records import Holder, ModelFiles, Output, Route
 
 pytestmark = pytest.mark.unit
 
@@ -273,6 +294,96 @@ def test_peers_that_cannot_be_reached() -> None:
         reachable = f"127.0.0.1:{listener.getsockname()[1]}"
         assert collect._unreachable([reachable, "127.0.0.1:1"]) == {"127.0.0.1:1": "Connection refused"}
     assert collect._unreachable([]) == {}
+
+
+def test_routes_and_interfaces_on_demand() -> None:
+    assert collect_record("127.0.0.1", []).interfaces == []
+    assert ("lo", "127.0.0.1") in collect_record("127.0.0.1", [ROUTES]).interfaces
+    routes = decode_routes(json.loads(json.dumps(routes_as_dict(["127.0.0.1", "::ffff", "10.0.0.256"]))))
+    assert routes["127.0.0.1"] == Route("127.0.0.1")
+    assert not routes["10.0.0.256"].source and routes["10.0.0.256"].error
+
+
+def test_npus_of_which_engines_have_parts() -> None:
+    def engine(share: float, key: str, *places: tuple[str, int]) -> EngineRecord:
+        ranks = [
+            RankRecord(
+                rank=rank, local_rank=0, address="10.0.0.1", visible_index=0, physical_id=npu, bundle_index=0, pid=1,
+                actor_name=f"{rank}", node_id=node,
+            )
+            for rank, (node, npu) in enumerate(places)
+        ]  # fmt: skip
+        return EngineRecord(
+            engine="e", dp_rank=0, model="m", address="10.0.0.1", pid=1, group="g", share=share, started=0.0,
+            ranks=tuple(ranks), device_key=key,
+        )  # fmt: skip
+
+    engines = [
+        engine(0.5, "NPU", ("a", 3), ("b", 4)),
+        engine(0.5, "NPU", ("a", 3), ("a", 1)),
+        engine(1.0, "NPU", ("a", 2)),
+        engine(0.5, "GPU", ("a", 0)),
+    ]
+    node = NodeResources("10.0.0.1", npus=8, gpus=0, node_id="a")
+    assert gather._shared_physical_ids(node, engines) == [1, 3]
+
+
+def test_routes_are_asked_for_where_other_hosts_are() -> None:
+    first, second = (Machine("a2", host=host).record() for host in (1, 2))
+    assert route_targets([first, second]) == [["10.0.0.2"], ["10.0.0.1"]]
+    own = {**second.environment, "HCCL_SOCKET_IFNAME": "eth1,ens", "GLOO_SOCKET_IFNAME": "none"}
+    assert route_targets([first, replace(second, environment=own)]) == [["10.0.0.2", "10.1.0.2"], ["10.0.0.1"]]
+    named = replace(first, environment={"VLLM_HOST_IP": "node-1", "HCCL_IF_IP": "10.1.0.1"})
+    assert set(host_addresses(named)) == {"HCCL", "gloo"} and host_addresses(named)["HCCL"].interface == "eth1"
+    assert route_targets([first]) == [[]] and route_targets([]) == []
+
+
+def model(folder: Path, **sizes: int) -> str:
+    """Write a model of two files with weights below ``folder``, and return its path."""
+    for name, size in {"a.safetensors": 30, "b.safetensors": 12, **sizes}.items():
+        (folder / name).write_bytes(bytes(size))
+    (folder / "config.json").write_text("{}")
+    weights = {"x": "a.safetensors", "y": "b.safetensors", "z": "b.safetensors"}
+    index = {"metadata": {"total_size": 40}, "weight_map": weights}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return str(folder)
+
+
+def files_of_model(path: str) -> ModelFiles:
+    values = json.loads(json.dumps(collect_as_dict("127.0.0.1", [model_command(path)], [], 20.0)))
+    found = decode_record(values).model
+    assert found is not None
+    return found
+
+
+def test_files_of_a_model(tmp_path: Path) -> None:
+    assert collect_record("127.0.0.1", []).model is None
+    found = files_of_model(model(tmp_path, **{"training.bin": 7}))
+    assert (found.index_bytes, found.weights_bytes, found.missing, found.error) == (40, 42, [], "")
+    assert len(found.config) == 64
+    (tmp_path / "a.safetensors").unlink()
+    assert files_of_model(str(tmp_path)).missing == ["a.safetensors"]
+    (tmp_path / "model.safetensors.index.json").unlink()
+    found = files_of_model(str(tmp_path))
+    assert (found.index_bytes, found.weights_bytes, found.missing) == (None, 19, [])
+    assert files_of_model(str(tmp_path / "b.safetensors")).weights_bytes == 12
+
+
+@pytest.mark.parametrize("index", ["[1]", "{", '{"metadata": 7}', '{"weight_map": {"x": []}}'])
+def test_a_model_that_cannot_be_read(index: str, tmp_path: Path) -> None:
+    assert files_of_model(str(tmp_path / "gone")).error == "No such file or directory"
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    assert files_of_model(str(tmp_path)).error
+
+
+def test_a_file_system_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+    monkeypatch.setattr(collect, "_model_files", lambda path: answered.wait() and None)
+    try:
+        found = collect_record("127.0.0.1", [model_command("/nfs/model")], limit_s=2)
+    finally:
+        answered.set()
+    assert found.model is None and found.limits
 
 
 def test_packages_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,20 @@ ECC = """
     HBM Double Bit Aggregate Total Err Cnt        : 4
     HBM Double Bit Isolated Pages Count           : 2
 """
+LLDP = """Chassis ID TLV
+\tMAC: 00:e0:fc:12:34:56
+Port ID TLV
+\tIfname: 400GE1/0/3:2
+Time to Live TLV
+\t120
+System Name TLV
+\tleaf-1
+System Capabilities TLV
+\tSystem capabilities: Bridge, Router
+\tEnabled capabilities: {}
+End of LLDPDU TLV
+"""
+MAC = "00:e0:fc:12:34:56"
 CODES = ("80E01801", "80E18402")
 PROCESSES = """
     Process id:207795  Process name:VLLMEngineCor     Process memory(MB):55436
@@ -77,12 +91,20 @@ PROCESSES = """
         (parsers.parse_speed, "Speed: Unknown!\n", None),
         (parsers.parse_mtu, "mtu:4200\n", 4200),
         (parsers.parse_link_history, "[devid 0]link up count       : 2\n[devid 0]link down count     : 1\n", (2, 1)),
+        (parsers.parse_neighbour, LLDP.format("Bridge, Router"), (MAC, "400GE1/0/3:2", "leaf-1", True)),
+        (parsers.parse_neighbour, LLDP.format("Station Only"), (MAC, "400GE1/0/3:2", "leaf-1", False)),
+        (parsers.parse_neighbour, "Chassis ID TLV\n\tLocal: sw 7\nPort ID TLV\n\t4\n", ("sw 7", "4", "", True)),
+        (parsers.parse_neighbour, "Cannot get lldp, ret 5\n", None),
         (parsers.parse_errors, "roce_rx_err_pkt_num:3\nroce_rx_all_pkt_num:99\n", {"roce_rx_err_pkt_num": 3}),
     ],
 )  # fmt: skip
 def test_outputs(parse: Callable[[str], Any], text: str, expected: Any) -> None:
     assert parse(text) == expected
     assert parse(f"\n\nWARNING: something else first\n{text}") == expected
+
+
+def test_a_port_that_hears_nobody() -> None:
+    assert parsers.parse_neighbour("\n") == parsers.Neighbour() and not parsers.Neighbour().chassis
 
 
 def test_versions_and_ranges() -> None:
@@ -172,7 +194,8 @@ PARSERS = [
     parsers.inner_release,
 ]
 WORDS = st.sampled_from(
-    ["health status", "Health", ":", " : ", "link status", "UP", "netdetect addr", "ipaddr", "mtu", "tls switch[", "]",
+    ["Chassis ID TLV\n", "Port ID TLV\n", "enabled capabilities", "Station Only", "Local:",
+     "health status", "Health", ":", " : ", "link status", "UP", "netdetect addr", "ipaddr", "mtu", "tls switch[", "]",
      "\n", "\t", "hbm usage rate(%)", "Process id:", "Process name:", "Process memory(MB):", "[devid 0]", "sdid", "=",
      "server index", "[7.0.0,", "Max open files", "  ", "unlimited", "0A", "9" * 5000, "-1", "٣", "²", "no process"]
 )  # fmt: skip

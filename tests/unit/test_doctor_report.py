@@ -17,6 +17,7 @@ from tests.doctor.machine import Machine
 from vllm_ray_ascend.cli.doctor import read_snapshot
 from vllm_ray_ascend.cli.main import main
 from vllm_ray_ascend.doctor.checks import CHECKS
+from vllm_ray_ascend.doctor.checks.model import MODEL
 from vllm_ray_ascend.doctor.checks.network import PING
 from vllm_ray_ascend.doctor.compare import changes_between
 from vllm_ray_ascend.doctor.judge import checks_of_full_level, choose_checks, make_report
@@ -46,7 +47,7 @@ def text(made: Report, colours: bool = False) -> str:
 def test_a_healthy_cluster_is_one_screen() -> None:
     lines = text(report("a2", "a2")).splitlines()
     assert lines == [
-        f"vllm-ray-ascend 0.1.0 doctor: 2 nodes, 16 NPUs, {len(CHECKS)} checks (full)",
+        f"vllm-ray-ascend 0.1.0 doctor: 2 nodes, 16 NPUs, {len(CHECKS) - 1} checks (full)",
         "  10.0.0.1 (node-1): 8 NPUs Ascend 910B3, driver 25.5.1, CANN 8.5.1: ok",
         "  10.0.0.2 (node-2): 8 NPUs Ascend 910B3, driver 25.5.1, CANN 8.5.1: ok",
         "",
@@ -228,10 +229,26 @@ def test_a_defect_is_no_warning(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 def test_levels() -> None:
     quick, full = choose_checks("quick"), choose_checks("full")
-    assert [check.name for check in full] == list(CHECKS) and {check.level for check in quick} == {"quick"}
+    assert [check.name for check in full] == [name for name in CHECKS if name != MODEL]
+    assert {check.level for check in quick} == {"quick"}
     assert 0 < len(quick) < len(full)
     assert [check.name for check in choose_checks("quick", ["speed"])] == ["speed"], "by name: of any level"
-    assert {check.name for check in choose_checks("full", skipped=["speed"])} == CHECKS.keys() - {"speed"}
+    assert {check.name for check in choose_checks("full", skipped=["speed"])} == CHECKS.keys() - {"speed", MODEL}
+
+
+def test_the_check_of_a_model_is_made_where_a_path_is_given(
+    cluster: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert {check.name for check in choose_checks("full", with_model=True)} == CHECKS.keys()
+    assert [check.name for check in choose_checks("quick", ["ecc"], with_model=True)] == ["ecc", MODEL]
+    assert [check.name for check in choose_checks("quick", ["ecc"], ["model"], with_model=True)] == ["ecc"]
+    with pytest.raises(DoctorError, match="VRA-698"):
+        choose_checks("quick", [MODEL])
+    cluster("a2", "a2")
+    assert main(["doctor", "--model", "/models/qwen", "--json"]) == 0
+    assert MODEL in json.loads(capsys.readouterr().out)["checks"]
+    assert main(["doctor", "--model", "Qwen/Qwen3-8B"]) == 3
+    assert "VRA-697: --model Qwen/Qwen3-8B is no absolute path" in capsys.readouterr().err
 
 
 def test_save_and_compare(cluster: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from vllm_ray_ascend.doctor.checks.network import PING
 from vllm_ray_ascend.doctor.deep import run_link_tests
 from vllm_ray_ascend.doctor.gather import snapshot_of_cluster, snapshot_of_this_node
 from vllm_ray_ascend.doctor.judge import EXIT_CODES, checks_of_full_level, choose_checks, make_report
+from vllm_ray_ascend.doctor.queries import model_command
 from vllm_ray_ascend.doctor.records import Level, Report, Snapshot
 from vllm_ray_ascend.doctor.text import format_report
 from vllm_ray_ascend.doctor.views import Check
@@ -40,6 +41,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--checks", type=parse_names, default=[], metavar="X,Y", help="only these checks, of any level")
     parser.add_argument("--skip", type=parse_names, default=[], metavar="X,Y", help="without these checks")
+    parser.add_argument(
+        "--model", default="", metavar="PATH", help="also: this model's folder is on every node, and the same"
+    )
     parser.add_argument(
         "--level",
         choices=list(_LIMITS_S),
@@ -91,7 +95,14 @@ def _examine(args: argparse.Namespace) -> tuple[Report, Snapshot | None]:
     """Return the report, and the snapshot with which it was compared, if any."""
     if args.deep and args.local:
         raise DoctorError("VRA-609", "--deep tests HCCL between nodes, for which Ray assigns NPUs: leave out --local.")
-    checks = choose_checks("full" if args.deep else args.level, args.checks, args.skip)
+    if args.model and not os.path.isabs(args.model):
+        raise DoctorError(
+            "VRA-697",
+            f"--model {args.model} is no absolute path, which nodes need. Of a model that each of them takes from "
+            "Hugging Face by its name, give the folder below its HF_HOME.",
+        )
+    level: Level = "full" if args.deep else args.level
+    checks = choose_checks(level, args.checks, args.skip, with_model=bool(args.model))
     before = read_snapshot(args.compare) if args.compare else None
     if args.save:
         _check_writable(args.save)  # before anything is collected for it
@@ -102,15 +113,16 @@ def _examine(args: argparse.Namespace) -> tuple[Report, Snapshot | None]:
 
 
 def take_snapshot(args: argparse.Namespace, checks: Sequence[Check], timeout_s: float | None) -> Snapshot:
-    """Collect what the checks ask for, no more; ``args`` has address, local and nodes."""
+    """Collect what the checks ask for, no more; ``args`` has address, local and nodes, that of doctor more."""
+    model = getattr(args, "model", "")
     if args.local:
-        level, commands = _demand(checks)
+        level, commands = _demand(checks, model)
         return snapshot_of_this_node(level, commands, timeout_s or _LIMITS_S[level])
     connect_as_observer(args.address)  # which names the remedy where Ray is not installed
     import ray
 
     try:
-        snapshot = snapshot_of_joined_cluster(checks, args.nodes, timeout_s)
+        snapshot = snapshot_of_joined_cluster(checks, args.nodes, timeout_s, model)
         if not getattr(args, "deep", False):
             return snapshot
         links, busy = run_link_tests([record.address for record in snapshot.nodes])
@@ -120,19 +132,22 @@ def take_snapshot(args: argparse.Namespace, checks: Sequence[Check], timeout_s: 
 
 
 def snapshot_of_joined_cluster(
-    checks: Sequence[Check], nodes: Sequence[str] = (), timeout_s: float | None = None
+    checks: Sequence[Check], nodes: Sequence[str] = (), timeout_s: float | None = None, model: str = ""
 ) -> Snapshot:
     """Collect what the checks ask for on all nodes of the joined cluster, or on those of ``nodes``."""
-    level, commands = _demand(checks)
+    level, commands = _demand(checks, model)
     with_pings = any(check.name == PING for check in checks)
     return snapshot_of_cluster(level, commands, timeout_s or _LIMITS_S[level], nodes, with_pings=with_pings)
 
 
-def _demand(checks: Sequence[Check]) -> tuple[Level, list[str]]:
-    """Return the level of ``checks``, and the commands that they need, with what else is collected on demand."""
+def _demand(checks: Sequence[Check], model: str = "") -> tuple[Level, list[str]]:
+    """Return the level of ``checks``, and the commands that they need, with what else is collected on demand.
+
+    ``model`` is the path of the model to look at, if any.
+    """
     level: Level = "full" if any(check.level == "full" for check in checks) else "quick"
     demanded = (name for check in checks for name in (*(query.command for query in check.queries), *check.also))
-    return level, list(dict.fromkeys(demanded))
+    return level, [*dict.fromkeys(demanded), *([model_command(model)] if model else [])]
 
 
 def read_snapshot(path: Path) -> Snapshot:

@@ -14,20 +14,27 @@ from vllm_ray_ascend.addresses import join_host_port
 from vllm_ray_ascend.cluster.connect import this_driver
 from vllm_ray_ascend.cluster.placement_groups import current_nodes
 from vllm_ray_ascend.cluster.probe import Answer, run_on_nodes
+from vllm_ray_ascend.cluster.registry import EngineRecord, running_engines
 from vllm_ray_ascend.cluster.resources import NodeResources
+from vllm_ray_ascend.devices.kind import NPU
 from vllm_ray_ascend.doctor.collect import (
     collect_as_dict,
     collect_record,
     decode_outputs,
     decode_record,
+    decode_routes,
     ping_as_dict,
+    routes_as_dict,
 )
-from vllm_ray_ascend.doctor.queries import device_addresses, ping_lines
+from vllm_ray_ascend.doctor.host_addresses import route_targets
+from vllm_ray_ascend.doctor.queries import ENGINES, ROUTES, device_addresses, ping_lines
 from vllm_ray_ascend.doctor.records import Failure, Level, NodeRecord, Output, RayNode, Snapshot
-from vllm_ray_ascend.errors import DoctorError
+from vllm_ray_ascend.errors import DoctorError, UpstreamChangedError
 
 _MARGIN_S = 3.0
 """A node has so much less than the driver waits for it, so that a slow tool does not cost the whole record."""
+_ROUTES_S = 10.0
+"""For the routes, which no tool is asked for: a node that does not answer by then has none."""
 
 
 def snapshot_of_this_node(level: Level, commands: Sequence[str], limit_s: float) -> Snapshot:
@@ -73,11 +80,14 @@ def snapshot_of_nodes(
         node_id: (node.address, commands, _others(known_peers, node_id), max(1.0, limit_s - _MARGIN_S))
         for node_id, node in by_id.items()
     }
+    engines = _engines() if ENGINES in commands else None
     found = run_on_nodes(collect_as_dict, decode_record, arguments, limit_s)
     records = {
-        node_id: replace(answer.value, ray=_ray_node(by_id[node_id], raylets.get(node_id, ""), answer))
+        node_id: replace(answer.value, ray=_ray_node(by_id[node_id], raylets.get(node_id, ""), answer, engines))
         for node_id, answer in sorted(found.answers.items(), key=lambda entry: by_id[entry[0]].address)
     }
+    if ROUTES in commands:
+        records = _with_routes(records, min(limit_s, _ROUTES_S))
     if with_pings:
         records = _with_pings(records, limit_s)
     failures = [Failure(by_id[node_id].address, by_id[node_id].npus, why) for node_id, why in found.failures.items()]
@@ -98,6 +108,25 @@ def _live_rows() -> dict[str, Mapping[str, Any]]:
     import ray
 
     return {str(row["NodeID"]): row for row in ray.nodes() if row["Alive"]}
+
+
+def _engines() -> list[EngineRecord] | None:
+    """Return the engines that run; None where this Ray does not say."""
+    try:
+        return running_engines()
+    except UpstreamChangedError:
+        return None
+
+
+def _with_routes(records: Mapping[str, NodeRecord], limit_s: float) -> dict[str, NodeRecord]:
+    """Return the records with each node's routes to the addresses that the others use."""
+    targets = dict(zip(records, route_targets(list(records.values())), strict=True))
+    arguments = {node_id: (each,) for node_id, each in targets.items() if each}
+    found = run_on_nodes(routes_as_dict, decode_routes, arguments, limit_s)
+    return {
+        node_id: replace(record, routes=found.answers[node_id].value) if node_id in found.answers else record
+        for node_id, record in records.items()
+    }
 
 
 def _with_pings(records: Mapping[str, NodeRecord], limit_s: float) -> dict[str, NodeRecord]:
@@ -136,7 +165,7 @@ def _others(raylets: Mapping[str, str], node_id: str) -> list[str]:
     return [raylet for other, raylet in raylets.items() if other != node_id]
 
 
-def _ray_node(node: NodeResources, raylet: str, answer: Answer) -> RayNode:
+def _ray_node(node: NodeResources, raylet: str, answer: Answer, engines: Sequence[EngineRecord] | None) -> RayNode:
     return RayNode(
         node_id=node.node_id,
         raylet=raylet,
@@ -145,4 +174,12 @@ def _ray_node(node: NodeResources, raylet: str, answer: Answer) -> RayNode:
         free_npus=node.free,
         sent=answer.sent,
         received=answer.received,
+        shared_physical_ids=None if engines is None else _shared_physical_ids(node, engines),
     )
+
+
+def _shared_physical_ids(node: NodeResources, engines: Sequence[EngineRecord]) -> list[int]:
+    """Return the physical ids of a node's NPUs of which engines have parts."""
+    sharing = [engine for engine in engines if engine.device_key == NPU.key and engine.share < 1]
+    ranks = (rank for engine in sharing for rank in engine.ranks if rank.is_on(node.node_id, node.address))
+    return sorted({rank.physical_id for rank in ranks})

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from vllm_ray_ascend.cluster.audit import UNANSWERED, Driver, unreachable_finding
 from vllm_ray_ascend.cluster.findings import WORST_FIRST, Finding, Severity, join
 from vllm_ray_ascend.doctor.checks import CHECKS
+from vllm_ray_ascend.doctor.checks.model import MODEL
 from vllm_ray_ascend.doctor.compare import changes_between
 from vllm_ray_ascend.doctor.links import judge_links
 from vllm_ray_ascend.doctor.records import ExitCode, Level, NodeRecord, NodeSummary, Report, Snapshot, Status
@@ -19,12 +20,20 @@ EXIT_CODES: Mapping[Status, ExitCode] = {"ok": 0, "warning": 1, "critical": 2, "
 """As monitoring systems take them from plugins of Nagios."""
 
 
-def choose_checks(level: Level, only: Collection[str] = (), skipped: Collection[str] = ()) -> list[Check]:
-    """Return the checks of a level, or those named, without those skipped. Raise DoctorError for unknown names."""
+def choose_checks(
+    level: Level, only: Collection[str] = (), skipped: Collection[str] = (), *, with_model: bool = False
+) -> list[Check]:
+    """Return the checks of a level, or those named, without those skipped. Raise DoctorError for unknown names.
+
+    That of a model's files is made where a path is given for it, ``with_model``.
+    """
     if wrong := sorted({*only, *skipped} - CHECKS.keys()):
         raise DoctorError("VRA-602", f"There is no check {', '.join(wrong)}. The checks: {', '.join(CHECKS)}.")
+    if MODEL in only and not with_model:
+        raise DoctorError("VRA-698", f"Check {MODEL} looks at a path: `vllm-ray-ascend doctor --model PATH`.")
     chosen = [check for check in CHECKS.values() if check.name in only or (not only and level in ("full", check.level))]
-    left = [check for check in chosen if check.name not in skipped]
+    made = [check for check in chosen if check.name != MODEL] + ([CHECKS[MODEL]] if with_model else [])
+    left = [check for check in made if check.name not in skipped]
     if not left:
         raise DoctorError("VRA-622", "No check is left: --skip names all that --checks and --level choose.")
     return left

@@ -58,6 +58,18 @@ class LinkHistory(NamedTuple):
     downs: int
 
 
+class Neighbour(NamedTuple):
+    """What a RoCE port hears by LLDP of the other end of its cable; all empty where it hears nothing."""
+
+    chassis: str = ""
+    """Identity of the device, mostly a MAC address."""
+    port: str = ""
+    """The device's port, such as 400GE1/0/3."""
+    name: str = ""
+    is_switch: bool = True
+    """False only where the device says that it neither bridges nor routes."""
+
+
 def fields(text: str, name: str) -> list[str]:
     """Return the values of all lines `name : value`, whatever their case; lines may begin with a `[devid 0]`."""
     line = rf"^[^\S\n]*(?:\[[^\]\n]*\])?[^\S\n]*{name}[^\S\n]*:[^\S\n]*(\S.*?)?[^\S\n]*$"
@@ -207,6 +219,22 @@ def parse_link_history(text: str) -> LinkHistory | None:
     """Return the counts in `hccn_tool -link_stat -g`."""
     ups, downs = number(text, "link up count"), number(text, "link down count")
     return None if ups is None or downs is None else LinkHistory(ups, downs)
+
+
+def parse_neighbour(text: str) -> Neighbour | None:
+    """Return what `hccn_tool -lldp -g` says, in the form of lldptool: the name of a TLV, its value on the next line."""
+    if not text.strip():
+        return Neighbour()
+    chassis = _tlv(text, "chassis id")
+    able = field(text, "enabled capabilities")
+    is_switch = able is None or re.search("bridge|router", able, re.I) is not None
+    return Neighbour(chassis, _tlv(text, "port id"), _tlv(text, "system name"), is_switch) if chassis else None
+
+
+def _tlv(text: str, name: str) -> str:
+    """Return the value of a TLV without its kind, such as `MAC: `; empty where the TLV is not there."""
+    found = re.search(rf"^[^\S\n]*{name} tlv[^\S\n]*\n[^\S\n]*(?:\w+:[^\S\n]+)?(\S[^\n]*)", text, re.I | re.M)
+    return found[1].strip() if found else ""
 
 
 _ERROR_COUNTERS = ("roce_rx_err_pkt_num", "roce_tx_err_pkt_num", "roce_new_pkt_rty_num", "mac_rx_bad_pkt_num")

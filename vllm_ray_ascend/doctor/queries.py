@@ -62,19 +62,35 @@ SPEED = _hccn("-speed", parsers.parse_speed)
 MTU = _hccn("-mtu", parsers.parse_mtu)
 LINK_HISTORY = _hccn("-link_stat", parsers.parse_link_history)
 ERRORS = _hccn("-stat", parsers.parse_errors, twice=True)
+NEIGHBOUR = _hccn("-lldp", parsers.parse_neighbour)
 VNIC = _hccn("-vnic", parsers.parse_link, only_a3=True)
 
 SERVE_LLM = "serve-llm"
 """No command: asks for what Ray Serve LLM imports, for which files of Ray and vLLM are read."""
+ROUTES = "routes"
+"""No command: asks for interfaces and, once all nodes have answered, for the routes to the others."""
+ENGINES = "engines"
+"""No command: asks Ray's control store for the engines that run."""
+_MODEL = "model "
 
 QUERIES = {
     query.command: query
     for query in (
         HEALTH, ECC, PROCESSES, HBM, TEMPERATURE, HCCS, SUPER_POD, BOARD, LINK, ADDRESS, NET_HEALTH, TLS, GATEWAY,
-        NETDETECT, SPEED, MTU, LINK_HISTORY, ERRORS, VNIC,
+        NETDETECT, SPEED, MTU, LINK_HISTORY, ERRORS, NEIGHBOUR, VNIC,
     )
 }  # fmt: skip
 """All of them by their commands, which nodes are given: one that another version of this package knows is left out."""
+
+
+def model_command(path: str) -> str:
+    """Return what asks a node for the files of a model; an earlier version of this package there leaves it out."""
+    return f"{_MODEL}{path}"
+
+
+def model_path(commands: Iterable[str]) -> str:
+    """Return the path of the model that is asked for; empty where none is."""
+    return next((command.removeprefix(_MODEL) for command in commands if command.startswith(_MODEL)), "")
 
 
 def is_a3(dies: Sequence[Die]) -> bool:

@@ -65,6 +65,28 @@ class SharedMemory(msgspec.Struct, frozen=True):
     free: int
 
 
+class Route(msgspec.Struct, frozen=True):
+    """The own address with which packets to another one leave; empty where there is no route: ``error`` says why."""
+
+    source: str
+    error: str = ""
+
+
+class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
+    """A model's files on a node. ``error``: why its path cannot be read, such as "No such file or directory"."""
+
+    path: str
+    error: str = ""
+    config: str = ""
+    """SHA-256 of config.json; empty where there is none."""
+    index_bytes: int | None = None
+    """Size of all weights by the index of the files; None where there is no index."""
+    weights_bytes: int = 0
+    """Size of the files with weights that are there."""
+    missing: list[str] = []
+    """Files that the index names and that are not there."""
+
+
 class RayNode(msgspec.Struct, frozen=True, kw_only=True):
     """What Ray has of the node. ``sent`` and ``received`` are times of the driver's clock around the collection."""
 
@@ -76,6 +98,8 @@ class RayNode(msgspec.Struct, frozen=True, kw_only=True):
     free_npus: float
     sent: float
     received: float
+    shared_physical_ids: list[int] | None = None
+    """NPUs of which Ray has given parts to engines; collected on demand, None where that is not known."""
 
 
 class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,6 +149,12 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     """That of the interface with Ray's address."""
     unreachable: dict[str, str] = {}
     """Peers that could not be connected to, HOST:PORT, with the reason."""
+    interfaces: list[tuple[str, str]] = []
+    """Name and address of each network interface; collected on demand."""
+    routes: dict[str, Route] = {}
+    """By the address to which they lead; collected on demand."""
+    model: ModelFiles | None = None
+    """Of the path given with `--model`; None without that, or where the file system did not answer in time."""
     started: float = 0.0
     ended: float = 0.0
     ray: RayNode | None = None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 
-from vllm_ray_ascend.addresses import is_loopback
+from vllm_ray_ascend.addresses import canonical, is_loopback
 from vllm_ray_ascend.cluster.findings import Finding, join
+from vllm_ray_ascend.doctor.host_addresses import HostAddress, carried_addresses, host_addresses, is_same_host
+from vllm_ray_ascend.doctor.queries import ENGINES, ROUTES
 from vllm_ray_ascend.doctor.views import Check, NodeView, odd_ones, on_every_node, on_several_nodes
+from vllm_ray_ascend.environment.derive import interface_with_address
 from vllm_ray_ascend.environment.ports import LAST_PORT, PORTS_PER_NPU
 from vllm_ray_ascend.environment.table import scope_of
 from vllm_ray_ascend.settings import variable_of
@@ -17,6 +21,8 @@ _LOCKED = 1 << 20
 _SKEW_S = 1.0
 _AUTH_MODE, _NO_AUTH = "RAY_AUTH_MODE", "disabled"
 _PORT_SETTINGS = ("HCCL_IF_BASE_PORT", "HCCL_HOST_SOCKET_PORT_RANGE")
+_NPU_PORTS = "HCCL_NPU_SOCKET_PORT_RANGE"
+_NAMED = 3
 _NODE_ENV = variable_of("node_env")
 
 
@@ -154,6 +160,126 @@ def _hccl_ports(node: NodeView) -> tuple[int, int]:
     return first, min(first + len(node.dies) * PORTS_PER_NPU - 1, LAST_PORT)
 
 
+def check_npu_ports(node: NodeView) -> Iterator[Finding]:
+    """Yield a warning for each NPU that engines share without a range of ports on it: each process takes port 16666.
+
+    The plugin sets a range for them, but nothing beside HCCL's ports that the user has set.
+    """
+    environment = node.record.environment
+    kept = [name for name in _PORT_SETTINGS if environment.get(name)]
+    kept += [f"{_NODE_ENV}=off"] if environment.get(_NODE_ENV) == "off" else []
+    if node.ray is None or environment.get(_NPU_PORTS) or not kept:
+        return
+    if node.ray.shared_physical_ids is None:
+        yield node.unknown("this Ray does not say which engines run", "`vllm-ray-ascend topology` says why.")
+    for die in node.dies:
+        if die.physical_id in (node.ray.shared_physical_ids or ()):
+            yield node.finding(
+                "warning",
+                "VRA-687",
+                f"an engine has a part of it, and {kept[0]} is set where Ray was started there without {_NPU_PORTS}: "
+                "the processes of an NPU all take its port 16666, and the second one fails (EI0019).",
+                f"`export {_NPU_PORTS}=auto` before `ray start` there.",
+                die,
+                variable=_NPU_PORTS,
+            )
+
+
+def check_host_interface(nodes: Sequence[NodeView]) -> Iterator[Finding]:
+    """Yield a finding for each interface of a host that is not there, or by which other nodes are not reached.
+
+    Judged are the addresses that nodes use for HCCL, gloo and vLLM, those of Ray where no variable names others.
+    """
+    found = {node: host_addresses(node.record) for node in nodes}
+    for node in nodes:
+        users: defaultdict[HostAddress, list[str]] = defaultdict(list)
+        for user, chosen in found[node].items():
+            users[chosen].append(user)
+        for chosen, names in users.items():
+            if not node.record.interfaces:
+                yield node.unknown("its interfaces are not known", "Install this vllm-ray-ascend there too.")
+            elif chosen.interface:
+                yield from _judge_routes(node, chosen, join(names), _peers(node, found, names))
+            elif not chosen.variable:
+                yield _no_interface(node)
+            else:
+                listed = join(f"{name} {address}" for name, address in node.record.interfaces)
+                yield node.finding(
+                    "error",
+                    "VRA-683",
+                    f"{chosen}, for {join(names)}, selects none of its interfaces: {listed}.",
+                    f"`unset {chosen.variable}` before `ray start` there, which leaves it to be derived; or name one "
+                    "that is there.",
+                    variable=chosen.variable,
+                )
+
+
+def _peers(node: NodeView, found: Mapping[NodeView, Mapping[str, HostAddress]], users: Sequence[str]) -> dict[str, str]:
+    """Return the addresses that nodes on other hosts have for the same purposes, each with its node."""
+    carried = carried_addresses(node.record)
+    return {
+        chosen[user].address: other.address
+        for other, chosen in found.items()
+        if not is_same_host(node.record, carried, other.record)
+        for user in users
+        if user in chosen and chosen[user].interface
+    }
+
+
+def _judge_routes(node: NodeView, chosen: HostAddress, users: str, peers: Mapping[str, str]) -> Iterator[Finding]:
+    """Yield findings of the ways from a node to addresses of ``peers``; ``users`` are HCCL, gloo or vLLM."""
+    routes, carried = node.record.routes, carried_addresses(node.record)
+    sources = {route.source for route in routes.values() if route.source}
+    interfaces = {source: interface_with_address(source, node.record.interfaces) for source in sources}
+    same = [address for address in peers if canonical(address) in carried]
+    unknown = [address for address in peers if address not in same and address not in routes]
+    leaving: defaultdict[str, list[str]] = defaultdict(list)
+    for address in peers:
+        if address in same or address in unknown:
+            continue
+        if error := routes[address].error:
+            yield node.finding(
+                "error",
+                "VRA-684",
+                f"it has no route to {address}, which node {peers[address]} uses for {users} ({error}).",
+                f"`ip route get {address}` there; add the route, or choose another interface on both nodes.",
+                address=address,
+            )
+        elif interface := interfaces[routes[address].source]:
+            leaving[interface].append(address)
+    leaving.pop(chosen.interface, None)
+    if same:
+        yield node.finding(
+            "error",
+            "VRA-685",
+            f"{same[0]}, which node {peers[same[0]]} uses for {users}, is an address of this node as well: the two "
+            "never meet.",
+            "`ip -brief address` on both; choose an interface that connects them (Docker's bridge has one address on "
+            "all hosts), or none: `unset HCCL_IF_IP HCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME VLLM_HOST_IP` before `ray "
+            "start`.",
+            address=same[0],
+        )
+    for interface, addresses in leaving.items():
+        yield node.finding(
+            "warning",
+            "VRA-686",
+            f"{chosen}, for {users}, is on {chosen.interface}, and the route to {_some(addresses)} leaves by "
+            f"{interface}.",
+            f"`ip route get {addresses[0]}` there; correct the route, or choose {interface} before `ray start`, by "
+            f"{chosen.variable or 'HCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME'}.",
+            here=chosen.interface,
+            route=interface,
+        )
+    if unknown:
+        yield node.unknown(
+            f"its routes to {_some(unknown)} were not looked up in time", f"`ip route get {unknown[0]}` there."
+        )
+
+
+def _some(values: Sequence[str]) -> str:
+    return f"{join(values[:_NAMED])}{f' and {len(values) - _NAMED} more' if len(values) > _NAMED else ''}"
+
+
 _AGREED = frozenset(
     {
         "HCCL_ALGO",
@@ -230,7 +356,7 @@ def check_same_mtu(nodes: Sequence[NodeView]) -> Iterator[Finding]:
     """Yield a warning for each node whose interface for Ray has another MTU: large messages then get lost."""
     for node in nodes:
         if node.record.mtu is None and node.ray:
-            yield node.unknown("no interface has its address for Ray", "`ip -brief address` there names them.")
+            yield _no_interface(node)
     found = {node: node.record.mtu for node in nodes if node.record.mtu}
     for node, mtu, example, usual in odd_ones(found):
         yield node.finding(
@@ -240,6 +366,22 @@ def check_same_mtu(nodes: Sequence[NodeView]) -> Iterator[Finding]:
             f"`sudo ip link set dev INTERFACE mtu {usual}` there; `ip -brief address` names the interface.",
             here=mtu,
             there=usual,
+        )
+
+
+def _no_interface(node: NodeView) -> Finding:
+    return node.unknown("no interface has its address for Ray", "`ip -brief address` there names them.")
+
+
+def check_huge_pages(node: NodeView) -> Iterator[Finding]:
+    """Yield a note where transparent huge pages are off: always and madvise are what distributions set."""
+    if "[never]" in (node.record.files.get("transparent_hugepage") or ""):
+        yield node.finding(
+            "info",
+            "VRA-688",
+            "transparent huge pages are off (never): processes with much memory of the host, as for offloaded weights "
+            "and KV caches, run slower.",
+            "`echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled` there, where nothing else needs it.",
         )
 
 
@@ -266,6 +408,12 @@ def _command(name: str, value: str | None) -> str:
 CHECKS = (
     Check("limits", "the raylet may open files and lock memory", "/proc/PID/limits", check_limits),
     Check("overcommit", "memory may be reserved", "/proc/sys/vm/overcommit_memory", check_overcommit),
+    Check(
+        "huge-pages",
+        "transparent huge pages are not off",
+        "/sys/kernel/mm/transparent_hugepage/enabled",
+        check_huge_pages,
+    ),
     Check("shared-memory", "/dev/shm is large enough", "statvfs", check_shared_memory, at_start="warns"),
     Check(
         "own-name",
@@ -300,6 +448,23 @@ CHECKS = (
         "the raylet's command line",
         check_worker_ports,
         at_start="warns",
+    ),
+    Check(
+        "npu-ports",
+        "HCCL has a range of ports on NPUs that engines share",
+        "`ray start`, engines in Ray's control store",
+        check_npu_ports,
+        of_ray=True,
+        also=(ENGINES,),
+    ),
+    Check(
+        "host-interface",
+        "the interface for HCCL, gloo and vLLM reaches the other nodes",
+        "HCCL_IF_IP, HCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME, VLLM_HOST_IP, routes",
+        check_host_interface,
+        of_cluster=True,
+        applies=on_several_nodes,
+        also=(ROUTES,),
     ),
     Check(
         "same-variables",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vllm_ray_ascend.cluster.findings import Finding, join
 from vllm_ray_ascend.devices.cards import Die
-from vllm_ray_ascend.doctor.parsers import parse_loss
+from vllm_ray_ascend.doctor.parsers import Neighbour, parse_loss
 from vllm_ray_ascend.doctor.queries import (
     ADDRESS,
     ERRORS,
@@ -18,6 +18,7 @@ from vllm_ray_ascend.doctor.queries import (
     LINK,
     LINK_HISTORY,
     MTU,
+    NEIGHBOUR,
     NET_HEALTH,
     NETDETECT,
     SPEED,
@@ -237,6 +238,68 @@ def check_errors(node: NodeView) -> Iterator[Finding]:
             )
 
 
+def check_switch_port(nodes: Sequence[NodeView]) -> Iterator[Finding]:
+    """Yield what LLDP says of the other ends of the RoCE ports' cables: a port that hears nobody is unknown.
+
+    Nodes on different switches are usual, and a switch for each number of an NPU (a rail). Crossed cables are not: a
+    port on the switch that similar nodes have for an NPU with another number.
+    """
+    heard: dict[NodeView, dict[Die, Neighbour]] = {node: node.answers(NEIGHBOUR) for node in nodes}
+    for node, found in heard.items():
+        silent = [die for die, each in found.items() if not each.chassis and _may_have_link(node, die)]
+        if silent:
+            yield node.unknown(
+                "no LLDP neighbour is heard by its port",
+                f"`lldp enable` on the switch; {_tool(silent[0], '-lldp -g')} there shows what is heard.",
+                silent,
+            )
+        for die, each in found.items():
+            if not each.is_switch:
+                yield node.finding(
+                    "info",
+                    "VRA-664",
+                    "its RoCE port is connected to another host without a switch.",
+                    "Usual of two nodes; more of them need a switch to reach each other.",
+                    die,
+                    neighbour=each.chassis,
+                )
+    yield from _crossed(heard)
+
+
+def _crossed(heard: Mapping[NodeView, Mapping[Die, Neighbour]]) -> Iterator[Finding]:
+    """Yield a warning for each NPU on the switch of another number of those nodes that are connected like its own."""
+    chassis = {node: {die.physical_id: each.chassis for die, each in found.items()} for node, found in heard.items()}
+    for node, found in heard.items():
+        own = chassis[node]
+        alike = [each for each in chassis.values() if _count_equal(each, own) > len(own) / 2]
+        usual = {npu: _most_frequent(npu, alike) for npu in own}
+        for die, each in found.items():
+            here, there = each.chassis, usual[die.physical_id]
+            others = [npu for npu, switch in usual.items() if switch == here]
+            if here and there and here != there and others:
+                yield node.finding(
+                    "warning",
+                    "VRA-663",
+                    f"its RoCE port is connected to switch {each.name or here} ({each.port}), where similar nodes have "
+                    f"NPU {join(others)}, and NPU {die.physical_id} on another one: crossed cables?",
+                    f"Compare {_tool(die, '-lldp -g')} on both nodes, and change the cables: traffic between NPUs of "
+                    "one number takes more switches than it needs.",
+                    die,
+                    here=here,
+                    there=there,
+                )
+
+
+def _count_equal(one: Mapping[int, str], other: Mapping[int, str]) -> int:
+    return sum(1 for npu, switch in one.items() if switch and other.get(npu) == switch)
+
+
+def _most_frequent(npu: int, nodes: Sequence[Mapping[int, str]]) -> str:
+    """Return the switch that most of the nodes have for an NPU; of two equally frequent ones the first."""
+    switches = [switch for each in nodes if (switch := each.get(npu))]
+    return max(dict.fromkeys(switches), key=switches.count, default="")
+
+
 def check_ping(nodes: Sequence[NodeView]) -> Iterator[Finding]:
     """Yield an error for each NPU that does not reach the one with its number on the next node."""
     owners = {address: node for node in nodes for address in device_addresses(node.record).values()}
@@ -410,6 +473,16 @@ CHECKS = (
         check_errors,
         (ERRORS,),
         "full",
+        applies=with_roce,
+    ),
+    Check(
+        "switch-port",
+        "RoCE ports hear their switch, and are on that of their number",
+        "hccn_tool -lldp",
+        check_switch_port,
+        (NEIGHBOUR,),
+        "full",
+        of_cluster=True,
         applies=with_roce,
     ),
     Check(
