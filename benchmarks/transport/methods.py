@@ -81,7 +81,7 @@ class Group(Method):
 class Graph(Method):
     """A compiled graph: to and fro, by the first actor's clock between the first step and the last."""
 
-    transport: str
+    transport: Any
 
     def open(self) -> None:
         """Compile."""
@@ -121,6 +121,19 @@ class GraphHccl(Graph):
         from vllm_ray_ascend.ray_transport import register
 
         register()
+        super().open()
+
+
+class GraphEmpty(Graph):
+    """The same, but nothing is transferred."""
+
+    def open(self) -> None:
+        """Make the communicator."""
+        from benchmarks.transport.empty import EmptyCommunicator
+        from vllm_ray_ascend.ray_transport import register
+
+        register()
+        self.transport = EmptyCommunicator.from_actors(self._actors)
         super().open()
 
 
@@ -164,6 +177,16 @@ class Direct(Objects):
         return _naming(register())
 
 
+class DirectEmpty(Objects):
+    """The same, but nothing is transferred."""
+
+    def actor_class(self) -> type[Any]:
+        """Return the class of the actors, whose `make_object` returns the tensor."""
+        from benchmarks.transport.empty import register
+
+        return _naming(register())
+
+
 class RayAscend(Objects):
     """ray-ascend's transport, as its documentation has it."""
 
@@ -201,4 +224,6 @@ WAYS: dict[str, type[Method]] = {
     "direct": Direct,
     "ray-ascend": RayAscend,
     "object-store": ObjectStore,
+    "graph-empty": GraphEmpty,
+    "direct-empty": DirectEmpty,
 }

@@ -6,7 +6,9 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 
-WAYS = ("raw", "group", "graph-hccl", "graph-host", "direct", "ray-ascend", "object-store")
+EMPTY = {"graph-hccl": "graph-empty", "direct": "direct-empty"}
+"""Ways of ours, each with the same way where nothing is transferred: what Ray costs in it."""
+WAYS = ("raw", "group", "graph-hccl", "graph-host", "direct", "ray-ascend", "object-store", *EMPTY.values())
 """torch.distributed's send and recv over HCCL, which every ratio is over; our Group; a compiled graph over HCCL (our
 HcclCommunicator) and over host memory (Ray's own); our direct transport; ray-ascend's; and Ray's object store."""
 BASE = "raw"
@@ -35,7 +37,7 @@ class Options:
     """``ray_ascend`` is a folder with ray-ascend in it, empty where that way is left out."""
 
     cases: tuple[str, ...] = tuple(CASES)
-    ways: tuple[str, ...] = WAYS
+    ways: tuple[str, ...] = WAYS[:7]
     sizes: tuple[int, ...] = SIZES
     rounds: int = 8
     ray_ascend: str = ""

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.report import duration, head, row
 from benchmarks.statistics import Figure
-from benchmarks.transport.options import BASE, label
+from benchmarks.transport.options import BASE, EMPTY, label
 
 Figures = Mapping[tuple[str, str, str], Figure]
 _LEGEND = (
@@ -24,6 +24,8 @@ _COLOURS = {
     "direct": "#8250df",
     "ray-ascend": "#cf222e",
     "object-store": "#bbbbbb",
+    "graph-empty": "#a7d7b3",
+    "direct-empty": "#cdb8f0",
 }
 
 
@@ -35,8 +37,23 @@ def markdown(run: Mapping[str, Any], figures: Figures) -> str:
         lines += ["", f"## {case}", "", row(["", *ways]), row(["---"] * (1 + len(ways)))]
         for size in run["options"]["sizes"]:
             lines.append(row([label(size), *(_cell(figures.get((case, label(size), way)), size, way) for way in ways)]))
+        lines += _own_parts(run, case, figures)
     lines += [f"\nLeft out: {name}: {why}" for name, why in run["left_out"].items()]
     return "\n".join(lines) + "\n"
+
+
+def _own_parts(run: Mapping[str, Any], case: str, figures: Figures) -> list[str]:
+    """Return a table of what a hop of ours costs beyond Ray's part and beyond the transfer itself, where measured."""
+    rows = []
+    for size in map(label, run["options"]["sizes"]):
+        for way, empty in EMPTY.items():
+            found = [figures.get((case, size, each)) for each in (way, empty, BASE)]
+            if all(found):
+                whole, ray, raw = (each.median for each in found if each)
+                own = f"{(whole - ray - raw) * 1e6:.0f} µs"
+                rows.append(row([size, way, duration(whole), duration(ray), duration(raw), own]))
+    titles = ["", "way", "a hop", "of that, Ray", f"`{BASE}`", "ours"]
+    return ["", row(titles), row(["---"] * len(titles)), *rows] if rows else []
 
 
 def _cell(figure: Figure | None, size: int, way: str) -> str:

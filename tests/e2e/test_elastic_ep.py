@@ -21,6 +21,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from softnpu.cluster import manager
 from softnpu.cluster.plan import Cluster
+from softnpu.cluster.processes import find_cluster_processes
 
 from demo.server import Server
 from demo.train.recitation import MOE, PROMPTS, zen_after
@@ -442,8 +443,9 @@ def held(cluster: Cluster, server: Server) -> dict[str, list[int]]:
     """Return counts of what a scaling could leave: in Ray, in rank 0's worker, and in each process of the engine."""
     worker = json.loads(call_workers(server, "resources"))
     found = {"ray": objects_in_ray(cluster), "memory": [worker["memory"]], "groups": [worker["groups"]]}
-    for process in psutil.process_iter():
+    for pid in find_cluster_processes(cluster):
         with suppress(psutil.Error, OSError):
+            process = psutil.Process(pid)
             title = " ".join(process.cmdline())
             if any(name in title for name in ("RayAscendWorkerProc", "EngineCoreActor", "DPCoordinator", "vllm serve")):
                 files = [os.readlink(path) for path in Path(f"/proc/{process.pid}/fd").iterdir()]

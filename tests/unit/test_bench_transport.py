@@ -48,3 +48,20 @@ def test_a_table_with_a_gap() -> None:
     text = markdown(run, figures(samples, BASE))
     assert "| 1 MiB | 2 ms (2.98 ms), 524 MB/s | 2.5 ms (2.99 ms), 419 MB/s, **0.67** [0.50, 1.00] |  |" in text
     assert "Left out: one-node, direct: no reason" in text
+
+
+def test_what_a_hop_costs_beyond_ray_and_the_transfer() -> None:
+    run: dict[str, Any] = {
+        "machine": {"processor": "P", "cores": 2, "memory_gib": 24, "kernel": "6", "load_before": [0.5]},
+        "versions": {"ray": "2.60.0"},
+        "commit": "abc",
+        "began": "now",
+        "seconds": 60,
+        "options": {"name": "n", "cases": ["one-node"], "ways": ["raw", "direct", "direct-empty"], "sizes": [MIB]},
+        "left_out": {},
+    }
+    seconds = {BASE: 0.001, "direct": 0.0055, "direct-empty": 0.004, "graph-hccl": 0.001}
+    samples = [Sample("one-node", way, "1 MiB", 0, [value]) for way, value in seconds.items()]
+    text = markdown(run, figures(samples, BASE))
+    assert "| 1 MiB | direct | 5.5 ms | 4 ms | 1 ms | 500 µs |" in text
+    assert "| 1 MiB | graph-hccl |" not in text  # without its empty way

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from vllm_ray_ascend.addresses import canonical, is_name
 from vllm_ray_ascend.doctor.records import NodeRecord
-from vllm_ray_ascend.environment.derive import Interface, _selects_interface, interface_with_address
+from vllm_ray_ascend.environment.derive import Interface, interface_with_address, selects_interface
 from vllm_ray_ascend.settings import variable_of
 
 _VARIABLES = {
@@ -54,7 +54,7 @@ def host_addresses(record: NodeRecord) -> dict[str, HostAddress]:
 def _chosen(record: NodeRecord, variable: str, value: str) -> HostAddress:
     if variable in _ADDRESSES:
         return HostAddress(value, interface_with_address(value, record.interfaces) or "", variable, value)
-    matching = [each for each in record.interfaces if _selects_interface(variable, value, each[0])]
+    matching = [each for each in record.interfaces if selects_interface(variable, value, each[0])]
     name, address = _preferred(matching, record.address)
     return HostAddress(address, name, variable, value)
 

@@ -93,7 +93,7 @@ def _driver_only_warnings(
     warnings = []
     for name in sorted(names):
         value = driver.variables[name]
-        if name in _INTERFACE_SETTINGS and not (interface and _selects_interface(name, value, interface)):
+        if name in _INTERFACE_SETTINGS and not (interface and selects_interface(name, value, interface)):
             value_here = f"{interface}, which carries its address {address} in Ray" if interface else "not set"
             copy = f", or VLLM_RAY_EXTRA_ENV_VARS_TO_COPY={name} on the driver"
         elif name == "HCCL_IF_IP" and not is_same(value, driver.address):
@@ -107,7 +107,7 @@ def _driver_only_warnings(
     return warnings
 
 
-def _selects_interface(name: str, setting: str, interface: str) -> bool:
+def selects_interface(name: str, setting: str, interface: str) -> bool:
     """Return whether ``setting`` selects ``interface``.
 
     HCCL takes prefixes, after "=" whole names, after "^" all others.
