@@ -427,9 +427,9 @@ FAULTS = [
         "npu-ports",
         "VRA-687",
         "warning",
-        change=all_of(ray(shared_physical_ids=[2, 5]), environment(HCCL_IF_BASE_PORT="50000")),
+        change=all_of(ray(shared_physical_ids=[2, 5]), environment(VLLM_RAY_ASCEND_NODE_ENV="off")),
         npus=(2, 5),
-        says="HCCL_IF_BASE_PORT is set where Ray was started there without HCCL_NPU_SOCKET_PORT_RANGE",
+        says="VLLM_RAY_ASCEND_NODE_ENV=off is set where Ray was started there without HCCL_NPU_SOCKET_PORT_RANGE",
         remedy="`export HCCL_NPU_SOCKET_PORT_RANGE=auto`",
     ),
     Case(

@@ -54,7 +54,9 @@ def test_processes_that_share_an_npu_let_the_system_choose() -> None:
 @pytest.mark.parametrize("share", [0.5, 1.0])
 @pytest.mark.parametrize("environ", [{BASE: "50000"}, {RANGE: "50000-50100"}])
 def test_what_the_user_set_is_kept(share: float, environ: dict[str, str]) -> None:
-    assert port_variables(0, share, environ) == port_variables(0, share, environ, ranges=False) == {}
+    assert port_variables(0, share, environ) == npu_port_variables(share, environ)
+    assert port_variables(0, share, environ, ranges=False) == {}
+    assert port_variables(0, share, {**environ, NPU_RANGE: "16666-16700"}) == {}
 
 
 @given(st.integers(0, 63), st.sampled_from([0.5, 1.0]))

@@ -34,7 +34,7 @@ def _is_in(port: int, ranges: list[tuple[int, int]]) -> bool:
 def port_variables(
     physical_id: int, share: float, environ: Mapping[str, str], *, ranges: bool = True, first_port: int = FIRST_PORT
 ) -> dict[str, str]:
-    """Return HCCL's port settings for a process with ``share`` (1.0 or less) of an NPU; none if the user set any.
+    """Return HCCL's port settings for a process with ``share`` (1.0 or less) of an NPU, except those the user has set.
 
     A whole NPU has a range of ports to itself: processes of different NPUs of a node never meet. Processes that share
     an NPU, and NPUs for which no range is left (from physical id 70), have their ports chosen by the operating system.
@@ -46,7 +46,7 @@ def port_variables(
     on all ranks.
     """
     if environ.get(_RANGE) or environ.get(_BASE):
-        return {}
+        return npu_port_variables(share, environ) if ranges else {}
     if not ranges:
         return {_BASE: str(FIRST_PORT)}
     if share < 1:

@@ -163,12 +163,10 @@ def _hccl_ports(node: NodeView) -> tuple[int, int]:
 def check_npu_ports(node: NodeView) -> Iterator[Finding]:
     """Yield a warning for each NPU that engines share without a range of ports on it: each process takes port 16666.
 
-    The plugin sets a range for them, but nothing beside HCCL's ports that the user has set.
+    The plugin sets a range for them, unless it is to set nothing.
     """
     environment = node.record.environment
-    kept = [name for name in _PORT_SETTINGS if environment.get(name)]
-    kept += [f"{_NODE_ENV}=off"] if environment.get(_NODE_ENV) == "off" else []
-    if node.ray is None or environment.get(_NPU_PORTS) or not kept:
+    if node.ray is None or environment.get(_NPU_PORTS) or environment.get(_NODE_ENV) != "off":
         return
     if node.ray.shared_physical_ids is None:
         yield node.unknown("this Ray does not say which engines run", "`vllm-ray-ascend topology` says why.")
@@ -177,7 +175,7 @@ def check_npu_ports(node: NodeView) -> Iterator[Finding]:
             yield node.finding(
                 "warning",
                 "VRA-687",
-                f"an engine has a part of it, and {kept[0]} is set where Ray was started there without {_NPU_PORTS}: "
+                f"an engine has a part of it, and {_NODE_ENV}=off is set where Ray was started there without {_NPU_PORTS}: "
                 "the processes of an NPU all take its port 16666, and the second one fails (EI0019).",
                 f"`export {_NPU_PORTS}=auto` before `ray start` there.",
                 die,
