@@ -175,8 +175,8 @@ def check_npu_ports(node: NodeView) -> Iterator[Finding]:
             yield node.finding(
                 "warning",
                 "VRA-687",
-                f"an engine has a part of it, and {_NODE_ENV}=off is set where Ray was started there without {_NPU_PORTS}: "
-                "the processes of an NPU all take its port 16666, and the second one fails (EI0019).",
+                f"an engine has a part of it, and {_NODE_ENV}=off is set where Ray was started there without "
+                f"{_NPU_PORTS}: the processes of an NPU all take its port 16666, and the second one fails (EI0019).",
                 f"`export {_NPU_PORTS}=auto` before `ray start` there.",
                 die,
                 variable=_NPU_PORTS,
