@@ -89,6 +89,8 @@ def general() -> None:
         when_imported(_ENGINE_CLIENT, _guard_frontend)
         when_imported(_SCALING_ROUTE, _explain_scaling)
     if settings.executor != "upstream":
+        for name in _SERVER_SUPERVISORS:
+            when_imported(name, _leave_devices_to_ray)
         when_imported(_ENGINE_ARGS, _complete_configs)
         when_imported(_ENGINE_CLIENT, _check_adapters)
         when_imported(_CORE_CLIENT, _end_waits)
@@ -256,6 +258,12 @@ def _set_exit_code_of_supervisor(module: ModuleType) -> None:
     from vllm_ray_ascend.engine.exit_code import exit_nonzero_unless_stopped
 
     exit_nonzero_unless_stopped(module)
+
+
+def _leave_devices_to_ray(module: ModuleType) -> None:
+    from vllm_ray_ascend.engine.device_ids import leave_devices_to_ray
+
+    leave_devices_to_ray(module)
 
 
 def _select_device_ids(_: ModuleType) -> None:

@@ -48,3 +48,21 @@ def test_vllm_ascends_own_gives_two_ranks_the_same_npus() -> None:
 def _printed_lines(code: str, **variables: str) -> list[str]:
     lines = check_python(code, **variables).splitlines()
     return [line for line in lines if not line.startswith(("INFO", "WARNING", "Warning"))]
+
+
+SUPERVISOR = """
+from argparse import Namespace
+from vllm.entrypoints.launchers import dp_supervisor
+for backend, given in (("ray", None), ("ray", [2, 3]), ("mp", None)):
+    args = Namespace(
+        port=8000, data_parallel_size=2, data_parallel_size_local=2, data_parallel_start_rank=None,
+        tensor_parallel_size=2, pipeline_parallel_size=1, distributed_executor_backend=backend,
+        data_parallel_backend="mp", device_ids=given, node_rank=0,
+    )
+    print(dp_supervisor._build_vllm_dp_server_args(args, 1).device_ids)
+"""
+
+
+def test_a_supervisor_of_servers_gives_those_over_ray_no_device_ids() -> None:
+    """Our executor refuses --device-ids; what the user has given is passed on, and refused."""
+    assert _printed_lines(BEGIN + PLUGINS + SUPERVISOR) == ["None", "[2, 3]", "[2, 3]"]

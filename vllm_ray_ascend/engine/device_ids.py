@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -95,6 +96,21 @@ def skip_assignment_over_ray(upstream_function: Callable[..., None]) -> Callable
             upstream_function(vllm_config, *args, **kwargs)
 
     return set_assigned
+
+
+def leave_devices_to_ray(module: ModuleType) -> None:
+    """Let vLLM's supervisor of data parallel servers, of ``module``, give those over Ray no --device-ids of its own."""
+    if hasattr(module, "_build_device_ids"):  # vLLM 0.23 sets the variable, which workers over Ray do not inherit
+        patches.wrap(f"{module.__name__}._build_device_ids", _skip_device_ids_over_ray)
+
+
+def _skip_device_ids_over_ray(build_device_ids: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(build_device_ids)
+    def build(args: Any, local_rank: int) -> Any:
+        over_ray = "ray" in (args.distributed_executor_backend, args.data_parallel_backend)
+        return args.device_ids if over_ray else build_device_ids(args, local_rank)
+
+    return build
 
 
 _REPLACEMENTS: Mapping[str, Callable[[Any], Any]] = {
