@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from benchmarks.options import BASE
 from benchmarks.record import Benchmark, record
 from benchmarks.report import markdown
 from benchmarks.served.measure import measure
@@ -18,7 +19,7 @@ def main(arguments: Sequence[str]) -> int:
         Benchmark(
             "make bench-served",
             lambda _, report: measure(options, report),
-            options.base,
+            BASE,
             lambda run, figures: markdown(run, figures, goals(options)),
         ),
         options,

@@ -90,8 +90,11 @@ def _run_aiperf(options: Options, _: Cluster, url: str, load: Load, folder: Path
 
 
 def _run(command: list[str], variables: Mapping[str, str]) -> None:
-    done = subprocess.run(
-        command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=_LIMIT_S, check=False
-    )
+    try:
+        done = subprocess.run(
+            command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=_LIMIT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise BenchError(f"{' '.join(command)} had not ended after {_LIMIT_S:g} s.") from None
     if done.returncode:
         raise BenchError(f"exit code {done.returncode} of {' '.join(command)}:\n{(done.stdout + done.stderr)[-2000:]}")

@@ -33,10 +33,10 @@ def measure(options: Options, report: Callable[[str], None]) -> Iterator[Sample]
 
 
 def _measure_round(case: str, servers: Servers, options: Options, number: int) -> Iterator[Sample]:
-    shuffle = random.Random(number)
+    draw = random.Random(number)
     for client in options.clients:
         for rate in options.rates:
-            for executor in shuffle.sample(options.executors, len(options.executors)):
+            for executor in draw.sample(options.executors, len(options.executors)):
                 time.sleep(PAUSE_S)
                 found = measure_load(client, options, *servers[executor], Load(rate, number))
                 for name, seconds in found.items():

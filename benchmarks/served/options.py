@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 
-from benchmarks.options import BASE
 from benchmarks.statistics import Goal
 
 EXECUTORS = ("mp", "upstream", "ours")
@@ -51,7 +50,6 @@ class Options:
     tokens: int = 32
     rounds: int = 6
     aiperf: str = ""
-    base: str = BASE
     name: str = "served"
 
     @property
@@ -88,6 +86,8 @@ def read_options(arguments: Sequence[str]) -> Options:
     parser.add_argument("--aiperf", default="", metavar="PROGRAM", help="measure with this client, too")
     parser.add_argument("--name", default=default.name, help="of the files in benchmarks/results")
     given = vars(parser.parse_args(arguments))
+    if given["tokens"] < 2:
+        parser.error("--tokens: a time per token needs 2 or more")
     for name in ("cases", "executors", "rates"):
         given[name] = tuple(dict.fromkeys(given[name]))
     return Options(**given)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from softnpu.cluster import manager
 from softnpu.cluster.plan import Cluster, Shape
 
 from benchmarks.cluster import LOGS, ROOT
+from benchmarks.options import BenchError
 from benchmarks.served.options import Case
 from demo.cluster import to_npu_cluster
+from demo.options import DemoError
 from demo.options import Options as ServeOptions
-from demo.server import Server
+from demo.server import QUIET, Server
 from demo.train.recitation import DENSE
 
 MODEL = str(DENSE)
@@ -54,7 +56,9 @@ def _node_of_mp(case: Case, rank: int, head: str) -> list[str]:
 def serve(case: Case, executor: str, number: int) -> Iterator[tuple[Cluster, str]]:
     """Yield a new cluster on which ``executor`` serves, and the server's URL."""
     name = f"served-{os.getpid() % 100000}-{number}"
-    kind = manager.choose_node_kind()[0]
+    kind, reason = manager.choose_node_kind()
+    if reason:
+        raise BenchError(f"Servers need nodes with addresses of their own, and there are none here: {reason}")
     shape = Shape(nodes=case.nodes, npus_per_node=case.npus_per_node, cpus_per_node=2, kind=kind)
     cluster, _ = manager.up(name, shape, settings={}, report=lambda _: None)
     try:
@@ -64,18 +68,34 @@ def serve(case: Case, executor: str, number: int) -> Iterator[tuple[Cluster, str
                 stack.enter_context(_server(cluster, case, executor, rank, arguments))
                 for rank, arguments in enumerate(node_arguments(case, executor, head))
             ]
-            servers[0].wait_until_healthy()
+            _wait_until_healthy(servers)
             yield cluster, servers[0].url
     finally:
         manager.down(name)
 
 
+def _wait_until_healthy(servers: Sequence[Server]) -> None:
+    """Wait for the first, which has the API. Raises BenchError where it never gets healthy, or another has ended."""
+    try:
+        servers[0].wait_until_healthy()
+        for server in servers:
+            server.check()
+    except DemoError as error:
+        raise BenchError(f"{error}\nLogs: {', '.join(str(server.log) for server in servers)}") from error
+
+
 def _server(cluster: Cluster, case: Case, executor: str, node_rank: int, arguments: list[str]) -> Server:
     own = {"VLLM_RAY_ASCEND_EXECUTOR": executor} if executor != "mp" else {}
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_HOST_IP": cluster.nodes[node_rank].address, **own}
+    variables = {
+        **os.environ,
+        **QUIET,
+        "PYTHONPATH": str(ROOT),
+        "VLLM_HOST_IP": cluster.nodes[node_rank].address,
+        **own,
+    }
     node = dataclasses.replace(
         to_npu_cluster(cluster, {}),
-        address=cluster.nodes[node_rank].address,
+        address=address,
         command=lambda command: manager.node_command(cluster, node_rank + 1, command),
         environment=manager.command_environment(cluster, node_rank + 1, variables),
     )

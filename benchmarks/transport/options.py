@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 EMPTY = {"graph-hccl": "graph-empty", "direct": "direct-empty"}
 """Ways of ours, each with the same way where nothing is transferred: what Ray costs in it."""
-WAYS = ("raw", "group", "graph-hccl", "graph-host", "direct", "ray-ascend", "object-store", *EMPTY.values())
+WAYS = ("raw", "group", "graph-hccl", "graph-host", "direct", "ray-ascend", "object-store")
 """torch.distributed's send and recv over HCCL, which every ratio is over; our Group; a compiled graph over HCCL (our
 HcclCommunicator) and over host memory (Ray's own); our direct transport; ray-ascend's; and Ray's object store."""
 BASE = "raw"
@@ -37,7 +37,7 @@ class Options:
     """``ray_ascend`` is a folder with ray-ascend in it, empty where that way is left out."""
 
     cases: tuple[str, ...] = tuple(CASES)
-    ways: tuple[str, ...] = WAYS[:7]
+    ways: tuple[str, ...] = WAYS
     sizes: tuple[int, ...] = SIZES
     rounds: int = 8
     ray_ascend: str = ""
@@ -64,7 +64,7 @@ def read_options(arguments: Sequence[str]) -> Options:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.transport", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a smoke run: one case, few sizes and rounds")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=default.cases)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=default.ways)
+    parser.add_argument("--ways", nargs="+", choices=(*WAYS, *EMPTY.values()), default=default.ways)
     parser.add_argument("--sizes", nargs="+", type=int, default=default.sizes, metavar="BYTES")
     parser.add_argument("--rounds", type=int, default=default.rounds, metavar="N", help="each visits all")
     parser.add_argument(

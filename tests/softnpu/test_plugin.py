@@ -142,7 +142,9 @@ def test_collections_of_workers_skip_what_is_imported(healthy: tuple[dict[str, A
 
 
 @pytest.mark.parametrize(
-    "module", ["vllm_ray_ascend.compiled_graph.worker", "vllm_ray_ascend.engine.actors"], ids=["worker", "engine-core"]
+    "module",
+    ["vllm_ray_ascend.executor.worker", "vllm_ray_ascend.compiled_graph.worker", "vllm_ray_ascend.engine.actors"],
+    ids=["worker", "worker-of-a-graph", "engine-core"],
 )
 def test_no_garbage_is_collected_while_a_process_of_an_engine_imports_vllm(module: str) -> None:
     """Ray unpickles a class by the name of its module, and has imported nothing of vLLM before."""

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.statistics import Sample, figures
 from benchmarks.transport.methods import WAYS as MADE
-from benchmarks.transport.options import BASE, CASES, MIB, SIZES, WAYS, count_of, label, read_options
+from benchmarks.transport.options import BASE, CASES, EMPTY, MIB, SIZES, WAYS, count_of, label, read_options
 from benchmarks.transport.report import markdown
 
 pytestmark = pytest.mark.unit
@@ -20,7 +20,7 @@ def test_sizes() -> None:
 
 
 def test_every_way_can_be_made() -> None:
-    assert tuple(MADE) == WAYS
+    assert tuple(MADE) == (*WAYS, *EMPTY.values())
 
 
 def test_options() -> None:
