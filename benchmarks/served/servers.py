@@ -86,13 +86,8 @@ def _wait_until_healthy(servers: Sequence[Server]) -> None:
 
 def _server(cluster: Cluster, case: Case, executor: str, node_rank: int, arguments: list[str]) -> Server:
     own = {"VLLM_RAY_ASCEND_EXECUTOR": executor} if executor != "mp" else {}
-    variables = {
-        **os.environ,
-        **QUIET,
-        "PYTHONPATH": str(ROOT),
-        "VLLM_HOST_IP": cluster.nodes[node_rank].address,
-        **own,
-    }
+    address = cluster.nodes[node_rank].address
+    variables = {**os.environ, **QUIET, "PYTHONPATH": str(ROOT), "VLLM_HOST_IP": address, **own}
     node = dataclasses.replace(
         to_npu_cluster(cluster, {}),
         address=address,
