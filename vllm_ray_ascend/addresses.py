@@ -62,6 +62,12 @@ def is_loopback(address: str) -> bool:
     return parsed is not None and parsed.is_loopback
 
 
+def is_link_local(address: str) -> bool:
+    """Return whether it is an address of one link, which of IPv6 means nothing without an interface."""
+    parsed = _parse(address)
+    return parsed is not None and parsed.is_link_local
+
+
 def is_name(address: str) -> bool:
     """Return whether it is the name of a host, which has to be resolved."""
     return _parse(address) is None

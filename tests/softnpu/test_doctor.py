@@ -235,6 +235,7 @@ def test_a_model_that_is_missing_and_one_that_is_there(nodes: Nodes, tmp_path: P
         ("VRA-693", nodes.address(2)),
     ]
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(len(b"{}").to_bytes(8, "little") + b"{}")
     assert nodes.findings("--checks", "clock", "--model", str(tmp_path)) == (0, [])
 
 

@@ -461,14 +461,14 @@ FAULTS = [
         "error",
         change=record(model=ModelFiles(path="/models/qwen", error="No such file or directory")),
         says="the model /models/qwen cannot be read there (No such file or directory).",
-        remedy="`rsync -a 10.0.0.1:/models/qwen /models/` there",
+        remedy="`rsync -aL 10.0.0.1:/models/qwen /models/` there",
     ),
     Case(
         "model",
         "VRA-694",
         "error",
         change=record(model=replace(MODEL_FILES, missing=["a", "b", "c", "d"])),
-        says="lacks 4 of the files that its index names: a, b, c, ...",
+        says="the model /models/qwen lacks a, b, c and 1 more.",
     ),
     Case(
         "model",
@@ -943,6 +943,59 @@ def test_shared_npus_for_which_the_plugin_sets_a_range() -> None:
     assert findings(first, shared(second)) == []
     given = environment(VLLM_RAY_ASCEND_NODE_ENV="off", HCCL_NPU_SOCKET_PORT_RANGE="16700-16800")
     assert findings(first, all_of(shared, given, record(routes={}))(second)) == []
+
+
+def test_a_network_for_which_rules_choose_routes() -> None:
+    """`ip rule from ADDRESS`: packets from the chosen address have a route of their own, or leave by another one."""
+    own = environment(HCCL_SOCKET_IFNAME="eth1", GLOO_SOCKET_IFNAME="eth1", VLLM_HOST_IP="10.1.0.2")
+    first, second = map(own, pair())
+    first = environment(VLLM_HOST_IP="10.1.0.1")(first)
+    for route in (Route("", "Network is unreachable"), Route("10.0.0.2")):
+        ruled = replace(route, leaving={"10.1.0.2": "eth1"})
+        assert findings(first, record(routes={"10.1.0.1": ruled})(second)) == []
+        wrong = replace(route, leaving={"10.1.0.2": "eth0"})
+        assert {each.code for each in findings(first, record(routes={"10.1.0.1": wrong})(second))} == {"VRA-686"}
+
+
+def test_a_second_address_of_an_interface_has_a_label() -> None:
+    first, second = pair()
+    labelled = record(interfaces=[("eth0", "10.0.0.9"), ("eth0:1", "10.0.0.2")], routes={"10.0.0.1": Route("10.0.0.9")})
+    assert findings(first, labelled(second)) == []
+
+
+def test_link_local_addresses_are_no_targets() -> None:
+    own = environment(VLLM_HOST_IP="fe80::1%eth0")
+    first, second = (record(interfaces=[*each.interfaces, ("eth0", "fe80::1%eth0")])(each) for each in map(own, pair()))
+    assert findings(first, second) == []
+
+
+def test_routes_that_could_not_be_asked_for() -> None:
+    first, second = pair()
+    (found,) = findings(first, record(routes={}, routes_error="KeyError: 'x'")(second))
+    assert found.text == "could not be checked: its routes to 10.0.0.1 are not known (KeyError: 'x')."
+
+
+def test_an_empty_folder_is_no_model() -> None:
+    first, second = pair()
+    empty = record(model=ModelFiles(path="/models/qwen", missing=["config.json"]))
+    (found,) = findings(empty(first), second)
+    assert (found.address, found.code, found.severity) == ("10.0.0.1", "VRA-694", "error")
+    assert found.text == "the model /models/qwen lacks config.json, all of its weights."
+    assert found.remedy.startswith("`rsync -aL 10.0.0.2:/models/qwen /models/` there")
+    (found,) = findings(first, record(model=replace(MODEL_FILES, weights_bytes=0))(second))
+    assert found.text == "the model /models/qwen lacks all of its weights."
+    without = all_of(facts(cann_devices=None, device_files=(), dies=()), ray(npus=0, free_npus=0))
+    other = record(model=replace(MODEL_FILES, weights_bytes=7))
+    heads = [all_of(without, change)(Machine("a2", host=host).record()) for host, change in ((3, empty), (4, other))]
+    found_there = find(snapshot(*heads, first, second), choose_checks("quick", ["model"], with_model=True))
+    assert [(each.address, each.severity) for each in found_there] == [("10.0.0.3", "info")]
+
+
+def test_a_model_is_copied_from_a_host_of_ipv6() -> None:
+    first, second = pair()
+    gone = record(model=ModelFiles(path="/qwen", error="No such file or directory"))(second)
+    found = find(snapshot(replace(first, address="fd00::1"), gone), choose_checks("quick", ["model"], with_model=True))
+    assert [each.remedy.partition(" there")[0] for each in found] == ["`rsync -aL [fd00::1]:/qwen /`"]
 
 
 def test_a_model_that_no_node_has_and_one_that_a_head_lacks() -> None:

@@ -21,6 +21,7 @@ from msgspec.structs import replace
 from tests.doctor.machine import Machine
 from vllm_ray_ascend.cli.doctor import _demand
 from vllm_ray_ascend.cluster.node_facts import STUCK
+from vllm_ray_ascend.cluster.probe import Answer, NodeAnswers
 from vllm_ray_ascend.cluster.registry import EngineRecord, RankRecord
 from vllm_ray_ascend.cluster.resources import NodeResources
 from vllm_ray_ascend.doctor import collect, gather
@@ -29,8 +30,6 @@ from vllm_ray_ascend.doctor.collect import (
     collect_as_dict,
     collect_record,
     decode_record,
-    decode_routes,
-    routes_as_dict,
     run_command,
 )
 from vllm_ray_ascend.doctor.host_addresses import host_addresses, route_targets
@@ -46,6 +45,7 @@ from vllm_ray_ascend.doctor.queries import (
     model_command,
 )
 from vllm_ray_ascend.doctor.records import Holder, ModelFiles, Output, Route
+from vllm_ray_ascend.doctor.routes import decode_routes, routes_as_dict
 
 pytestmark = pytest.mark.unit
 
@@ -299,12 +299,40 @@ def test_peers_that_cannot_be_reached() -> None:
 def test_routes_and_interfaces_on_demand() -> None:
     assert collect_record("127.0.0.1", []).interfaces == []
     assert ("lo", "127.0.0.1") in collect_record("127.0.0.1", [ROUTES]).interfaces
-    routes = decode_routes(json.loads(json.dumps(routes_as_dict(["127.0.0.1", "::ffff", "10.0.0.256"]))))
-    assert routes["127.0.0.1"] == Route("127.0.0.1")
+    found = routes_as_dict(["127.0.0.1", "::1", "10.0.0.256"], ["127.0.0.1", "192.0.2.77"])
+    routes = decode_routes(json.loads(json.dumps(found)))
+    assert routes["127.0.0.1"] == Route("127.0.0.1", leaving={"127.0.0.1": "lo"})
+    assert routes["::1"].leaving == {}, "of the other family"
     assert not routes["10.0.0.256"].source and routes["10.0.0.256"].error
 
 
-def test_npus_of_which_engines_have_parts() -> None:
+def test_why_there_are_no_routes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def run(
+        function: object, decode: object, arguments: dict[str, tuple[list[str], ...]], limit_s: float
+    ) -> NodeAnswers:
+        asked.update(arguments)
+        return NodeAnswers({"a": Answer({"10.0.0.2": Route("10.0.0.1")}, 0.0, 0.0)}, {"b": "TypeError: no"})
+
+    monkeypatch.setattr(gather, "run_on_nodes", run)
+    found = gather._with_routes({name: Machine("a2", host=host).record() for host, name in enumerate("ab", 1)}, 1.0)
+    assert asked == {"a": (["10.0.0.2"], ["10.0.0.1"]), "b": (["10.0.0.1"], ["10.0.0.2"])}
+    assert [(each.routes, each.routes_error) for each in found.values()] == [
+        ({"10.0.0.2": Route("10.0.0.1")}, ""),
+        ({}, "TypeError: no"),
+    ]
+
+
+def test_a_control_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait() -> None:
+        raise TimeoutError("Timed out while waiting for GCS")
+
+    monkeypatch.setattr(gather, "running_engines", wait)
+    assert gather._engines() is None
+
+
+def test_npus_of_which_several_ranks_have_parts() -> None:
     def engine(share: float, key: str, *places: tuple[str, int]) -> EngineRecord:
         ranks = [
             RankRecord(
@@ -325,7 +353,7 @@ def test_npus_of_which_engines_have_parts() -> None:
         engine(0.5, "GPU", ("a", 0)),
     ]
     node = NodeResources("10.0.0.1", npus=8, gpus=0, node_id="a")
-    assert gather._shared_physical_ids(node, engines) == [1, 3]
+    assert gather._shared_physical_ids(node, engines) == [3]
 
 
 def test_routes_are_asked_for_where_other_hosts_are() -> None:
@@ -336,6 +364,31 @@ def test_routes_are_asked_for_where_other_hosts_are() -> None:
     named = replace(first, environment={"VLLM_HOST_IP": "node-1", "HCCL_IF_IP": "10.1.0.1"})
     assert set(host_addresses(named)) == {"HCCL", "gloo"} and host_addresses(named)["HCCL"].interface == "eth1"
     assert route_targets([first]) == [[]] and route_targets([]) == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "user", "address", "interface"),
+    [
+        ({"VLLM_HOST_IP": "[fd00::1]"}, "vLLM", "fd00::1", "eth0"),
+        ({"VLLM_HOST_IP": "fe80::1%eth0"}, "vLLM", "fe80::1", "eth0"),
+        ({"HCCL_SOCKET_IFNAME": "eth0"}, "HCCL", "10.0.0.1", "eth0"),
+        ({"HCCL_SOCKET_IFNAME": "eth0", "HCCL_SOCKET_FAMILY": "AF_INET6"}, "HCCL", "fd00::1", "eth0"),
+        ({"HCCL_SOCKET_IFNAME": "eth1", "HCCL_SOCKET_FAMILY": "AF_INET6"}, "HCCL", "10.1.0.1", "eth1"),
+        ({"HCCL_SOCKET_IFNAME": "eth2"}, "HCCL", "", ""),  # link-local only
+        ({"HCCL_SOCKET_IFNAME": "^docker"}, "HCCL", "10.0.0.1", "eth0"),
+        ({"HCCL_SOCKET_IFNAME": "^docker,usb,eth"}, "HCCL", "127.0.0.1", "lo"),
+        ({"GLOO_SOCKET_IFNAME": "eth0"}, "gloo", "fd00::1", "eth0"),
+    ],
+)
+def test_which_address_is_chosen(variables: dict[str, str], user: str, address: str, interface: str) -> None:
+    interfaces = [
+        ("lo", "127.0.0.1"), ("usb0", "169.254.3.1"), ("eth0", "fe80::1%eth0"), ("eth0", "fd00::1"),
+        ("eth0", "10.0.0.1"), ("eth1", "10.1.0.1"), ("eth2", "fe80::2%eth2"), ("docker0", "172.17.0.1"),
+    ]  # fmt: skip
+    node = replace(Machine("a2").record(), address="fd00::1", interfaces=interfaces, environment=variables)
+    chosen = host_addresses(node)[user]
+    assert (chosen.address, chosen.interface) == (address, interface)
+    assert chosen.is_target is (address not in ("", "fe80::1"))
 
 
 def model(folder: Path, **sizes: int) -> str:
@@ -365,11 +418,50 @@ def test_files_of_a_model(tmp_path: Path) -> None:
     assert files_of_model(str(tmp_path)).missing == ["a.safetensors"]
     (tmp_path / "model.safetensors.index.json").unlink()
     found = files_of_model(str(tmp_path))
-    assert (found.index_bytes, found.weights_bytes, found.missing) == (None, 19, [])
-    assert files_of_model(str(tmp_path / "b.safetensors")).weights_bytes == 12
+    assert (found.index_bytes, found.weights_bytes, found.missing) == (None, 12, [])
+    found = files_of_model(str(tmp_path / "b.safetensors"))
+    assert (found.weights_bytes, found.missing, found.error) == (12, [], "")
 
 
-@pytest.mark.parametrize("index", ["[1]", "{", '{"metadata": 7}', '{"weight_map": {"x": []}}'])
+def test_links_that_lead_nowhere(tmp_path: Path) -> None:
+    """As in the folder of a snapshot that was copied without what its links mean."""
+    model(tmp_path)
+    for name in ("b.safetensors", "config.json"):
+        (tmp_path / name).unlink()
+        (tmp_path / name).symlink_to(tmp_path / "blobs" / name)
+    found = files_of_model(str(tmp_path))
+    assert (found.missing, found.weights_bytes, found.error) == (["b.safetensors", "config.json"], 30, "")
+    (tmp_path / "model.safetensors.index.json").unlink()
+    (tmp_path / "model.safetensors.index.json").symlink_to(tmp_path / "blobs" / "index")
+    assert files_of_model(str(tmp_path)).missing == ["b.safetensors", "config.json", "model.safetensors.index.json"]
+
+
+@pytest.mark.parametrize(
+    ("names", "weights_bytes", "missing"),
+    [
+        ([], 0, ["config.json"]),
+        (["config.json"], 0, []),
+        (["params.json", "consolidated.safetensors"], 1, []),
+        (["config.json", "a.safetensors", "a.bin", "a.pt"], 1, []),
+        (["config.json", "a.bin", "b.bin", "training_args.bin", "optimizer.pt"], 2, []),
+        (["config.json", "a.pt", "optimizer.pt", "scheduler.pt"], 1, []),
+        (["config.json", "optimizer.pt"], 0, []),
+        (["config.json", "a.safetensors", "pytorch_model.bin.index.json"], 1, []),
+        (["config.json", "a.bin", "pytorch_model.bin.index.json"], 1, ["z.bin"]),
+        (["config.json", "pytorch_model.bin.index.json"], 0, ["a.bin", "z.bin"]),
+    ],
+)
+def test_files_that_vllm_loads(names: list[str], weights_bytes: int, missing: list[str], tmp_path: Path) -> None:
+    index = json.dumps({"weight_map": {"x": "a.bin", "y": "z.bin"}})
+    for name in names:
+        (tmp_path / name).write_text(index if name.endswith("index.json") else "x")
+    found = files_of_model(str(tmp_path))
+    assert (found.weights_bytes, found.missing, found.error) == (weights_bytes, missing, "")
+
+
+@pytest.mark.parametrize(
+    "index", ["[1]", "{", '{"metadata": 7}', '{"weight_map": {"x": []}}', '{"metadata": {"total_size": Infinity}}']
+)
 def test_a_model_that_cannot_be_read(index: str, tmp_path: Path) -> None:
     assert files_of_model(str(tmp_path / "gone")).error == "No such file or directory"
     (tmp_path / "model.safetensors.index.json").write_text(index)
@@ -378,12 +470,22 @@ def test_a_model_that_cannot_be_read(index: str, tmp_path: Path) -> None:
 
 def test_a_file_system_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     answered = threading.Event()
-    monkeypatch.setattr(collect, "_model_files", lambda path: answered.wait() and None)
+    monkeypatch.setattr(collect, "model_files", lambda path: answered.wait() and None)
     try:
         found = collect_record("127.0.0.1", [model_command("/nfs/model")], limit_s=2)
     finally:
         answered.set()
     assert found.model is None and found.limits
+
+
+def test_a_process_does_not_wait_at_its_end_for_what_is_stuck() -> None:
+    code = "import time; from vllm_ray_ascend.doctor.collect import _start; _start(time.sleep, 600)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+def test_what_a_thread_raises_is_raised() -> None:
+    with pytest.raises(ZeroDivisionError):
+        collect._start(lambda: 1 // 0).result(timeout=60)
 
 
 def test_packages_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,13 +14,14 @@ from msgspec.structs import replace
 
 from ci.doctor_schema import PATH, make_schema
 from tests.doctor.machine import Machine
-from vllm_ray_ascend.cli.doctor import read_snapshot
+from vllm_ray_ascend.cli.doctor import _demand, _parse_path, read_snapshot
 from vllm_ray_ascend.cli.main import main
 from vllm_ray_ascend.doctor.checks import CHECKS
 from vllm_ray_ascend.doctor.checks.model import MODEL
 from vllm_ray_ascend.doctor.checks.network import PING
 from vllm_ray_ascend.doctor.compare import changes_between
 from vllm_ray_ascend.doctor.judge import checks_of_full_level, choose_checks, make_report
+from vllm_ray_ascend.doctor.queries import model_command
 from vllm_ray_ascend.doctor.records import Failure, NodeRecord, Report, Snapshot
 from vllm_ray_ascend.doctor.text import format_report
 from vllm_ray_ascend.errors import DoctorError
@@ -188,9 +189,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Stands in the place of a cluster: `doctor` collects these machines."""
 
     def of(*names: str) -> None:
-        monkeypatch.setattr(
-            "vllm_ray_ascend.cli.doctor.take_snapshot", lambda args, checks, timeout_s: snapshot(*names)
-        )
+        monkeypatch.setattr("vllm_ray_ascend.cli.doctor.take_snapshot", lambda *_, **__: snapshot(*names))
 
     return of
 
@@ -219,7 +218,7 @@ def test_checks_are_chosen(cluster: Callable[..., None], capsys: pytest.CaptureF
 
 
 def test_a_defect_is_no_warning(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("Ray's control store is gone")
 
     monkeypatch.setattr("vllm_ray_ascend.cli.doctor.take_snapshot", fail)
@@ -247,8 +246,22 @@ def test_the_check_of_a_model_is_made_where_a_path_is_given(
     cluster("a2", "a2")
     assert main(["doctor", "--model", "/models/qwen", "--json"]) == 0
     assert MODEL in json.loads(capsys.readouterr().out)["checks"]
-    assert main(["doctor", "--model", "Qwen/Qwen3-8B"]) == 3
+    assert main(["doctor", "--model", "Qwen/Qwen3-8B/"]) == 3
     assert "VRA-697: --model Qwen/Qwen3-8B is no absolute path" in capsys.readouterr().err
+
+
+def test_a_model_is_looked_at_where_its_check_is_made() -> None:
+    made = choose_checks("quick", ["ecc"], with_model=True)
+    assert _demand(made, "/models/qwen")[1][-1] == model_command("/models/qwen")
+    skipped = choose_checks("quick", ["ecc"], [MODEL], with_model=True)
+    assert model_command("/models/qwen") not in _demand(skipped, "/models/qwen")[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "path"), [("/models/qwen/", "/models/qwen"), ("/models//", "/models"), ("/", "/"), ("", "")]
+)
+def test_a_path_has_no_slash_at_its_end(given: str, path: str) -> None:
+    assert _parse_path(given) == path
 
 
 def test_save_and_compare(cluster: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ import msgspec
 
 from vllm_ray_ascend.cluster.connect import connect_as_observer
 from vllm_ray_ascend.doctor.checks import CHECKS
+from vllm_ray_ascend.doctor.checks.model import MODEL
 from vllm_ray_ascend.doctor.checks.network import PING
 from vllm_ray_ascend.doctor.deep import run_link_tests
 from vllm_ray_ascend.doctor.gather import snapshot_of_cluster, snapshot_of_this_node
@@ -42,7 +43,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--checks", type=parse_names, default=[], metavar="X,Y", help="only these checks, of any level")
     parser.add_argument("--skip", type=parse_names, default=[], metavar="X,Y", help="without these checks")
     parser.add_argument(
-        "--model", default="", metavar="PATH", help="also: this model's folder is on every node, and the same"
+        "--model",
+        type=_parse_path,
+        default="",
+        metavar="PATH",
+        help="also: this model's folder is on every node, and the same",
     )
     parser.add_argument(
         "--level",
@@ -106,15 +111,16 @@ def _examine(args: argparse.Namespace) -> tuple[Report, Snapshot | None]:
     before = read_snapshot(args.compare) if args.compare else None
     if args.save:
         _check_writable(args.save)  # before anything is collected for it
-    snapshot = take_snapshot(args, checks, args.timeout)
+    snapshot = take_snapshot(args, checks, args.timeout, args.model, deep=args.deep)
     if args.save:
         _save(snapshot, args.save)
     return make_report(snapshot, checks, before), before
 
 
-def take_snapshot(args: argparse.Namespace, checks: Sequence[Check], timeout_s: float | None) -> Snapshot:
-    """Collect what the checks ask for, no more; ``args`` has address, local and nodes, that of doctor more."""
-    model = getattr(args, "model", "")
+def take_snapshot(
+    args: argparse.Namespace, checks: Sequence[Check], timeout_s: float | None, model: str = "", *, deep: bool = False
+) -> Snapshot:
+    """Collect what the checks ask for, no more, of the nodes that the options ``args`` name."""
     if args.local:
         level, commands = _demand(checks, model)
         return snapshot_of_this_node(level, commands, timeout_s or _LIMITS_S[level])
@@ -123,7 +129,7 @@ def take_snapshot(args: argparse.Namespace, checks: Sequence[Check], timeout_s: 
 
     try:
         snapshot = snapshot_of_joined_cluster(checks, args.nodes, timeout_s, model)
-        if not getattr(args, "deep", False):
+        if not deep:
             return snapshot
         links, busy = run_link_tests([record.address for record in snapshot.nodes])
         return msgspec.structs.replace(snapshot, links=links, busy=busy)
@@ -143,11 +149,12 @@ def snapshot_of_joined_cluster(
 def _demand(checks: Sequence[Check], model: str = "") -> tuple[Level, list[str]]:
     """Return the level of ``checks``, and the commands that they need, with what else is collected on demand.
 
-    ``model`` is the path of the model to look at, if any.
+    ``model`` is the path of the model to look at, if any, where its check is made.
     """
     level: Level = "full" if any(check.level == "full" for check in checks) else "quick"
     demanded = (name for check in checks for name in (*(query.command for query in check.queries), *check.also))
-    return level, [*dict.fromkeys(demanded), *([model_command(model)] if model else [])]
+    with_model = bool(model) and any(check.name == MODEL for check in checks)
+    return level, [*dict.fromkeys(demanded), *([model_command(model)] if with_model else [])]
 
 
 def read_snapshot(path: Path) -> Snapshot:
@@ -180,6 +187,11 @@ def parse_names(text: str) -> list[str]:
     if not names:
         raise argparse.ArgumentTypeError("no name is given")
     return names
+
+
+def _parse_path(text: str) -> str:
+    """Return a path without the slash at its end, which for rsync means what is in the folder."""
+    return text.rstrip("/") or text[:1]
 
 
 def _seconds(text: str) -> float:

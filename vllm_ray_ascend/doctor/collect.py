@@ -6,8 +6,6 @@ Nothing is changed and nothing is raised: what cannot be read is missing in the 
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import pwd
 import re
@@ -21,6 +19,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from platform import python_version
+from threading import Thread
 from typing import Any, TypeVar
 
 import msgspec
@@ -40,6 +39,7 @@ from vllm_ray_ascend.cluster.node_facts import (
 from vllm_ray_ascend.compat.versions import installed
 from vllm_ray_ascend.devices.cards import Die
 from vllm_ray_ascend.doctor import parsers
+from vllm_ray_ascend.doctor.model_files import model_files
 from vllm_ray_ascend.doctor.queries import (
     HCCN_TOOL,
     LIST,
@@ -55,10 +55,8 @@ from vllm_ray_ascend.doctor.records import (
     DeviceFile,
     Holder,
     Limit,
-    ModelFiles,
     NodeRecord,
     Output,
-    Route,
     SharedMemory,
     User,
 )
@@ -80,8 +78,6 @@ _RAYLET = "RAY_RAYLET_PID"
 _ALSO = ("RAY_AUTH_MODE", "RAY_ADDRESS")
 _AT_ONCE = 8
 _CONNECT_S = 3.0
-_ANY_PORT = 9
-_WEIGHTS, _INDEX = (".safetensors", ".bin", ".pt", ".gguf"), "model.safetensors.index.json"
 _LITTLE_S = 1.0
 """For /proc, after the deadline as well: only what waits inside the driver is not read at once."""
 _NAMED_FILES = ("HCCL_WHITELIST_FILE",)
@@ -115,18 +111,17 @@ def collect_record(
     raylets. Files are read below ``root``.
     """
     started, deadline = time.time(), time.monotonic() + limit_s
-    pool = ThreadPoolExecutor(5)  # what waits for the network, or for a driver that hangs, does so meanwhile
     environment = raylet_environment()
-    unreachable, own_addresses = pool.submit(_unreachable, peers), pool.submit(_own_addresses, environment)
-    devices = pool.submit(_device_files, root, _open_error)
-    model = pool.submit(_model_files, model_path(commands))
+    unreachable, own_addresses = _start(_unreachable, peers), _start(_own_addresses, environment)
+    devices = _start(_device_files, root, _open_error)
+    model = _start(model_files, model_path(commands))
     facts, listed = collect_facts_and_list(address, min(limit_s, max(LIMIT_S, limit_s / 2)))
     listening_ports, first_port = _listening_ports(), read_first_port()
     driver = _driver_folder(environment, root)
     listing = {LIST: _as_output(NPU_SMI, listed) if listed else Output(None, f"{NPU_SMI} is not there")}
     outputs = listing | _run_commands(partial(run_command, driver=driver, deadline=deadline), facts.dies, commands)
     cann = _cann_home(environment, root)
-    holders = pool.submit(_holders, outputs, facts)
+    holders = _start(_holders, outputs, facts)
     return NodeRecord(
         address=address,
         facts=facts,
@@ -168,17 +163,6 @@ def ping_as_dict(lines: Sequence[str], limit_s: float) -> dict[str, Any]:
         _run_all(partial(run_command, driver=driver, deadline=deadline), lines)
     )
     return outputs
-
-
-def routes_as_dict(addresses: Sequence[str]) -> dict[str, Any]:
-    """Return this node's routes to these addresses, as plain data, for which `decode_routes` is the inverse."""
-    routes: dict[str, Any] = msgspec.to_builtins({address: _route(address) for address in addresses})
-    return routes
-
-
-def decode_routes(values: Mapping[str, Any]) -> dict[str, Route]:
-    """Return the routes by address of a dictionary that another version of this package may have made."""
-    return msgspec.convert(values, dict[str, Route])
 
 
 def decode_outputs(values: Mapping[str, Any]) -> dict[str, Output]:
@@ -398,6 +382,20 @@ def _worker_ports() -> tuple[int, int] | None:
     return parsers.parse_worker_ports(command.replace("\0", " "))
 
 
+def _start(function: Callable[..., T], *arguments: Any) -> Future[T]:
+    """Call what may wait for the network, a driver or a file system in a thread that nobody waits for at exit."""
+    result: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            result.set_result(function(*arguments))
+        except BaseException as error:  # noqa: BLE001  raised by `result`
+            result.set_exception(error)
+
+    Thread(target=call, daemon=True, name="RayAscendDoctor").start()
+    return result
+
+
 def _result(found: Future[T], deadline: float, otherwise: T) -> T:
     """Return a result, or ``otherwise`` at the deadline: a resolver without servers waits longer than anybody does."""
     done, _ = wait([found], max(0.0, deadline - time.monotonic()))
@@ -436,36 +434,3 @@ def _connect_error(peer: str) -> str:
     except OSError as error:
         return error.strerror or str(error)
     return ""
-
-
-def _route(address: str) -> Route:
-    """Return the route to an address: a socket for datagrams takes it when it is connected, and sends nothing."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    try:
-        with socket.socket(family, socket.SOCK_DGRAM) as unsent:
-            unsent.connect((address, _ANY_PORT))
-            return Route(str(unsent.getsockname()[0]))
-    except OSError as error:
-        return Route("", error.strerror or str(error))
-
-
-def _model_files(path: str) -> ModelFiles | None:
-    """Return what a model's folder has, or its single file: sizes, no weights are read. None where no path is given."""
-    if not path:
-        return None
-    place = Path(path)
-    try:
-        files = {place.name: place} if place.is_file() else {each.name: each for each in place.iterdir()}
-        config = files["config.json"].read_bytes() if "config.json" in files else b""
-        index = json.loads(files[_INDEX].read_bytes()) if _INDEX in files else {}
-        total = index.get("metadata", {}).get("total_size")
-        named = set(index.get("weight_map", {}).values()) or {name for name in files if name.endswith(_WEIGHTS)}
-        return ModelFiles(
-            path=path,
-            config=hashlib.sha256(config).hexdigest() if config else "",
-            index_bytes=None if total is None else int(total),
-            weights_bytes=sum(files[name].stat().st_size for name in named & files.keys()),
-            missing=sorted(named - files.keys()),
-        )
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two: an index of another form
-        return ModelFiles(path=path, error=getattr(error, "strerror", None) or str(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -22,14 +23,13 @@ from vllm_ray_ascend.doctor.collect import (
     collect_record,
     decode_outputs,
     decode_record,
-    decode_routes,
     ping_as_dict,
-    routes_as_dict,
 )
-from vllm_ray_ascend.doctor.host_addresses import route_targets
+from vllm_ray_ascend.doctor.host_addresses import host_addresses, route_targets
 from vllm_ray_ascend.doctor.queries import ENGINES, ROUTES, device_addresses, ping_lines
 from vllm_ray_ascend.doctor.records import Failure, Level, NodeRecord, Output, RayNode, Snapshot
-from vllm_ray_ascend.errors import DoctorError, UpstreamChangedError
+from vllm_ray_ascend.doctor.routes import decode_routes, routes_as_dict
+from vllm_ray_ascend.errors import DoctorError
 
 _MARGIN_S = 3.0
 """A node has so much less than the driver waits for it, so that a slow tool does not cost the whole record."""
@@ -111,20 +111,25 @@ def _live_rows() -> dict[str, Mapping[str, Any]]:
 
 
 def _engines() -> list[EngineRecord] | None:
-    """Return the engines that run; None where this Ray does not say."""
+    """Return the engines that run; None where Ray does not say."""
     try:
         return running_engines()
-    except UpstreamChangedError:
+    except Exception:  # noqa: BLE001  of another Ray, or a control store that does not answer: unknown
         return None
 
 
 def _with_routes(records: Mapping[str, NodeRecord], limit_s: float) -> dict[str, NodeRecord]:
     """Return the records with each node's routes to the addresses that the others use."""
     targets = dict(zip(records, route_targets(list(records.values())), strict=True))
-    arguments = {node_id: (each,) for node_id, each in targets.items() if each}
+    own = {
+        node_id: sorted({chosen.address for chosen in host_addresses(record).values() if chosen.interface})
+        for node_id, record in records.items()
+    }
+    arguments = {node_id: (each, own[node_id]) for node_id, each in targets.items() if each}
     found = run_on_nodes(routes_as_dict, decode_routes, arguments, limit_s)
+    routes = {node_id: answer.value for node_id, answer in found.answers.items()}
     return {
-        node_id: replace(record, routes=found.answers[node_id].value) if node_id in found.answers else record
+        node_id: replace(record, routes=routes.get(node_id, {}), routes_error=found.failures.get(node_id, ""))
         for node_id, record in records.items()
     }
 
@@ -179,7 +184,8 @@ def _ray_node(node: NodeResources, raylet: str, answer: Answer, engines: Sequenc
 
 
 def _shared_physical_ids(node: NodeResources, engines: Sequence[EngineRecord]) -> list[int]:
-    """Return the physical ids of a node's NPUs of which engines have parts."""
+    """Return the physical ids of a node's NPUs of which several ranks have parts."""
     sharing = [engine for engine in engines if engine.device_key == NPU.key and engine.share < 1]
     ranks = (rank for engine in sharing for rank in engine.ranks if rank.is_on(node.node_id, node.address))
-    return sorted({rank.physical_id for rank in ranks})
+    counts = Counter(rank.physical_id for rank in ranks)
+    return sorted(physical_id for physical_id, count in counts.items() if count > 1)

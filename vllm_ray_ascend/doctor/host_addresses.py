@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from vllm_ray_ascend.addresses import canonical, is_name
+from vllm_ray_ascend.addresses import canonical, is_link_local, is_loopback, is_name
 from vllm_ray_ascend.doctor.records import NodeRecord
 from vllm_ray_ascend.environment.derive import Interface, interface_with_address, selects_interface
 from vllm_ray_ascend.settings import variable_of
@@ -30,6 +30,11 @@ class HostAddress(NamedTuple):
     variable: str = ""
     value: str = ""
 
+    @property
+    def is_target(self) -> bool:
+        """Whether other nodes connect to it: a link-local address of IPv6 leads to them by its sender's interface."""
+        return bool(self.interface) and not _is_of_link(self.address)
+
     def __str__(self) -> str:
         return f"{self.variable}={self.value}" if self.variable else f"its address {self.address}"
 
@@ -53,16 +58,31 @@ def host_addresses(record: NodeRecord) -> dict[str, HostAddress]:
 
 def _chosen(record: NodeRecord, variable: str, value: str) -> HostAddress:
     if variable in _ADDRESSES:
-        return HostAddress(value, interface_with_address(value, record.interfaces) or "", variable, value)
+        address = canonical(value)
+        return HostAddress(address, interface_with_address(address, record.interfaces) or "", variable, value)
     matching = [each for each in record.interfaces if selects_interface(variable, value, each[0])]
-    name, address = _preferred(matching, record.address)
+    if value.startswith("^"):
+        matching = [each for each in matching if not (is_loopback(each[1]) or is_link_local(each[1]))] or matching
+    name, address = _preferred(matching, is_ipv6=_takes_ipv6(record, variable))
     return HostAddress(address, name, variable, value)
 
 
-def _preferred(interfaces: Sequence[Interface], like: str) -> Interface:
-    """Return the first of these with an address of the same kind as ``like``, IPv4 or IPv6, or else the first one."""
-    same = (each for each in interfaces if (":" in each[1]) == (":" in like))
-    return next(same, next(iter(interfaces), ("", "")))
+def _takes_ipv6(record: NodeRecord, variable: str) -> bool:
+    """Return whether IPv6 is preferred: for HCCL where it is to be, for gloo where Ray has such an address."""
+    if variable == "HCCL_SOCKET_IFNAME":
+        return record.environment.get("HCCL_SOCKET_FAMILY") == "AF_INET6"
+    return ":" in record.address
+
+
+def _preferred(interfaces: Sequence[Interface], *, is_ipv6: bool) -> Interface:
+    """Return the first of these with an address of IPv6, or of IPv4, or else the first one; none of a link only."""
+    usable = [each for each in interfaces if not _is_of_link(each[1])]
+    same = (each for each in usable if (":" in each[1]) == is_ipv6)
+    return next(same, next(iter(usable), ("", "")))
+
+
+def _is_of_link(address: str) -> bool:
+    return ":" in address and is_link_local(address)
 
 
 def carried_addresses(record: NodeRecord) -> frozenset[str]:
@@ -80,7 +100,7 @@ def is_same_host(record: NodeRecord, carried: Collection[str], other: NodeRecord
 
 def route_targets(records: Sequence[NodeRecord]) -> list[list[str]]:
     """Return for each node the addresses of the others whose routes are to be looked up there."""
-    used = [{chosen.address for chosen in host_addresses(record).values() if chosen.interface} for record in records]
+    used = [{chosen.address for chosen in host_addresses(record).values() if chosen.is_target} for record in records]
     targets = []
     for record in records:
         carried = carried_addresses(record)

@@ -70,6 +70,8 @@ class Route(msgspec.Struct, frozen=True):
 
     source: str
     error: str = ""
+    leaving: dict[str, str] = {}
+    """By own addresses, the interface by which packets from them leave, which rules for senders may choose."""
 
 
 class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,13 +80,13 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     error: str = ""
     config: str = ""
-    """SHA-256 of config.json; empty where there is none."""
+    """SHA-256 of config.json; empty where there is none, as for a single file."""
     index_bytes: int | None = None
     """Size of all weights by the index of the files; None where there is no index."""
     weights_bytes: int = 0
     """Size of the files with weights that are there."""
     missing: list[str] = []
-    """Files that the index names and that are not there."""
+    """Files that the index names, or without which no model is loaded, and that are not there."""
 
 
 class RayNode(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,7 +101,7 @@ class RayNode(msgspec.Struct, frozen=True, kw_only=True):
     sent: float
     received: float
     shared_physical_ids: list[int] | None = None
-    """NPUs of which Ray has given parts to engines; collected on demand, None where that is not known."""
+    """NPUs of which several ranks of engines have parts; collected on demand, None where that is not known."""
 
 
 class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -153,6 +155,8 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Name and address of each network interface; collected on demand."""
     routes: dict[str, Route] = {}
     """By the address to which they lead; collected on demand."""
+    routes_error: str = ""
+    """Why there are no routes; empty where they were collected, or not asked for."""
     model: ModelFiles | None = None
     """Of the path given with `--model`; None without that, or where the file system did not answer in time."""
     started: float = 0.0

@@ -169,13 +169,13 @@ def check_npu_ports(node: NodeView) -> Iterator[Finding]:
     if node.ray is None or environment.get(_NPU_PORTS) or environment.get(_NODE_ENV) != "off":
         return
     if node.ray.shared_physical_ids is None:
-        yield node.unknown("this Ray does not say which engines run", "`vllm-ray-ascend topology` says why.")
+        yield node.unknown("Ray does not say which engines run", "`vllm-ray-ascend topology` says why.")
     for die in node.dies:
         if die.physical_id in (node.ray.shared_physical_ids or ()):
             yield node.finding(
                 "warning",
                 "VRA-687",
-                f"an engine has a part of it, and {_NODE_ENV}=off is set where Ray was started there without "
+                f"ranks of engines share it, and {_NODE_ENV}=off is set where Ray was started there without "
                 f"{_NPU_PORTS}: the processes of an NPU all take its port 16666, and the second one fails (EI0019).",
                 f"`export {_NPU_PORTS}=auto` before `ray start` there.",
                 die,
@@ -220,7 +220,7 @@ def _peers(node: NodeView, found: Mapping[NodeView, Mapping[str, HostAddress]], 
         for other, chosen in found.items()
         if not is_same_host(node.record, carried, other.record)
         for user in users
-        if user in chosen and chosen[user].interface
+        if user in chosen and chosen[user].is_target
     }
 
 
@@ -228,14 +228,17 @@ def _judge_routes(node: NodeView, chosen: HostAddress, users: str, peers: Mappin
     """Yield findings of the ways from a node to addresses of ``peers``; ``users`` are HCCL, gloo or vLLM."""
     routes, carried = node.record.routes, carried_addresses(node.record)
     sources = {route.source for route in routes.values() if route.source}
-    interfaces = {source: interface_with_address(source, node.record.interfaces) for source in sources}
+    interfaces = {source: interface_with_address(source, node.record.interfaces) or "" for source in sources}
     same = [address for address in peers if canonical(address) in carried]
     unknown = [address for address in peers if address not in same and address not in routes]
     leaving: defaultdict[str, list[str]] = defaultdict(list)
     for address in peers:
         if address in same or address in unknown:
             continue
-        if error := routes[address].error:
+        interface = routes[address].leaving.get(chosen.address) or interfaces.get(routes[address].source, "")
+        if interface:
+            leaving[_without_label(interface)].append(address)
+        elif error := routes[address].error:
             yield node.finding(
                 "error",
                 "VRA-684",
@@ -243,9 +246,7 @@ def _judge_routes(node: NodeView, chosen: HostAddress, users: str, peers: Mappin
                 f"`ip route get {address}` there; add the route, or choose another interface on both nodes.",
                 address=address,
             )
-        elif interface := interfaces[routes[address].source]:
-            leaving[interface].append(address)
-    leaving.pop(chosen.interface, None)
+    leaving.pop(_without_label(chosen.interface), None)
     if same:
         yield node.finding(
             "error",
@@ -263,15 +264,21 @@ def _judge_routes(node: NodeView, chosen: HostAddress, users: str, peers: Mappin
             "VRA-686",
             f"{chosen}, for {users}, is on {chosen.interface}, and the route to {_some(addresses)} leaves by "
             f"{interface}.",
-            f"`ip route get {addresses[0]}` there; correct the route, or choose {interface} before `ray start`, by "
-            f"{chosen.variable or 'HCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME'}.",
+            f"`ip route get {addresses[0]} from {chosen.address}` there; correct the route, or choose {interface} "
+            f"before `ray start`, by {chosen.variable or 'HCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME'}.",
             here=chosen.interface,
             route=interface,
         )
     if unknown:
         yield node.unknown(
-            f"its routes to {_some(unknown)} were not looked up in time", f"`ip route get {unknown[0]}` there."
+            f"its routes to {_some(unknown)} are not known ({node.record.routes_error or 'they were not looked up'})",
+            f"`ip route get {unknown[0]}` there.",
         )
+
+
+def _without_label(interface: str) -> str:
+    """Return the interface that a name means: eth0:1 is a second address of eth0."""
+    return interface.partition(":")[0]
 
 
 def _some(values: Sequence[str]) -> str:

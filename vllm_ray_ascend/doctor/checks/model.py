@@ -17,10 +17,10 @@ _NAMED = 3
 def check_model(nodes: Sequence[NodeView]) -> Iterator[Finding]:
     """Yield an error for each node that lacks the model or some of its files, and where they are not those of most.
 
-    On a node without NPUs it is missing for an engine that is started there alone: a note.
+    On a node without NPUs it is missing for an engine that is started there alone: a note. The others are compared.
     """
     found = {node: node.record.model for node in nodes}
-    complete = {node: files for node, files in found.items() if files and not files.error and not files.missing}
+    complete = {node: files for node, files in found.items() if node.has_npus and files and _is_complete(files)}
     for node, files in found.items():
         if files is None:
             yield node.unknown(
@@ -35,16 +35,26 @@ def check_model(nodes: Sequence[NodeView]) -> Iterator[Finding]:
                 _copy(files, complete),
                 path=files.path,
             )
-        elif files.missing:
+        elif not _is_complete(files):
             yield node.finding(
                 "error" if node.has_npus else "info",
                 "VRA-694",
-                f"the model {files.path} lacks {len(files.missing)} of the files that its index names: "
-                f"{join(files.missing[:_NAMED])}{', ...' if len(files.missing) > _NAMED else ''}.",
+                f"the model {files.path} lacks {_lacks(files)}.",
                 _copy(files, complete),
                 missing=files.missing,
             )
     yield from _different(complete)
+
+
+def _is_complete(files: ModelFiles) -> bool:
+    return not files.error and not files.missing and files.weights_bytes > 0
+
+
+def _lacks(files: ModelFiles) -> str:
+    """Return which files are missing, as far as they are known by name."""
+    unnamed = len(files.missing) - _NAMED
+    listed = f"{join(files.missing[:_NAMED])}{f' and {unnamed} more' if unnamed > 0 else ''}"
+    return join(text for text in (listed, "" if files.weights_bytes else "all of its weights") if text)
 
 
 def _different(complete: dict[NodeView, ModelFiles]) -> Iterator[Finding]:
@@ -80,8 +90,9 @@ def _copy(files: ModelFiles, sources: dict[NodeView, ModelFiles]) -> str:
     mount = "In a container, mount it at this path."
     if not sources:
         return f"Give --model the path that all nodes have, or copy the model to {files.path} on each. {mount}"
-    source, folder = next(iter(sources)).address, PurePosixPath(files.path).parent
-    return f"`rsync -a {source}:{files.path} {folder}/` there, or a file system that nodes share. {mount}"
+    source, folder = next(iter(sources)).address, str(PurePosixPath(files.path).parent).rstrip("/")
+    host = f"[{source}]" if ":" in source else source
+    return f"`rsync -aL {host}:{files.path} {folder}/` there, or a file system that nodes share. {mount}"
 
 
 CHECKS = (
