@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from ray.experimental import register_tensor_transport
-from ray.experimental.rdt.tensor_transport_manager import (
-    CommunicatorMetadata,
-    TensorTransportManager,
-    TensorTransportMetadata,
-)
+from ray.experimental.rdt.tensor_transport_manager import CommunicatorMetadata, TensorTransportMetadata
 
 from vllm_ray_ascend.ray_transport.communicator import HcclCommunicator
+from vllm_ray_ascend.ray_transport.direct.manager import DirectMetadata, DirectTransport
 
 NAME = "EMPTY"
 
@@ -24,34 +20,12 @@ def register() -> str:
     return NAME
 
 
-class EmptyTransport(TensorTransportManager):  # type: ignore[misc]
-    """One-sided as our direct transport is; a receiver has new tensors at once."""
+class EmptyTransport(DirectTransport):
+    """Our direct transport to Ray, but nothing is kept or sent: a receiver has new tensors at once."""
 
-    def tensor_transport_backend(self) -> str:
-        """Return its name."""
-        return NAME
-
-    @staticmethod
-    def is_one_sided() -> bool:
-        """Return True."""
-        return True
-
-    @staticmethod
-    def can_abort_transport() -> bool:
-        """Return True."""
-        return True
-
-    def actor_has_tensor_transport(self, actor: Any) -> bool:
-        """Return True."""
-        return True
-
-    def extract_tensor_transport_metadata(self, obj_id: str, rdt_object: list[torch.Tensor]) -> TensorTransportMetadata:
+    def extract_tensor_transport_metadata(self, obj_id: str, rdt_object: list[torch.Tensor]) -> DirectMetadata:
         """Return shapes and dtypes."""
-        return TensorTransportMetadata([(tensor.shape, tensor.dtype) for tensor in rdt_object], "npu")
-
-    def get_communicator_metadata(self, src_actor: Any, dst_actor: Any, backend: str | None = None) -> Any:
-        """Return nothing."""
-        return CommunicatorMetadata()
+        return DirectMetadata([(tensor.shape, tensor.dtype) for tensor in rdt_object], "npu")
 
     def recv_multiple_tensors(
         self,
@@ -62,22 +36,6 @@ class EmptyTransport(TensorTransportManager):  # type: ignore[misc]
     ) -> list[torch.Tensor]:
         """Return new tensors."""
         return [torch.empty(shape, dtype=dtype, device="npu") for shape, dtype in tensor_transport_metadata.tensor_meta]
-
-    def send_multiple_tensors(
-        self,
-        tensors: list[torch.Tensor],
-        tensor_transport_metadata: TensorTransportMetadata,
-        communicator_metadata: CommunicatorMetadata,
-    ) -> None:
-        """Do nothing: Ray never calls it of a one-sided transport."""
-
-    def garbage_collect(
-        self, obj_id: str, tensor_transport_meta: TensorTransportMetadata, tensors: list[torch.Tensor]
-    ) -> None:
-        """Do nothing."""
-
-    def abort_transport(self, obj_id: str, communicator_metadata: CommunicatorMetadata) -> None:
-        """Do nothing."""
 
 
 class EmptyCommunicator(HcclCommunicator):

@@ -29,16 +29,20 @@ def test_options() -> None:
     assert (quick.cases, quick.ways, quick.sizes, quick.rounds) == (("one-node",), ("raw", "group"), (4096,), 2)
 
 
-def test_a_table_with_a_gap() -> None:
-    run: dict[str, Any] = {
+def run_of(ways: list[str], left_out: dict[str, str]) -> dict[str, Any]:
+    return {
         "machine": {"processor": "P", "cores": 2, "memory_gib": 24, "kernel": "6", "load_before": [0.5]},
         "versions": {"ray": "2.60.0"},
         "commit": "abc",
         "began": "now",
         "seconds": 60,
-        "options": {"name": "n", "cases": ["one-node"], "ways": ["raw", "group", "direct"], "sizes": [MIB]},
-        "left_out": {"one-node, direct": "no reason"},
+        "options": {"name": "n", "cases": ["one-node"], "ways": ways, "sizes": [MIB]},
+        "left_out": left_out,
     }
+
+
+def test_a_table_with_a_gap() -> None:
+    run = run_of(["raw", "group", "direct"], {"one-node, direct": "no reason"})
     samples = [
         Sample("one-node", BASE, "1 MiB", 0, [0.001]),
         Sample("one-node", "group", "1 MiB", 0, [0.002]),
@@ -51,15 +55,7 @@ def test_a_table_with_a_gap() -> None:
 
 
 def test_what_a_hop_costs_beyond_ray_and_the_transfer() -> None:
-    run: dict[str, Any] = {
-        "machine": {"processor": "P", "cores": 2, "memory_gib": 24, "kernel": "6", "load_before": [0.5]},
-        "versions": {"ray": "2.60.0"},
-        "commit": "abc",
-        "began": "now",
-        "seconds": 60,
-        "options": {"name": "n", "cases": ["one-node"], "ways": ["raw", "direct", "direct-empty"], "sizes": [MIB]},
-        "left_out": {},
-    }
+    run = run_of(["raw", "direct", "direct-empty"], {})
     seconds = {BASE: 0.001, "direct": 0.0055, "direct-empty": 0.004, "graph-hccl": 0.001}
     samples = [Sample("one-node", way, "1 MiB", 0, [value]) for way, value in seconds.items()]
     text = markdown(run, figures(samples, BASE))
