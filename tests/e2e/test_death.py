@@ -124,6 +124,7 @@ def test_a_worker_on_another_node_is_killed_during_a_request(two_nodes_of_two: C
     check_no_leftovers(two_nodes_of_two)
 
 
+@pytest.mark.slow
 def test_an_error_of_the_device_is_reported_with_its_rank_and_meaning(
     two_nodes_of_two: Cluster, tmp_path: Path
 ) -> None:
@@ -166,6 +167,7 @@ def test_an_engine_starts_on_the_same_npus_at_once_and_shuts_down_in_order(
     check_no_leftovers(two_nodes_of_one)
 
 
+@pytest.mark.slow
 def test_the_driver_is_killed(two_nodes_of_one: Cluster, tmp_path: Path) -> None:
     """SIGKILL of the engine core, which cannot notify anybody: its workers do not outlive it."""
     with running_server(two_nodes_of_one, tmp_path, *ONE_EACH) as server:
@@ -215,6 +217,7 @@ except Exception as error:
 """
 
 
+@pytest.mark.slow
 def test_a_worker_dies_while_it_starts(two_nodes_of_two: Cluster, tmp_path: Path) -> None:
     """The first failure is reported, not those that it causes in the other ranks."""
     done = run_on_head(two_nodes_of_two, "-c", CRASHING_RANK, str(DENSE), E2E_CRASH_MARK=str(tmp_path / "dying"))

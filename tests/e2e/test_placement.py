@@ -185,6 +185,7 @@ print("LEFT", json.dumps(left))
 """
 
 
+@pytest.mark.slow
 def test_a_startup_that_fails_leaves_nothing_in_a_driver_that_continues(one_list: Cluster) -> None:
     """Workers run out of memory, after their actors and placement groups were made: one engine, then two."""
     done = run_on_head(one_list, "-X", "faulthandler", "-c", FAILING, str(DENSE))
@@ -233,6 +234,7 @@ def two_nodes_of_eight() -> Iterator[Cluster]:
         yield cluster
 
 
+@pytest.mark.slow
 def test_2879_names_sizes_that_fit(two_nodes_of_eight: Cluster, tmp_path: Path) -> None:
     """The issue's sizes over Ray actors, with all four ranks on the first node, as vLLM has it by default."""
     arguments = (*sizes(tp=4, dp=4), *DP_RAY, "--data-parallel-size-local", "4")

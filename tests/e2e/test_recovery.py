@@ -84,6 +84,7 @@ def check_records(cluster: Cluster) -> None:
         assert all(rank.report for rank in record.ranks if rank.rank != dead)
 
 
+@pytest.mark.slow
 def test_an_engine_continues_after_its_workers_died(two_nodes_of_one: Cluster, tmp_path: Path) -> None:
     """During a request, which fails, and while the engine is idle; with graphs, which new workers capture again."""
     arguments = (*ONE_EACH, "--no-enforce-eager")
