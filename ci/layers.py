@@ -135,6 +135,7 @@ LATE: tuple[str, ...] = (
     "vllm_ray_ascend/ray_transport/accelerator_context.py",
     "vllm_ray_ascend/ray_transport/communicator.py",
     "vllm_ray_ascend/ray_transport/direct/manager.py",
+    "vllm_ray_ascend/ray_transport/direct/weight_transfer.py",
     "vllm_ray_ascend/ray_transport/registration.py",
     "softnpu/cluster/probe.py",
     "softnpu/ops/",

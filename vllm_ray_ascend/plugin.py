@@ -36,6 +36,7 @@ _UPSTREAM_EXECUTOR_MODULE = "vllm.v1.executor.ray_executor_v2"
 _ASCEND_PIPELINE_PATCH = "vllm_ascend.patch.platform.patch_pp_mtp"
 _ASCEND_DEVICE_IDS_PATCH = "vllm_ascend.patch.platform.patch_dp_device_ids"
 _RAY_METRICS = "vllm.v1.metrics.ray_wrappers"
+_WEIGHT_TRANSFER = "vllm.distributed.weight_transfer.factory"
 _ENGINE_ARGS = "vllm.engine.arg_utils"
 _ENGINE_UTILS = "vllm.v1.engine.utils"
 _ENGINE_CORE = "vllm.v1.engine.core"
@@ -80,6 +81,7 @@ def general() -> None:
     join_parent_cluster()
     when_imported(_ASCEND_PIPELINE_PATCH, block_reschedule_until_token)
     when_imported(_RAY_METRICS, allow_without_serve)
+    when_imported(_WEIGHT_TRANSFER, _register_weights_backend)
     for name in _SERVERS:
         when_imported(name, _set_exit_code)
     for name in _SERVER_SUPERVISORS:
@@ -228,6 +230,14 @@ def _patch_engine_core(module: ModuleType) -> None:
     patches.apply("vllm.v1.engine.core.EngineCoreActor", actors.RayAscendEngineCoreActor)
     patches.apply("vllm.v1.engine.core.DPMoEEngineCoreActor", actors.RayAscendDPMoEEngineCoreActor)
     _select_device_ids(module)
+
+
+def _register_weights_backend(module: ModuleType) -> None:
+    """Offer our transport for new weights, where trainers can be registered (vLLM >= 0.30)."""
+    from vllm_ray_ascend.ray_transport.direct import register_weights_backend
+
+    if hasattr(module, "WeightTransferTrainerFactory"):
+        register_weights_backend()
 
 
 def _guard_scaling(_: ModuleType) -> None:

@@ -301,6 +301,25 @@ def busy(server: Server) -> Iterator[threading.Event]:
 
 
 @pytest.mark.slow
+def test_a_new_rank_that_fails_while_the_others_connect_to_it_is_undone(tmp_path: Path) -> None:
+    """They wait for it in HCCL, which ends when it notices that the process is gone, else by HCCL_CONNECT_TIMEOUT."""
+    faults = tmp_path / "faults"
+    faults.write_text("")
+    variables = {"SOFTNPU_FAULTS": f"@{faults}", "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY": "SOFTNPU_FAULTS"}
+    with (
+        temporary_cluster("e2e-elastic-connect", 1, 4) as cluster,
+        elastic_server(cluster, tmp_path, **variables) as server,
+    ):
+        faults.write_text("link_setup:rank=3,op=AllReduce,code=9")
+        answer = request_scaling(server, 4)
+        faults.write_text("")
+        assert answer.status_code == 500 and "VRA-343" in answer.text, answer.text
+        check_scaled(server, 2)
+        wait_for_npus(cluster, 1, [0, 1])
+        scale(server, 4)
+
+
+@pytest.mark.slow
 def test_a_new_rank_that_dies_after_it_was_ready_is_undone(tmp_path: Path) -> None:
     """While the ranks that serve finish a request, before the commit."""
     with temporary_cluster("e2e-elastic-ready", 1, 4) as cluster, draining_server(cluster, tmp_path) as server:

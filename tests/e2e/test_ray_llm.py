@@ -313,13 +313,16 @@ def check_rows(process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("example", ["weight_transfer.py", "colocated.py"])
-def test_a_trainer_sends_new_weights_to_an_engine(cluster: Cluster, example: str) -> None:
+@pytest.mark.parametrize(
+    ("example", "scales"),
+    [("weight_transfer.py", [1, 0, 1]), ("colocated.py", [1, 0, 1]), ("direct.py", [1, 0, 1, 1])],
+)
+def test_a_trainer_sends_new_weights_to_its_engines(cluster: Cluster, example: str, scales: list[int]) -> None:
     done = run_on_head(cluster, str(EXAMPLES / "rl" / example), str(DENSE))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     texts = [ast.literal_eval(text) for text in re.findall(r"^scale \d: (.*)$", done.stdout, re.MULTILINE)]
     right = zen_after("Beautiful is better than ugly.\n")
-    assert [right.startswith(text) and len(text) > 100 for text in texts] == [True, False, True], texts
+    assert [right.startswith(text) and len(text) > 100 for text in texts] == list(map(bool, scales)), texts
     check_nothing_left(cluster)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
 import threading
@@ -104,14 +105,36 @@ def test_a_loss_is_reported_after_earlier_messages(ends: tuple[End, socket.socke
 
 def test_the_reason_of_the_peer_is_reported(ends: tuple[End, socket.socket]) -> None:
     end, theirs = ends
-    theirs.sendall(encode_message(Failed("out of luck")))
-    assert end.connection.wait_lost(LIMIT) == "out of luck"
+    theirs.sendall(encode_message(SendReady()) + encode_message(Failed("out of luck")))
+    theirs.shutdown(socket.SHUT_RDWR)
+    assert end.connection.wait_lost(LIMIT) == "out of luck", "nobody waits for a message"
     assert end.connection.peer_reported
 
 
-def test_a_peer_with_another_protocol_is_disconnected(ends: tuple[End, socket.socket]) -> None:
+def test_the_reason_of_the_peer_is_raised_in_a_wait_and_ends_the_connection(ends: tuple[End, socket.socket]) -> None:
     end, theirs = ends
-    theirs.sendall(b"GET / HTTP/1.1\n")
+    timer = threading.Timer(0.1, theirs.sendall, [encode_message(Failed("out of luck"))])
+    timer.start()
+    with pytest.raises(ConnectionLostError, match="out of luck"):
+        end.connection.wait(LIMIT)
+    assert end.lost.wait(LIMIT) and end.reasons == ["out of luck"]
+    assert theirs.recv(1) == b""
+    timer.join()
+
+
+@pytest.mark.parametrize("text", [b"GET / HTTP/1.1\n", b"a" * (3 << 20)], ids=["another", "endless"])
+def test_a_peer_with_another_protocol_is_disconnected(ends: tuple[End, socket.socket], text: bytes) -> None:
+    end, theirs = ends
+
+    def send() -> None:
+        with contextlib.suppress(ConnectionError):
+            theirs.sendall(text)
+
+    sending = threading.Thread(target=send)
+    sending.start()
+    with pytest.raises(ConnectionLostError, match="it sent an invalid message"):
+        end.connection.wait(LIMIT)
+    sending.join()
     assert end.connection.wait_lost(LIMIT) == "it sent an invalid message"
 
 

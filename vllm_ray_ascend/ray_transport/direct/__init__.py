@@ -10,6 +10,8 @@ class Trainer:
 
 from __future__ import annotations
 
+import functools
+
 from vllm_ray_ascend.compat.versions import installed
 from vllm_ray_ascend.errors import DirectTransportError, RayVersionError
 from vllm_ray_ascend.log import get_logger
@@ -17,6 +19,8 @@ from vllm_ray_ascend.log import get_logger
 NAME = "HCCL"
 OTHER_NAME = "HCCL_DIRECT"
 """Used where another transport has, or will want, the name HCCL."""
+WEIGHTS_BACKEND = "hccl_direct"
+"""Of vLLM's weight transfer API."""
 RAY_MINIMUM = "2.56"
 _RAY_ASCEND = "ray-ascend"
 
@@ -57,6 +61,16 @@ def register(name: str | None = None) -> str:
     if name is None and chosen != NAME:
         _log.info("Ray's direct transport over HCCL is registered as %s: %s is ray-ascend's.", chosen, NAME)
     return chosen
+
+
+@functools.cache
+def register_weights_backend() -> None:
+    """Register this transport with vLLM as a way for new weights: `WeightTransferConfig(backend="hccl_direct")`."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+
+    module = "vllm_ray_ascend.ray_transport.direct.weight_transfer"
+    WeightTransferEngineFactory.register_engine(WEIGHTS_BACKEND, module, "DirectWeightTransferEngine")
+    WeightTransferTrainerFactory.register_engine(WEIGHTS_BACKEND, module, "DirectTrainerWeightTransferEngine")
 
 
 def use_device(device: int) -> None:

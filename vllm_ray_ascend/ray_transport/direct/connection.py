@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import queue
+import select
 import socket
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
 
 from vllm_ray_ascend.ipc.sockets import keep_alive, shut_down
@@ -12,6 +14,7 @@ from vllm_ray_ascend.ray_transport.direct.protocol import Failed, Message, decod
 
 _CHUNK_BYTES = 65536
 _MAX_LINE_BYTES = 1 << 20
+_INVALID = "it sent an invalid message"
 
 
 class ConnectionLostError(ConnectionError):
@@ -19,9 +22,10 @@ class ConnectionLostError(ConnectionError):
 
 
 class Connection:
-    """Messages of one connection, read by a thread of its own, so that its end is noticed at any time.
+    """Messages of one connection. A thread of its own waits for the end, so that it is noticed at any time.
 
-    ``on_lost`` is called once, in that thread, with the reason when the connection has ended.
+    A message is read by the thread that waits for it: to wake another one for that would double its latency.
+    ``on_lost`` is called once, in the thread of the connection, with the reason when it has ended.
     """
 
     def __init__(self, connection: socket.socket, silence_s: float, on_lost: Callable[[str], None]) -> None:
@@ -29,12 +33,15 @@ class Connection:
         keep_alive(connection, silence_s)
         self._socket = connection
         self._on_lost = on_lost
-        self._received: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._reading = threading.Lock()  # guards the fields below
+        self._messages: deque[Message] = deque()
+        self._unread = b""
         self._lost_reason = ""
         self._ended = threading.Event()
         self.peer_reported = False
         """Whether the peer itself has sent the reason for closing."""
-        threading.Thread(target=self._read_messages, daemon=True, name="RayAscendDirectReader").start()
+        self._readable = _poller(connection, select.POLLIN)
+        threading.Thread(target=self._await_end, daemon=True, name="RayAscendDirectWatch").start()
 
     @property
     def lost_reason(self) -> str:
@@ -55,38 +62,59 @@ class Connection:
 
     def wait(self, limit_s: float | None = None) -> Message:
         """Return the next message. Raises ConnectionLostError, and TimeoutError after ``limit_s`` seconds."""
-        try:
-            message = self._received.get(timeout=limit_s)
-        except queue.Empty:
-            raise TimeoutError from None
-        if message is None:
-            self._received.put(None)
-            raise ConnectionLostError(self._lost_reason)
-        return message
+        deadline = None if limit_s is None else time.monotonic() + limit_s
+        with self._reading:
+            while not self._messages:
+                if self._lost_reason:
+                    raise ConnectionLostError(self._lost_reason)
+                if not self._readable.poll(_remaining_ms(deadline)):
+                    raise TimeoutError
+                self._read()
+            return self._messages.popleft()
 
     def close(self) -> None:
         """Close the connection; from any thread, any number of times."""
         shut_down(self._socket)
 
-    def _read_messages(self) -> None:
-        unread, reason = b"", "the connection was closed"
-        while len(unread) < _MAX_LINE_BYTES:
-            try:
-                data = self._socket.recv(_CHUNK_BYTES)
-            except OSError as error:
-                reason, data = str(error), b""
-            if not data:
-                break
-            *lines, unread = (unread + data).split(b"\n")
-            messages = [decode_message(line) for line in lines]
-            failed = next((each.text for each in messages if isinstance(each, Failed)), None)
-            if failed is not None or None in messages:
-                reason, self.peer_reported = failed or "it sent an invalid message", failed is not None
-                break
-            for message in messages:
-                self._received.put(message)
-        self._socket.close()
-        self._lost_reason = reason
+    def _await_end(self) -> None:
+        _poller(self._socket, select.POLLRDHUP).poll()
+        with self._reading:
+            while not self._lost_reason:  # what was sent before the end may be the reason for it
+                self._read()
+            self._socket.close()
         self._ended.set()
-        self._received.put(None)
-        self._on_lost(reason)
+        self._on_lost(self._lost_reason)
+
+    def _read(self) -> None:
+        """Read what has arrived: messages, or the end."""
+        self._lost_reason = self._receive_messages()
+        if self._lost_reason:
+            shut_down(self._socket)  # wakes `_await_end`
+
+    def _receive_messages(self) -> str:
+        """Receive messages. Return the reason for the end where it is reached, else an empty text."""
+        try:
+            data = self._socket.recv(_CHUNK_BYTES)
+        except OSError as error:
+            return str(error)
+        if not data:
+            return "the connection was closed"
+        *lines, self._unread = (self._unread + data).split(b"\n")
+        for message in map(decode_message, lines):
+            if message is None:
+                return _INVALID
+            if isinstance(message, Failed):
+                self.peer_reported = True
+                return message.text or "it gave no reason"
+            self._messages.append(message)
+        return _INVALID if len(self._unread) > _MAX_LINE_BYTES else ""
+
+
+def _poller(connection: socket.socket, events: int) -> select.poll:
+    poller = select.poll()
+    poller.register(connection, events)
+    return poller
+
+
+def _remaining_ms(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000

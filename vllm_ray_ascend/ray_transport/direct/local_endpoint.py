@@ -7,8 +7,9 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from vllm_ray_ascend.accelerators.base import Accelerator
 from vllm_ray_ascend.accelerators.choose import get_accelerator
@@ -16,10 +17,13 @@ from vllm_ray_ascend.devices.kind import NPU
 from vllm_ray_ascend.devices.numbering import physical_to_visible
 from vllm_ray_ascend.environment.driver import NETWORK_SETTINGS
 from vllm_ray_ascend.environment.node import apply_network_settings
-from vllm_ray_ascend.errors import CaptureError, DeviceMappingError
+from vllm_ray_ascend.errors import CaptureError, DeviceMappingError, DirectTransportError
 from vllm_ray_ascend.hccl.limits import transfer_limit_s
 from vllm_ray_ascend.ray_transport.accelerator_context import share_npu_ports
 from vllm_ray_ascend.settings import Settings, load
+
+if TYPE_CHECKING:
+    import torch
 
 _POLL_S = 0.05
 _RAY_LIMIT_SHARE = 0.8
@@ -53,6 +57,17 @@ class LocalEndpoint:
             if self.selected_device is None:
                 self.selected_device = self._assigned_device()
             return self.selected_device
+
+    def common_device(self, tensors: Sequence[torch.Tensor]) -> torch.device:
+        """Return the NPU of all tensors. Raises DirectTransportError where there is not exactly one."""
+        devices = dict.fromkeys(tensor.device for tensor in tensors)
+        if len(devices) == 1 and (device := next(iter(devices))).type == self.accelerator.name:
+            return device
+        raise DirectTransportError(
+            "VRA-530",
+            f"The tensors of one object are on {', '.join(map(str, devices))}; this transport takes those of one NPU. "
+            "Move them to it (`tensor.to('npu:N')`), return them as several objects, or without tensor_transport.",
+        )
 
     def _assigned_device(self) -> int:
         import ray

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ray.experimental.rdt.tensor_transport_manager import (
     CommunicatorMetadata,
@@ -12,7 +12,6 @@ from ray.experimental.rdt.tensor_transport_manager import (
     TensorTransportMetadata,
 )
 
-from vllm_ray_ascend.errors import DirectTransportError
 from vllm_ray_ascend.ray_transport.direct.local_endpoint import get_local_endpoint
 from vllm_ray_ascend.ray_transport.direct.pair_communicator import Allocate
 from vllm_ray_ascend.ray_transport.direct.receiver import Origin, Receiver
@@ -68,7 +67,7 @@ class DirectTransport(TensorTransportManager):  # type: ignore[misc]
         metas = [(tensor.shape, tensor.dtype) for tensor in rdt_object]
         if not rdt_object:
             return DirectMetadata(metas)
-        device = _common_device(rdt_object)
+        device = get_local_endpoint().common_device(rdt_object)
         sender = self._get_sender()
         sender.keep_object(obj_id, rdt_object, device.index)
         return DirectMetadata(metas, device.type, Origin(sender.address, device.index))
@@ -93,8 +92,9 @@ class DirectTransport(TensorTransportManager):  # type: ignore[misc]
         assert isinstance(tensor_transport_metadata, DirectMetadata)
         if tensor_transport_metadata.origin is None:
             return []
-        npu = get_local_endpoint().accelerator
-        device = _common_device(target_buffers).index if target_buffers else get_local_endpoint().receive_device()
+        endpoint = get_local_endpoint()
+        npu = endpoint.accelerator
+        device = endpoint.common_device(target_buffers).index if target_buffers else endpoint.receive_device()
         with npu.torch_module.device(device):
             if target_buffers:
                 allocate = _use_buffers(target_buffers)
@@ -138,19 +138,6 @@ class DirectTransport(TensorTransportManager):  # type: ignore[misc]
         with self._lock:
             self._receiver = self._receiver or Receiver(get_local_endpoint())
             return self._receiver
-
-
-def _common_device(tensors: list[torch.Tensor]) -> Any:
-    """Return the NPU of all tensors. Raises DirectTransportError where there is not exactly one."""
-    name = get_local_endpoint().accelerator.name
-    devices = dict.fromkeys(tensor.device for tensor in tensors)
-    if len(devices) == 1 and next(iter(devices)).type == name:
-        return next(iter(devices))
-    raise DirectTransportError(
-        "VRA-530",
-        f"The tensors of one Ray object are on {', '.join(map(str, devices))}; this transport takes those of one NPU. "
-        "Move them to it (`tensor.to('npu:N')`), return them as several objects, or without tensor_transport.",
-    )
 
 
 def _allocate_from(metadata: TensorTransportMetadata, device: torch.device) -> Allocate:

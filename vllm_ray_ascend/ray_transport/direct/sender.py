@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _log = get_logger("ray_ascend.direct")
 _SENDING = "sending tensors of a Ray object"
-_POLL_S = 0.0002
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.0001, 0.005
 
 
 class _KeptObject(NamedTuple):
@@ -71,6 +71,11 @@ class Sender:
             links = list(self._links)
         for link in links:
             link.close_link("the sender released its communicators")
+
+    def close(self) -> None:
+        """Destroy all communicators, and accept no further receiver."""
+        self._listener.close()
+        self.release()
 
     def _start_link(self, connection: socket.socket) -> None:
         """Serve a receiver that has proven that it knows the token."""
@@ -160,9 +165,11 @@ class _SenderLink:
             )
             return
         assert self._pair is not None
+        pause_s = _SHORTEST_PAUSE_S
         while not self._is_computed(kept):  # the producer may compute for any time
             self._raise_if_lost()
-            time.sleep(_POLL_S)
+            time.sleep(pause_s)
+            pause_s = min(1.5 * pause_s, _LONGEST_PAUSE_S)
         with self._endpoint.outside_captures(_SENDING, self._raise_if_lost):
             self._connection.send(SendReady())
             transfer = self._pair.send(kept.tensors)
