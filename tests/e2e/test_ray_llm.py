@@ -326,6 +326,26 @@ def test_a_trainer_sends_new_weights_to_its_engines(cluster: Cluster, example: s
     check_nothing_left(cluster)
 
 
+@pytest.mark.slow
+def test_engines_take_the_next_update_of_their_weights_after_one_that_fails(cluster: Cluster) -> None:
+    done = run_on_head(cluster, "-m", "tests.e2e.weight_updates", str(DENSE))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = [ast.literal_eval(line) for line in re.findall(r"^UPDATE (.*)$", done.stdout, re.MULTILINE)]
+    right = zen_after("Beautiful is better than ugly.\n")
+    assert all(right.startswith(text) and len(text) > 100 for _, _, text in found), found
+    errors = {
+        "sent": [""] * 2,
+        "the trainer fails in an update": ["ArithmeticError: the trainer's own error"] * 6,
+        "an engine is gone": ["ActorDiedError"],
+        "its trainer is gone in an update": [""],
+    }
+    assert [event for event, _, _ in found] == [event for event, each in errors.items() for _ in each]
+    assert all(
+        error.startswith(errors[event][0]) and bool(error) == bool(errors[event][0]) for event, error, _ in found
+    )
+    check_nothing_left(cluster)
+
+
 def test_a_batch_of_prompts_with_ray_data(cluster: Cluster) -> None:
     done = run_on_head(cluster, str(EXAMPLES / "data/batch.py"), str(DENSE), PYTHONPATH=os.environ["PYTHONPATH"])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

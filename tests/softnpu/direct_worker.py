@@ -36,6 +36,7 @@ MIXED: list[tuple[tuple[int, ...], torch.dtype]] = [
     ((9,), torch.bool),
     ((33,), torch.float8_e4m3fn),
 ]
+LARGE = ((1 << 24,), torch.float32)
 
 
 def create_endpoint(limit_s: float = 60.0, idle_s: float = 0.0, device: int = DEVICE) -> LocalEndpoint:
@@ -109,6 +110,7 @@ def basic() -> None:
         keep_mixed(sender, "mixed")
         wide = make_tensor(77, (64, 32), torch.float32).npu()
         sender.keep_object("turned", [wide.t()], DEVICE)
+        sender.keep_object("empty_last", [make_tensor(79, *LARGE).npu(), torch.empty(0, 7).npu()], DEVICE)
         other = make_tensor(78, (5,), torch.float32).to("npu:7")
         sender.keep_object("other", [other], 7)
         publish_origin(sender)
@@ -121,6 +123,8 @@ def basic() -> None:
     assert len(receiver._links) == 1
     turned = receive_object(receiver, "turned", where, [((32, 64), torch.float32)])
     assert same(turned[0], make_tensor(77, (64, 32), torch.float32).t())
+    large, _ = receive_object(receiver, "empty_last", where, [LARGE, ((0, 7), torch.float32)])
+    assert same(large, make_tensor(79, *LARGE)), "what ends last is waited for"
     other = receive_object(receiver, "other", Origin(where.address, 7), [((5,), torch.float32)])
     assert same(other[0], make_tensor(78, (5,), torch.float32))
     with pytest.raises(DirectTransportError, match="no longer has object freed"):

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.distributed.weight_transfer.base import ModuleSource
 
 from vllm_ray_ascend.errors import DirectTransportError
 from vllm_ray_ascend.ray_transport.direct.weight_transfer import (
-    DirectInitInfo,
     DirectTrainerInitInfo,
     DirectTrainerWeightTransferEngine,
     DirectWeightTransferEngine,
@@ -45,8 +45,8 @@ def test_weights_are_sent_in_order_in_parts_of_a_size(sizes: tuple[int, ...], sp
     assert [name for part in parts for name, _ in part] == [name for name, _ in weights(*sizes)]
 
 
-def test_weights_are_gathered_when_they_are_sent() -> None:
-    """FSDP gathers each from all ranks: no more than a part of the model is to be whole at once."""
+def test_no_more_is_gathered_than_the_next_part_needs() -> None:
+    """FSDP gathers each weight from all ranks, and the whole model may not fit on one NPU."""
     gathered: list[str] = []
 
     def gather() -> Iterator[tuple[str, torch.Tensor]]:
@@ -59,17 +59,35 @@ def test_weights_are_gathered_when_they_are_sent() -> None:
     assert gathered == ["layer0", "layer1"]
 
 
+def test_a_part_is_of_one_npu() -> None:
+    devices = ["npu:0", "npu:0", "npu:1", "npu:0"]
+    parts = split_into_chunks([(device, torch.zeros(1, device=device)) for device in devices], 1000)
+    assert [[name for name, _ in part] for part in parts] == [["npu:0", "npu:0"], ["npu:1"], ["npu:0"]]
+
+
 def test_a_worker_that_is_no_actor_of_ray_is_refused_before_anything_is_sent() -> None:
     config: Any = SimpleNamespace(parallel_config=None, model_config=None)
     model: Any = None
-    worker = DirectWeightTransferEngine(config, config, torch.device("npu", 0), model)
     with pytest.raises(DirectTransportError, match=r"VRA-549.*--distributed-executor-backend ray"):
-        worker.init_transfer_engine(DirectInitInfo())
+        DirectWeightTransferEngine(config, config, torch.device("npu", 0), model)
 
 
 def test_a_trainer_without_weights_is_refused_before_it_asks_the_engine() -> None:
     with pytest.raises(DirectTransportError, match=r"VRA-550.*ModuleSource"):
         DirectTrainerWeightTransferEngine.trainer_init(DirectTrainerInitInfo(rank=0), client=None)
+
+
+class Divided(ModuleSource):  # type: ignore[misc]
+    """Of which this rank holds a part."""
+
+    def held_names(self) -> list[str]:
+        return ["weight"]
+
+
+def test_a_trainer_whose_first_rank_holds_a_part_is_refused() -> None:
+    source = Divided(torch.nn.Linear(2, 2))
+    with pytest.raises(DirectTransportError, match=r"VRA-551: Divided.held_names\(\) names 1 weights of this rank"):
+        DirectTrainerWeightTransferEngine.trainer_init(DirectTrainerInitInfo(rank=0), client=None, source=source)
 
 
 def test_vllm_knows_the_backend_once_its_plugins_are_loaded() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ class PairCommunicator:
         """Send computed tensors. Returns immediately; wait for the transfer before they are changed."""
         self._npu.bind_thread(self._group.device)
         with self._npu.fast_stream_context(_idle_stream(self._group.device)):
-            return [self._group.send(tensor, self._peer, caller_waits=False) for tensor in tensors][-1]
+            return _last([self._group.send(tensor, self._peer, caller_waits=False) for tensor in tensors])
 
     def receive(self, allocate: Allocate) -> tuple[list[torch.Tensor], Transfer]:
         """Receive into the tensors that ``allocate`` returns.
@@ -47,7 +47,7 @@ class PairCommunicator:
         caller = self._npu.current_stream()
         with self._npu.fast_stream_context(_idle_stream(self._group.device)):
             tensors = allocate()
-            transfer = [self._group.recv(tensor, self._peer) for tensor in tensors][-1]
+            transfer = _last([self._group.recv(tensor, self._peer) for tensor in tensors])
         for tensor in tensors:
             tensor.record_stream(caller)
         return tensors, transfer
@@ -55,6 +55,11 @@ class PairCommunicator:
     def abort(self, reason: str) -> None:
         """End the communicator, from any thread; waits in it raise, here and at the peer."""
         self._group.abort(reason)
+
+
+def _last(transfers: Sequence[Transfer]) -> Transfer:
+    """Return the transfer that ends last: they are in one stream, but those of empty tensors, which end at once."""
+    return next((each for each in reversed(transfers) if each.event is not None), transfers[-1])
 
 
 @cache

@@ -153,7 +153,7 @@ class _ReceiverLink:
             self._request(FetchRequest(object_id), SendReady, deadline, "its producer was computing")
             self._start_phase("it was being transferred")
             reused = False
-            with self._endpoint.outside_captures("receiving tensors of a Ray object", self._raise_if_unusable):
+            with self._endpoint.outside_captures("receiving the tensors of an object", self._raise_if_unusable):
                 # Held until HCCL no longer writes to them, which may be the end of the communicator.
                 self._held_tensors, transfer = pair.receive(allocate)
             transfer.wait(_remaining_s(deadline))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 _log = get_logger("ray_ascend.direct")
-_SENDING = "sending tensors of a Ray object"
+_SENDING = "sending the tensors of an object"
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.0001, 0.005
 
 
@@ -71,11 +71,6 @@ class Sender:
             links = list(self._links)
         for link in links:
             link.close_link("the sender released its communicators")
-
-    def close(self) -> None:
-        """Destroy all communicators, and accept no further receiver."""
-        self._listener.close()
-        self.release()
 
     def _start_link(self, connection: socket.socket) -> None:
         """Serve a receiver that has proven that it knows the token."""
