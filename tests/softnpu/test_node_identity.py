@@ -142,7 +142,12 @@ def test_a_head_without_npus(bare_head: Cluster) -> None:
     assert "VRA-20" not in log and "VRA-21" not in log
 
 
-@pytest.mark.parametrize("form", ["{head}", "{address}", "{head}:6379"])
+def slow(value: str) -> Any:
+    """Return a value of a test that is in `make test-matrix` only."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("form", ["{head}", slow("{address}"), slow("{head}:6379")])
 def test_the_cluster_is_found_by_name(bare_head: Cluster, form: str) -> None:
     head = bare_head.nodes[0]
     address = form.format(head=head.hostname, address=head.address)
@@ -164,7 +169,9 @@ def second_interface(bare_head: Cluster) -> str:
     return "192.168.50.1"
 
 
-@pytest.mark.parametrize("form", ["{host}", "localhost", "{address}", "[::1]", "", "{second_interface}"])
+@pytest.mark.parametrize(
+    "form", ["{host}", *map(slow, ["localhost", "{address}", "[::1]"]), "", slow("{second_interface}")]
+)
 def test_the_ranks_meet_at_an_address_of_the_node(bare_head: Cluster, second_interface: str, form: str) -> None:
     """However it is given, and whatever the default route is."""
     node = bare_head.nodes[1]

@@ -231,7 +231,7 @@ def test_too_little_shared_memory_is_reported_before_ray_is_joined() -> None:
     assert "ClusterResourceError: VRA-359: /dev/shm has 1 MiB free of 1 MiB: " in done.stderr, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("share", ["0", "2", "nan"])
+@pytest.mark.parametrize("share", ["0", *(pytest.param(each, marks=pytest.mark.slow) for each in ("2", "nan"))])
 def test_a_share_that_no_worker_can_have_is_refused_before_ray_is_joined(share: str) -> None:
     environment = {**os.environ, "VLLM_RAY_PER_WORKER_GPUS": share}
     done = subprocess.run(
