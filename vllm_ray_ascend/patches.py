@@ -331,11 +331,15 @@ PATCHES: tuple[Patch, ...] = (
         "vllm.engine.arg_utils",
         ("EngineArgs.create_engine_config",),
         kind="wrap",
-        by="engine/data_parallel.py",
-        what="data parallelism over Ray: the ranks meet at Ray's address of this node, which takes as many as fit",
+        by="engine/engine_args.py",
+        what=(
+            "a model's path that does not exist is refused; data parallelism over Ray: the ranks meet at Ray's address "
+            "of this node, which takes as many as fit"
+        ),
         why=(
             "vLLM takes the default route's address, which Ray may not know (vllm #43095), binds no socket to a name, "
-            "and wants all ranks on this node unless --data-parallel-size-local is given"
+            "and wants all ranks on this node unless --data-parallel-size-local is given. A path that does not exist "
+            "is a name on a hub to it"
         ),
         releases="vllm",
         removable="vLLM asks Ray for its address, and for what fits",

@@ -170,8 +170,8 @@ def _select_executor(module: ModuleType) -> None:
 
 
 def _complete_configs(_: ModuleType) -> None:
-    """Complete what the command line leaves open for data parallelism over Ray."""
-    from vllm_ray_ascend.engine.data_parallel import complete_configs
+    """Check an engine's command line, and complete what it leaves open for data parallelism over Ray."""
+    from vllm_ray_ascend.engine.engine_args import complete_configs
     from vllm_ray_ascend.platform_patch import platform_is_ours
 
     complete_configs(platform_is_ours)
@@ -233,7 +233,7 @@ def _patch_engine_core(module: ModuleType) -> None:
 
 
 def _register_weights_backend(module: ModuleType) -> None:
-    """Offer our transport for new weights, where trainers can be registered (vLLM >= 0.30)."""
+    """Offer our transport for new weights, where trainers can be registered (vLLM >= 0.26)."""
     from vllm_ray_ascend.ray_transport.direct import register_weights_backend
 
     if hasattr(module, "WeightTransferTrainerFactory"):

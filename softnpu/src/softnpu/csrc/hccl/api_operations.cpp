@@ -158,8 +158,11 @@ using namespace softnpu::hccl;
 
 extern "C" {
 
+// HCCL answers success to an operation on no elements, before it looks at anything else: no link is made.
+
 HcclResult HcclAllReduce(void* send, void* receive, uint64_t count, HcclDataType type, HcclReduceOp op, HcclComm comm,
                          aclrtStream stream) {
+  if (count == 0) return HCCL_SUCCESS;
   return submit(__func__, Kind::kAllReduce, comm, stream, [&](Communicator&) -> Body {
     check_reduction(type, op);
     check_buffer(send, count, "send");
@@ -170,6 +173,7 @@ HcclResult HcclAllReduce(void* send, void* receive, uint64_t count, HcclDataType
 
 HcclResult HcclReduce(void* send, void* receive, uint64_t count, HcclDataType type, HcclReduceOp op, uint32_t root,
                       HcclComm comm, aclrtStream stream) {
+  if (count == 0) return HCCL_SUCCESS;
   return submit(__func__, Kind::kReduce, comm, stream, [&](Communicator& c) -> Body {
     check_reduction(type, op);
     check_rank(c, root);
@@ -181,6 +185,7 @@ HcclResult HcclReduce(void* send, void* receive, uint64_t count, HcclDataType ty
 
 HcclResult HcclBroadcast(void* data, uint64_t count, HcclDataType type, uint32_t root, HcclComm comm,
                          aclrtStream stream) {
+  if (count == 0) return HCCL_SUCCESS;
   return submit(__func__, Kind::kBroadcast, comm, stream, [&](Communicator& c) -> Body {
     check_type(type);
     check_rank(c, root);
@@ -191,6 +196,7 @@ HcclResult HcclBroadcast(void* data, uint64_t count, HcclDataType type, uint32_t
 
 HcclResult HcclAllGather(void* send, void* receive, uint64_t count, HcclDataType type, HcclComm comm,
                          aclrtStream stream) {
+  if (count == 0) return HCCL_SUCCESS;
   return submit(__func__, Kind::kAllGather, comm, stream, [&](Communicator&) -> Body {
     check_type(type);
     check_buffer(send, count, "send");
@@ -215,6 +221,7 @@ HcclResult HcclAllGatherV(void* send, uint64_t count, void* receive, const void*
 
 HcclResult HcclReduceScatter(void* send, void* receive, uint64_t count, HcclDataType type, HcclReduceOp op,
                              HcclComm comm, aclrtStream stream) {
+  if (count == 0) return HCCL_SUCCESS;
   return submit(__func__, Kind::kReduceScatter, comm, stream, [&](Communicator&) -> Body {
     check_reduction(type, op);
     check_buffer(send, count, "send");
@@ -240,6 +247,7 @@ HcclResult HcclReduceScatterV(void* send, const void* counts, const void* displa
 
 HcclResult HcclScatter(void* send, void* receive, uint64_t count, HcclDataType type, uint32_t root, HcclComm comm,
                        aclrtStream stream) {
+  if (count == 0) return HCCL_SUCCESS;
   return submit(__func__, Kind::kScatter, comm, stream, [&](Communicator& c) -> Body {
     check_type(type);
     check_rank(c, root);
@@ -293,10 +301,12 @@ HcclResult HcclAlltoAllVC(const void* send, const void* matrix, HcclDataType sen
 }
 
 HcclResult HcclSend(void* data, uint64_t count, HcclDataType type, uint32_t peer, HcclComm comm, aclrtStream stream) {
+  if (count == 0) return HCCL_SUCCESS;
   return single(__func__, {HCCL_SEND, data, count, type, peer}, comm, stream);
 }
 
 HcclResult HcclRecv(void* data, uint64_t count, HcclDataType type, uint32_t peer, HcclComm comm, aclrtStream stream) {
+  if (count == 0) return HCCL_SUCCESS;
   return single(__func__, {HCCL_RECV, data, count, type, peer}, comm, stream);
 }
 

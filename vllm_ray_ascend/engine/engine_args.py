@@ -1,0 +1,59 @@
+"""The command line of an engine: what cannot work is refused, and what it leaves open decided, where vLLM reads it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vllm_ray_ascend import patches
+from vllm_ray_ascend.addresses import without_brackets
+from vllm_ray_ascend.engine import data_parallel
+from vllm_ray_ascend.errors import SettingError
+
+_CREATE_CONFIG = "vllm.engine.arg_utils.EngineArgs.create_engine_config"
+
+
+def complete_configs(is_our_platform: Callable[[], bool]) -> None:
+    """Have each engine's config checked and completed where vLLM makes it, if the platform is ours then."""
+    patches.wrap(_CREATE_CONFIG, functools.partial(_with_completion, is_our_platform))
+
+
+def check_model_path(model: str) -> None:
+    """Raise SettingError where ``model`` is a path that this node does not have: vLLM takes it for a name on a hub."""
+    path = Path(model)
+    if not path.is_absolute() or path.exists():
+        return
+    parent = next(each for each in path.parents if each.exists())
+    raise SettingError(
+        "VRA-171",
+        f"there is no model at {model} on node {socket.gethostname()}, where {parent} is the last folder of that path "
+        "that exists. A model has to be under the same path on every node, and in containers mounted there: `ls "
+        f"{model}` on each, or `vllm-ray-ascend doctor --model {model}` for all.",
+    )
+
+
+def _with_completion(is_our_platform: Callable[[], bool], create: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(create)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.distributed_executor_backend == "ray":
+            check_model_path(self.model)
+        sets_address, sets_local = self.data_parallel_address is not None, self.data_parallel_size_local is not None
+        vllm_config = create(self, *args, **kwargs)
+        config = vllm_config.parallel_config
+        config.data_parallel_master_ip = without_brackets(config.data_parallel_master_ip)  # vLLM binds sockets to it
+        if config.data_parallel_backend == "ray" and is_our_platform() and not _is_one_of_several_servers(self):
+            is_default = not sets_local and config.data_parallel_size_local == config.data_parallel_size
+            sets_address = sets_address or bool(os.environ.get("VLLM_HOST_IP"))
+            data_parallel.complete(config, sets_address, is_default, vllm_config.model_config.is_moe)
+        return vllm_config
+
+    return create_engine_config
+
+
+def _is_one_of_several_servers(args: Any) -> bool:
+    """Return whether this process is an API server beside others: their parent starts the engine."""
+    return bool(args._api_process_count > 1 and args._api_process_rank >= 0)
