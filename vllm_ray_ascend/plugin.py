@@ -232,11 +232,13 @@ def _patch_engine_core(module: ModuleType) -> None:
     _select_device_ids(module)
 
 
-def _register_weights_backend(module: ModuleType) -> None:
-    """Offer our transport for new weights, where trainers can be registered (vLLM >= 0.26)."""
+def _register_weights_backend(_: ModuleType) -> None:
+    """Offer our transport for new weights, where trainers have the interface that it knows (vLLM 0.29 to 0.32)."""
+    from vllm.distributed.weight_transfer import base
+
     from vllm_ray_ascend.ray_transport.direct import register_weights_backend
 
-    if hasattr(module, "WeightTransferTrainerFactory"):
+    if hasattr(getattr(base, "WeightSource", None), "held_names"):
         register_weights_backend()
 
 

@@ -84,11 +84,11 @@ def replace_mc2_group(group: NpuStatelessGroup | None) -> NpuStatelessGroup | No
 
 
 def connect(*groups: Any) -> None:
-    """Create the HCCL communicators of ``groups`` and their links. All their ranks call it; raises HcclError.
+    """Create the HCCL communicators of ``groups`` and their links. All their ranks call it.
 
-    HCCL makes the links in the first operation, which waits for all ranks, or fails. Through torch that would be in one
+    HCCL makes the links in the first operation, which waits for the ranks, or fails. Through torch that would be in one
     of torch_npu's queues: what waits for an event waits for all queues, so that this rank would not serve meanwhile,
-    and after a failure never again. So HCCL is called here, with a stream of its own.
+    and after a failure never again. So HCCL is called here, with a stream of its own. Raises HcclError.
     """
     accelerator, library, data_type = current_accelerator(), load_library(), types.reduction_data_type("int32", "sum")
     accelerator.bind_thread(groups[0].device.index)
@@ -98,7 +98,9 @@ def connect(*groups: Any) -> None:
             for group in groups:
                 value = torch.zeros(1, dtype=torch.int32, device=group.device)
                 buffer = Buffer(value.data_ptr(), 1, data_type)
-                library.all_reduce(buffer, buffer, types.REDUCE_OPS["sum"], _communicator(group), stream.handle)
+                communicator = _communicator(group)
+                accelerator.current_stream().synchronize()  # `value` is this stream's until here
+                library.all_reduce(buffer, buffer, types.REDUCE_OPS["sum"], communicator, stream.handle)
                 while not stream.synchronize(_SYNCHRONIZE_S):
                     pass
     finally:

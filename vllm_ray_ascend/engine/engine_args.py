@@ -25,21 +25,27 @@ def complete_configs(is_our_platform: Callable[[], bool]) -> None:
 def check_model_path(model: str) -> None:
     """Raise SettingError where ``model`` is a path that this node does not have: vLLM takes it for a name on a hub."""
     path = Path(model)
-    if not path.is_absolute() or path.exists():
+    if not path.is_absolute() or os.path.exists(path):  # Path.exists raises where a folder may not be read
         return
-    parent = next(each for each in path.parents if each.exists())
+    parent = next(each for each in path.parents if os.path.exists(each))
     raise SettingError(
         "VRA-171",
         f"there is no model at {model} on node {socket.gethostname()}, where {parent} is the last folder of that path "
-        "that exists. A model has to be under the same path on every node, and in containers mounted there: `ls "
-        f"{model}` on each, or `vllm-ray-ascend doctor --model {model}` for all.",
+        "that this process can see. A model has to be under the same path on every node, and in containers mounted "
+        f"there: `ls {model}` on each, or `vllm-ray-ascend doctor --model {model}` for all.",
     )
+
+
+def _is_read_from_its_path(args: Any) -> bool:
+    """Return whether an engine over Ray reads its config from the model's path, and from nowhere else."""
+    over_ray = "ray" in (args.distributed_executor_backend, args.data_parallel_backend)
+    return over_ray and not args.hf_config_path and not os.environ.get("VLLM_MODEL_REDIRECT_PATH")
 
 
 def _with_completion(is_our_platform: Callable[[], bool], create: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(create)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.distributed_executor_backend == "ray":
+        if _is_read_from_its_path(self) and is_our_platform():
             check_model_path(self.model)
         sets_address, sets_local = self.data_parallel_address is not None, self.data_parallel_size_local is not None
         vllm_config = create(self, *args, **kwargs)

@@ -94,6 +94,7 @@ class DirectWeightTransferEngine(WeightTransferEngine[DirectInitInfo, DirectUpda
         """Let the model take weights in the format of a checkpoint, layer by layer."""
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
+        self._restore_unfinished_layers()
         initialize_layerwise_reload(self.model)
 
     def finish_weight_update(self) -> None:
@@ -102,13 +103,17 @@ class DirectWeightTransferEngine(WeightTransferEngine[DirectInitInfo, DirectUpda
 
         finalize_layerwise_reload(self.model, self.model_config)
 
-    def receive_weights(self, update_info: DirectUpdateInfo) -> None:
+    def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive some weights, and load them. Raises DirectTransportError, after which the update is over."""
         try:
-            self.model.load_weights(self._receive(update_info))
+            super().update_weights(update_info)
         except BaseException:  # whatever it is: the worker takes the next update
             self._restore_unfinished_layers()
             raise
+
+    def receive_weights(self, update_info: DirectUpdateInfo) -> None:
+        """Receive some weights, and load them, as `update_weights` does."""
+        self.model.load_weights(self._receive(update_info))
 
     def shutdown(self) -> None:
         """Destroy the communicators."""
