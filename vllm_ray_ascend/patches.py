@@ -329,7 +329,7 @@ PATCHES: tuple[Patch, ...] = (
     # ---- vLLM: engine cores ----
     Patch(
         "vllm.engine.arg_utils",
-        ("EngineArgs.create_engine_config",),
+        ("EngineArgs.create_engine_config", "get_model_path"),
         kind="wrap",
         by="engine/engine_args.py",
         what=(

@@ -95,7 +95,7 @@ def test_a_model_that_does_not_exist(cluster: Cluster, tmp_path: Path) -> None:
     with started(cluster, log, *serve("start")) as process:
         done = run_on_head(cluster, *serve("deploy", deploy(tmp_path, "replicas.yaml", missing, EAGER)[-1]))
         assert done.returncode == 0, done.stderr[-3000:]
-        wait_until(lambda: has_failed(cluster, f"VRA-171: there is no model at {missing}"), process, log)
+        wait_until(lambda: has_failed(cluster, f"VRA-171: there is no folder or file {missing}"), process, log)
 
 
 def test_a_handle_without_http(cluster: Cluster, tmp_path: Path) -> None:

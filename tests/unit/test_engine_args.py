@@ -14,7 +14,9 @@ pytestmark = pytest.mark.unit
 
 def test_a_path_that_does_not_exist_is_refused_with_the_last_folder_that_does(tmp_path: Path) -> None:
     missing = tmp_path / "models" / "zen"
-    with pytest.raises(SettingError, match=f"VRA-171: there is no model at {missing} on node .*, where {tmp_path} is"):
+    with pytest.raises(
+        SettingError, match=f"VRA-171: there is no folder or file {missing} on node .*, where {tmp_path} is"
+    ):
         check_model_path(str(missing))
 
 

@@ -15,25 +15,42 @@ from vllm_ray_ascend.engine import data_parallel
 from vllm_ray_ascend.errors import SettingError
 
 _CREATE_CONFIG = "vllm.engine.arg_utils.EngineArgs.create_engine_config"
+_GET_MODEL_PATH = "vllm.engine.arg_utils.get_model_path"
 
 
 def complete_configs(is_our_platform: Callable[[], bool]) -> None:
     """Have each engine's config checked and completed where vLLM makes it, if the platform is ours then."""
     patches.wrap(_CREATE_CONFIG, functools.partial(_with_completion, is_our_platform))
+    patches.wrap(_GET_MODEL_PATH, functools.partial(_with_path_check, is_our_platform))
 
 
 def check_model_path(model: str) -> None:
     """Raise SettingError where ``model`` is a path that this node does not have: vLLM takes it for a name on a hub."""
-    path = Path(model)
-    if not path.is_absolute() or os.path.exists(path):  # Path.exists raises where a folder may not be read
+    if not _is_missing(model):
         return
-    parent = next(each for each in path.parents if os.path.exists(each))
+    parent = next(each for each in Path(model).parents if os.path.exists(each))
     raise SettingError(
         "VRA-171",
-        f"there is no model at {model} on node {socket.gethostname()}, where {parent} is the last folder of that path "
-        "that this process can see. A model has to be under the same path on every node, and in containers mounted "
-        f"there: `ls {model}` on each, or `vllm-ray-ascend doctor --model {model}` for all.",
+        f"there is no folder or file {model} on node {socket.gethostname()}, where {parent} is the last folder of that "
+        "path that this process can see. A model has to be under the same path on every node, and in containers "
+        f"mounted there: `ls {model}` on each, or `vllm-ray-ascend doctor --model {model}` for all.",
     )
+
+
+def _is_missing(model: str) -> bool:
+    return os.path.isabs(model) and not os.path.exists(model)  # Path.exists raises where a folder may not be read
+
+
+def _with_path_check(is_our_platform: Callable[[], bool], get_model_path: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `get_model_path`, which takes names, and which vLLM calls before all else with HF_HUB_OFFLINE."""
+
+    @functools.wraps(get_model_path)
+    def get_existing_path(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_missing(model) and is_our_platform():
+            check_model_path(model)
+        return get_model_path(model, *args, **kwargs)
+
+    return get_existing_path
 
 
 def _is_read_from_its_path(args: Any) -> bool:
@@ -45,7 +62,7 @@ def _is_read_from_its_path(args: Any) -> bool:
 def _with_completion(is_our_platform: Callable[[], bool], create: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(create)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _is_read_from_its_path(self) and is_our_platform():
+        if _is_missing(self.model) and _is_read_from_its_path(self) and is_our_platform():
             check_model_path(self.model)
         sets_address, sets_local = self.data_parallel_address is not None, self.data_parallel_size_local is not None
         vllm_config = create(self, *args, **kwargs)
